@@ -1,0 +1,92 @@
+"""Configuration of GIRCSE: the backbone's own configuration and every number that changes an embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+STEP_TOKENS = ("soft", "hard", "learned", "none")
+ATTENTIONS = ("causal", "bidirectional")
+POOLINGS = ("mean", "last")
+
+
+class GircseConfig(PretrainedConfig):
+    """Configuration of a [`GircseModel`].
+
+    The three axes span the paper's Table 1: GIRCSE is (soft, causal, mean), generation with hard tokens
+    (hard, causal, mean), compressed tokens (learned, causal, mean), Causal-EOS (none, causal, last) and
+    Bidirectional-Avg (none, bidirectional, mean).
+
+    Args:
+        text_config: the backbone's configuration, of any causal LM that transformers knows (an object or its dict).
+        num_steps: K, the number of generated tokens at inference (section 4.1: 5 in training, 20 at inference); with
+            `step_token="learned"` the number of trained tokens, with `"none"` without effect.
+        logit_temperature: T in `s_k = softmax(logits / T)`; the paper's Eq. 5 has T = 1.
+        step_token: what is fed back at each step: `"soft"` (the mix of token embeddings, Eq. 6), `"hard"` (the most
+            probable token), `"learned"` (trained embeddings, one pass) or `"none"` (no generation).
+        attention: `"causal"`, or `"bidirectional"` for `step_token="none"`.
+        pooling: `"mean"` of the step states (Eq. 4; of the prompt's states when there are no steps) or the `"last"`.
+
+    Raises:
+        ValueError: for a value outside its choices or range, or a combination that has no meaning.
+        TypeError: if `text_config` is neither a configuration nor a dict.
+    """
+
+    model_type = "gircse"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: PretrainedConfig | dict[str, Any] | None = None,
+        num_steps: int = 20,
+        logit_temperature: float = 1.0,
+        step_token: str = "soft",
+        attention: str = "causal",
+        pooling: str = "mean",
+        **kwargs: Any,
+    ) -> None:
+        for name, value, choices in (
+            ("step_token", step_token, STEP_TOKENS),
+            ("attention", attention, ATTENTIONS),
+            ("pooling", pooling, POOLINGS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
+        if attention == "bidirectional" and step_token != "none":
+            raise ValueError(
+                f"attention='bidirectional' needs step_token='none', not {step_token!r}: with generated tokens the "
+                "earlier states would depend on the later ones; use attention='causal'"
+            )
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_steps={num_steps!r} must be an int >= 1")
+        if not isinstance(logit_temperature, (int, float)) or not 0 < logit_temperature < float("inf"):
+            raise ValueError(f"logit_temperature={logit_temperature!r} must be a finite number > 0")
+
+        self.text_config = _as_config(text_config)
+        self.num_steps = num_steps
+        self.logit_temperature = float(logit_temperature)
+        self.step_token = step_token
+        self.attention = attention
+        self.pooling = pooling
+        super().__init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the dimension of the embeddings; trainers and serving stacks look it up by this name."""
+        return self.text_config.hidden_size
+
+
+def _as_config(text_config: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig:
+    if isinstance(text_config, PretrainedConfig):
+        return text_config
+    if text_config is None:
+        return AutoConfig.for_model("qwen2")
+    if not isinstance(text_config, dict):
+        raise TypeError(f"text_config must be a configuration or a dict, not {type(text_config).__name__}")
+    if "model_type" not in text_config:
+        raise ValueError("text_config has no 'model_type'; give the backbone's own configuration (its config.json)")
+    return AutoConfig.for_model(**text_config)
+
+
+GircseConfig.register_for_auto_class()
