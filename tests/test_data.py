@@ -1,0 +1,492 @@
+"""What `data_gircse` promises: bad rows are named by file and line, draws and batches are fixed by seed and epoch, and
+the collator tells apart what the loss must tell apart."""
+
+import gzip
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+
+from data_gircse import PairCollator, SourceBatches, TrainingPairs, load_pairs, split_held_out
+
+PAIR = {"query": "q", "pos": ["p"]}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path: Path, rows: list) -> str:
+    """Writes rows (or raw lines, where a row is a str) as JSON lines, gzipped if the name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    return str(path)
+
+
+def make_pairs(rows: list[dict]) -> datasets.Dataset:
+    empty = {"query": "q", "pos": ["p"], "neg": [], "instruction": "", "source": "s", "symmetric": False, "label": None}
+    return datasets.Dataset.from_list([{**empty, **row} for row in rows])
+
+
+# Reading
+
+
+def test_query_layout(tmp_path):
+    full = {"query": "q1", "pos": ["p1", "p2"], "neg": ["n1"], "instruction": "do", "source": "a", "label": "x"}
+    bare = {"query": "q2", "pos": "p3", "neg": None, "prompt": "say", "symmetric": True, "label": 3, "unused": 1}
+    pairs = load_pairs(write(tmp_path / "some.name.jsonl", [full, "", bare, PAIR]))
+    assert list(pairs) == [
+        {**full, "symmetric": False},
+        {
+            "query": "q2",
+            "pos": ["p3"],
+            "neg": [],
+            "instruction": "say",
+            "source": "some.name",
+            "symmetric": True,
+            "label": "3",
+        },
+        {
+            "query": "q",
+            "pos": ["p"],
+            "neg": [],
+            "instruction": "",
+            "source": "some.name",
+            "symmetric": False,
+            "label": None,
+        },
+    ]
+
+
+def test_sentence_transformers_layout(tmp_path):
+    row = {"anchor": "a", "positive": "p", "negative": "n0", "negative_1": "n1", "negative_2": None, "instruction": "i"}
+    pairs = load_pairs(write(tmp_path / "st.jsonl", [row, {"anchor": "b", "positive": "c"}]))
+    assert (pairs[0]["query"], pairs[0]["pos"], pairs[0]["neg"]) == ("a", ["p"], ["n0", "n1"])
+    assert (pairs[0]["instruction"], pairs[0]["source"]) == ("i", "st")
+    assert (pairs[1]["query"], pairs[1]["pos"], pairs[1]["neg"]) == ("b", ["c"], [])
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.json.gz"])
+def test_json_endings(tmp_path, name):
+    pairs = load_pairs(write(tmp_path / name, [{"query": "naïve 😀", "pos": ["p"]}]))
+    assert (pairs[0]["query"], pairs[0]["source"]) == ("naïve 😀", "x")
+
+
+def test_parquet(tmp_path):
+    rows = [{"query": "q1", "pos": ["p"], "neg": ["n"], "symmetric": None}, {**PAIR, "neg": None, "symmetric": True}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    pairs = load_pairs(str(tmp_path / "x.parquet"))
+    assert pairs["neg"][:] == [["n"], []] and pairs["symmetric"][:] == [False, True] and pairs["source"][0] == "x"
+
+
+def test_folder_and_pattern(tmp_path):
+    write(tmp_path / "data" / "b.jsonl.gz", [PAIR, PAIR])
+    write(tmp_path / "data" / "a.jsonl", [PAIR])
+    write(tmp_path / "data" / "README.md", ["not read"])
+    write(tmp_path / "data" / "deep" / "c.jsonl", [PAIR])
+    write(tmp_path / "data" / "0.jsonl", [PAIR])
+    assert load_pairs(str(tmp_path / "data"))["source"][:] == ["0", "a", "b", "b"]
+    assert load_pairs(str(tmp_path / "data" / "b*"))["source"][:] == ["b", "b"]
+    assert load_pairs(str(tmp_path / "data" / "**" / "*.jsonl"))["source"][:] == ["0", "a", "c"]
+
+
+def test_hub_id(monkeypatch):
+    asked = []
+    hub = datasets.Dataset.from_list([{"anchor": f"a{i}", "positive": "p"} for i in range(5)])
+
+    def load_dataset(name, *, split, streaming=False):
+        asked.append((name, split, streaming))
+        return hub.to_iterable_dataset() if streaming else hub
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    pairs = load_pairs("someone/some-pairs", split="dev")
+    assert pairs["query"][:] == ["a0", "a1", "a2", "a3", "a4"] and set(pairs["source"]) == {"someone/some-pairs"}
+    assert load_pairs("someone/some-pairs", limit=2)["query"][:] == ["a0", "a1"]
+    assert asked == [("someone/some-pairs", "dev", False), ("someone/some-pairs", "train", True)]
+    hub = datasets.Dataset.from_list([{"anchor": "a", "positive": "p"}, {"anchor": "a", "positive": ""}])
+    with pytest.raises(ValueError, match="someone/some-pairs: row 2: field 'positive' is empty"):
+        load_pairs("someone/some-pairs")
+
+
+def test_unknown_hub_id_says_that_nothing_local_was_found(monkeypatch):
+    def load_dataset(name, **kwargs):
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(FileNotFoundError, match=r"'data/trian' is no local file or folder .*doesn't exist on the Hub"):
+        load_pairs("data/trian")
+
+
+@pytest.mark.parametrize("source", ["no.jsonl", "a/no.parquet", "./no", "/no/such", "~/no/such", "no/such/*", ""])
+def test_missing_path_is_not_looked_up_on_the_hub(source, tmp_path, monkeypatch):
+    write(tmp_path / "x.jsonl", [PAIR])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    with pytest.raises(FileNotFoundError) as error:
+        load_pairs(source)
+    assert repr(source) in str(error.value)
+
+
+def test_nothing_to_read(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    for source in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(FileNotFoundError, match=r"no file here ends in \.jsonl"):
+            load_pairs(str(source))
+    with pytest.raises(ValueError, match=r"e\.jsonl: no rows"):
+        load_pairs(write(tmp_path / "e.jsonl", [""]))
+
+
+def test_symmetric_by_field_then_by_source(tmp_path):
+    rows = [{**PAIR, "source": "a"}, {**PAIR, "source": "b"}, {**PAIR, "source": "a", "symmetric": False}]
+    rows.append({**PAIR, "source": "b", "instruction": "Retrieve semantically similar text", "symmetric": True})
+    path = write(tmp_path / "x.jsonl", rows)
+    assert load_pairs(path)["symmetric"][:] == [False, False, False, True]
+    assert load_pairs(path, symmetric_sources=["a"])["symmetric"][:] == [True, False, False, True]
+    with pytest.raises(ValueError, match=r"no row of .*x\.jsonl has source \['c'\]; its sources are \['a', 'b'\]"):
+        load_pairs(path, symmetric_sources={"a", "c"})
+    assert len(load_pairs(path, symmetric_sources=["b"], limit=1)) == 1  # "b" comes later
+
+
+def test_limit_reads_no_further(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{**PAIR, "query": f"q{i}"} for i in range(3)] + ["not JSON"])
+    assert load_pairs(path, limit=3)["query"][:] == ["q0", "q1", "q2"]
+    with pytest.raises(ValueError, match=r"x\.jsonl:4: bad JSON"):
+        load_pairs(path, limit=4)
+    for limit in (0, -1, True, 1.5):
+        with pytest.raises(ValueError, match="limit must be an integer >= 1"):
+            load_pairs(path, limit=limit)
+
+
+def test_changed_file_is_read_again(tmp_path):
+    path = Path(write(tmp_path / "x.jsonl", [{**PAIR, "query": "old"}]))
+    assert load_pairs(str(path))["query"][0] == "old"
+    before = path.stat()
+    write(path, [{**PAIR, "query": "new"}])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert path.stat().st_size == before.st_size
+    assert load_pairs(str(path))["query"][0] == "new"
+
+
+def test_unchanged_file_is_read_once(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.jsonl", [PAIR])
+    first = load_pairs(path)
+    monkeypatch.setattr("data_gircse._to_pair", lambda *args: pytest.fail("read again"))
+    assert list(load_pairs(path)) == list(first)
+
+
+BAD_ROWS = {
+    "{'query': 1": "bad JSON",
+    '{"query": "q", "pos": ["p"]': "bad JSON",
+    '["q", "p"]': r"must be a JSON object with named fields, not \['q', 'p'\]",
+    '{"pos": ["p"]}': r"'query' is missing or empty; a row needs 'query' and 'pos', or .* \(this one has 'pos'\)",
+    "{}": r"'query' is missing .*no fields",
+    '{"query": "q"}': "'pos' is missing",
+    '{"query": "q", "pos": []}': "'pos' is missing or empty",
+    '{"query": "q", "positive": "p"}': "'pos' is missing",
+    '{"anchor": "q"}': "'positive' is missing",
+    '{"query": " ", "pos": ["p"]}': "'query' is empty",
+    '{"query": 7, "pos": ["p"]}': r"'query' must be text, not 7 \(int\)",
+    '{"query": "q", "pos": ["p", ""]}': r"'pos\[1\]' is empty",
+    '{"query": "q", "pos": {"a": 1}}': "'pos' must be text",
+    '{"query": "q", "pos": ["p"], "neg": ["n", null]}': r"'neg\[1\]' must be text, not None",
+    '{"query": "q", "pos": ["p"], "neg": [""]}': r"'neg\[0\]' is empty",
+    '{"anchor": "q", "positive": "p", "negative_3": ""}': "'negative_3' is empty",
+    '{"query": "q", "pos": ["p"], "instruction": ["i"]}': "'instruction' must be text",
+    '{"query": "q", "pos": ["p"], "prompt": 1}': "'prompt' must be text",
+    '{"query": "q", "pos": ["p"], "source": 1}': "'source' must be text",
+    '{"query": "q", "pos": ["p"], "label": 0.5}': "'label' must be text",
+    '{"query": "q", "pos": ["p"], "label": true}': "'label' must be text",
+    '{"query": "q", "pos": ["p"], "symmetric": "yes"}': "'symmetric' is 'yes'; write true or false",
+    '{"query": "q \\ud83d", "pos": ["p"]}': "'query' holds half a character",
+}
+
+
+@pytest.mark.parametrize("line", BAD_ROWS)
+def test_bad_row_names_file_and_line(tmp_path, line):
+    path = write(tmp_path / "bad.jsonl.gz", [PAIR, "", line, PAIR])
+    with pytest.raises(ValueError, match=BAD_ROWS[line]) as error:
+        load_pairs(path)
+    assert type(error.value) is ValueError and str(error.value).startswith(f"{path}:3: ")
+
+
+def test_unreadable_files(tmp_path):
+    path = Path(write(tmp_path / "cut.jsonl.gz", [{**PAIR, "query": f"q{i * 7919}"} for i in range(200)]))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"cut\.jsonl\.gz:\d+: unreadable"):
+        load_pairs(str(path))
+    (tmp_path / "not.jsonl.gz").write_bytes(b"plain text")
+    with pytest.raises(ValueError, match=r"not\.jsonl\.gz:1: unreadable"):
+        load_pairs(str(tmp_path / "not.jsonl.gz"))
+    (tmp_path / "not.parquet").write_bytes(b"plain text")
+    with pytest.raises(ValueError, match=r"not\.parquet:1: unreadable"):
+        load_pairs(str(tmp_path / "not.parquet"))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"query": "q", "pos": ["p"]}\n{"query": "caf\xe9", "pos": ["p"]}\n')
+    with pytest.raises(ValueError, match=r"latin\.jsonl:2: bad JSON .* in UTF-8"):
+        load_pairs(str(tmp_path / "latin.jsonl"))
+
+
+def test_bad_parquet_row_is_numbered(tmp_path):
+    datasets.Dataset.from_list([PAIR, {"query": "", "pos": ["p"]}]).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet: row 2: field 'query' is empty"):
+        load_pairs(str(tmp_path / "x.parquet"))
+
+
+# Held-out rows
+
+
+def test_held_out_keeps_equal_queries_together():
+    pairs = make_pairs([{"query": f"q{i // 3}", "pos": [str(i)]} for i in range(90)])
+    train, held_out = split_held_out(pairs, 20, seed=0)
+    assert len(held_out) == 18 and len(train) == 72  # six queries of three pairs; a seventh would be too many
+    assert not set(train["query"]) & set(held_out["query"])
+    assert sorted([*train["pos"], *held_out["pos"]]) == sorted(pairs["pos"])
+    assert list(split_held_out(pairs, 20, seed=0)[1]) == list(held_out)
+    assert list(split_held_out(pairs, 20, seed=1)[1]) != list(held_out)
+
+
+def test_held_out_count():
+    pairs = make_pairs([{"query": f"q{i}"} for i in range(10)])
+    assert [len(part) for part in split_held_out(pairs, 3, seed=0)] == [7, 3]
+    assert [len(part) for part in split_held_out(pairs, 0, seed=0)] == [10, 0]
+    for held_out in (10, 11):
+        with pytest.raises(ValueError, match=f"held_out is {held_out}, but there are 10 pairs"):
+            split_held_out(pairs, held_out, seed=0)
+    with pytest.raises(ValueError, match="held_out must be an integer >= 0, not -1"):
+        split_held_out(pairs, -1, seed=0)
+    with pytest.raises(ValueError, match="every query has more pairs"):
+        split_held_out(make_pairs([{"query": "same"}] * 5), 3, seed=0)
+
+
+# Draws
+
+
+def many_texts(rows: int = 20) -> datasets.Dataset:
+    texts = [{"pos": [f"p{i}.{j}" for j in range(9)], "neg": [f"n{i}.{j}" for j in range(9)]} for i in range(rows)]
+    return make_pairs(texts)
+
+
+def drawn(pairs: TrainingPairs) -> list:
+    return [(pairs[i]["positive"], pairs[i]["negatives"]) for i in range(len(pairs))]
+
+
+def test_row_of_an_epoch():
+    pairs = many_texts()
+    row = TrainingPairs(pairs, 4, seed=0)[7]
+    assert list(row) == [
+        "query",
+        "positive",
+        "negatives",
+        "all_positives",
+        "instruction",
+        "symmetric",
+        "source",
+        "label",
+    ]
+    assert row["positive"] in pairs[7]["pos"] and row["all_positives"] == pairs[7]["pos"]
+    assert len(set(row["negatives"])) == 4 and set(row["negatives"]) <= set(pairs[7]["neg"])
+    assert TrainingPairs(pairs, 0, seed=0)[7]["negatives"] == []
+    assert sorted(TrainingPairs(pairs, 99, seed=0)[7]["negatives"]) == pairs[7]["neg"]
+    for count in (-1, 1.0, None):
+        with pytest.raises(ValueError, match="num_negatives must be an integer >= 0"):
+            TrainingPairs(pairs, count, seed=0)
+
+
+def test_draws_are_fixed_by_seed_epoch_and_row():
+    pairs = TrainingPairs(many_texts(), 2, seed=3)
+    first = drawn(pairs)
+    torch.manual_seed(99)
+    assert [(pairs[i]["positive"], pairs[i]["negatives"]) for i in reversed(range(20))][::-1] == first
+    pairs.set_epoch(1)
+    second = drawn(pairs)
+    assert second != first
+    resumed = TrainingPairs(many_texts(), 2, seed=3)
+    resumed.set_epoch(1)
+    assert drawn(resumed) == second
+    assert drawn(TrainingPairs(many_texts(), 2, seed=4)) != first
+    assert len({positive.split(".")[1] for positive, _ in first}) > 1  # rows draw apart
+
+
+def test_set_epoch_reaches_persistent_workers():
+    pairs = TrainingPairs(many_texts(4), 1, seed=0)
+    loader = torch.utils.data.DataLoader(pairs, batch_size=None, num_workers=1, persistent_workers=True)
+    seen = []
+    for epoch in (0, 1):
+        pairs.set_epoch(epoch)
+        seen.append([(row["positive"], row["negatives"]) for row in loader])
+        assert seen[-1] == drawn(pairs)
+    assert seen[0] != seen[1]
+
+
+# Batches
+
+SOURCES = ["a"] * 21 + ["b"] * 10 + ["c"] * 3 + ["a"] * 10  # 31 of a, 10 of b, 3 of c
+
+
+def sources_of(batch: list[int]) -> set[str]:
+    return {SOURCES[i] for i in batch}
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_batches_are_of_one_source(num_processes):
+    batches = SourceBatches(SOURCES, 2, by_source=True, seed=0, num_processes=num_processes)
+    chosen = list(batches)
+    rows = [i for batch in chosen for i in batch]
+    assert all(len(batch) == 2 for batch in chosen) and len(set(rows)) == len(rows)
+    assert len(chosen) == len(batches) == {1: 22, 2: 22}[num_processes]  # 44 rows: nothing left over
+    blocks = [sum(chosen[i : i + num_processes], []) for i in range(0, len(chosen), num_processes)]
+    pure = {1: 15 + 5 + 1, 2: 7 + 2 + 0}[num_processes]
+    assert all(len(sources_of(block)) == 1 for block in blocks[:pure])
+    assert Counter(SOURCES[block[0]] for block in blocks[:pure])["b"] == {1: 5, 2: 2}[num_processes]
+    assert {1: {"a", "c"}, 2: {"a", "b", "c"}}[num_processes] == set().union(*map(sources_of, blocks[pure:]))
+    order = [SOURCES[block[0]] for block in blocks[:pure]]
+    assert order != sorted(order)  # sources take turns
+
+
+def test_order_of_sources_changes_over_seeds():
+    firsts = {SOURCES[next(iter(SourceBatches(SOURCES, 2, by_source=True, seed=seed)))[0]] for seed in range(30)}
+    assert firsts == {"a", "b", "c"}
+
+
+def test_accelerate_deals_a_global_batch_of_one_source():
+    sources = ["a"] * 12 + ["b"] * 12
+    batches = SourceBatches(sources, 2, by_source=True, seed=0, num_processes=2)
+    shares = [list(BatchSamplerShard(batches, num_processes=2, process_index=i)) for i in range(2)]
+    assert len(shares[0]) == len(shares[1]) == 6
+    assert (batches.batch_size, batches.drop_last) == (2, True)  # what Accelerate reads
+    for pair in zip(*shares, strict=True):
+        assert len({sources[i] for i in sum(pair, [])}) == 1
+
+
+def test_mixed_batches_without_by_source():
+    chosen = list(SourceBatches(SOURCES, 4, by_source=False, seed=0))
+    assert len(chosen) == 11 and sorted(sum(chosen, [])) == list(range(44))
+    assert sum(len(sources_of(batch)) > 1 for batch in chosen) > 3  # three at most could be pooled leftovers
+
+
+@pytest.mark.parametrize("by_source", [True, False])
+def test_order_is_fixed_by_seed_and_epoch(by_source):
+    batches = SourceBatches(SOURCES, 3, by_source=by_source, seed=5)
+    first = list(batches)
+    assert list(batches) == first and len(first) == len(batches) == 14  # two rows dropped
+    batches.set_epoch(1)
+    second = list(batches)
+    assert second != first
+    resumed = SourceBatches(SOURCES, 3, by_source=by_source, seed=5)
+    resumed.set_epoch(1)
+    assert list(resumed) == second
+    assert list(SourceBatches(SOURCES, 3, by_source=by_source, seed=6)) != first
+    assert set(sum(first, [])) != set(sum(second, []))  # it is not always the same rows that are dropped
+
+
+def test_every_source_takes_its_turn_in_being_dropped():
+    batches = SourceBatches(list("aaabbb"), 2, by_source=True, seed=0, num_processes=2)
+    dropped = set()
+    for epoch in range(20):
+        batches.set_epoch(epoch)
+        dropped |= set(range(6)) - set(sum(batches, []))
+    assert dropped == set(range(6))
+
+
+def test_too_few_pairs_for_a_batch():
+    with pytest.raises(ValueError, match=r"batch_size 23 x 2 process.* needs 46 pairs, but there are 44; lower"):
+        SourceBatches(SOURCES, 23, by_source=True, seed=0, num_processes=2)
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, not 0"):
+        SourceBatches(SOURCES, 0, by_source=True, seed=0)
+    with pytest.raises(ValueError, match="num_processes must be an integer >= 1, not 0"):
+        SourceBatches(SOURCES, 2, by_source=True, seed=0, num_processes=0)
+
+
+# Collator
+
+
+class FakeProcessor:
+    """One token a character, and a memory of what it was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, texts, *, instruction, max_length):
+        self.calls.append((texts, instruction, max_length))
+        rows = [torch.tensor([ord(char) for char in text]) for text in texts]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "extra": None}
+
+
+def training_row(query, positive, negatives=(), **fields):
+    return {
+        "query": query,
+        "positive": positive,
+        "negatives": list(negatives),
+        "all_positives": [positive],
+        "instruction": "",
+        "symmetric": False,
+        "source": "s",
+        "label": None,
+        **fields,
+    }
+
+
+def test_collator_order_and_instruction_sides():
+    rows = [
+        training_row("q1", "p1", ["n1", "n2"], instruction="find"),
+        training_row("q2", "p2", ["n3"], instruction="same", symmetric=True),
+        training_row("q3", "p3", symmetric=True),
+    ]
+    processor = FakeProcessor()
+    batch = PairCollator(processor, max_length=12)(rows)
+    assert processor.calls == [
+        (["q1", "q2", "q3"], ["find", "same", None], 12),
+        (["p1", "p2", "p3", "n1", "n2", "n3"], [None, "same", None, None, None, "same"], 12),
+    ]
+    for side, count in (("query", 3), ("document", 6)):
+        assert set(batch[side]) == {"input_ids", "attention_mask"}
+        assert all(tensor.shape == (count, 2) and tensor.dtype == torch.int64 for tensor in batch[side].values())
+    assert batch["document"]["input_ids"][4].tolist() == [ord("n"), ord("2")]
+
+
+def test_collator_ids_tell_equal_texts():
+    rows = [
+        training_row("q1", "x", ["y"], all_positives=["x", "y", "z"], label="l"),
+        training_row("q2", "y", ["x", "w"], all_positives=["y"], label="l"),
+        training_row("q3", "v", source="other", label="l"),
+        training_row("q4", "u"),
+    ]
+    batch = PairCollator(FakeProcessor())(rows)
+    x, y, v, u, *negatives = batch["document_ids"].tolist()
+    assert negatives[:2] == [y, x] and len({x, y, v, u, negatives[2]}) == 5
+    assert batch["positive_ids"].shape == (4, 3)
+    assert batch["positive_ids"][0, :2].tolist() == [x, y] and batch["positive_ids"][0, 2] not in (-1, x, y)
+    assert batch["positive_ids"][1:].tolist() == [[y, -1, -1], [v, -1, -1], [u, -1, -1]]
+    labels = batch["query_labels"].tolist()
+    assert labels[0] == labels[1] >= 0 and labels[2] not in (-1, labels[0]) and labels[3] == -1
+    assert batch["document_labels"].tolist() == labels + [-1, -1, -1]
+    names = ("document_ids", "positive_ids", "query_labels", "document_labels")
+    assert all(batch[name].dtype == torch.int64 for name in names)
+    assert (batch["document_ids"] >= 0).all()
+
+
+def test_ids_are_the_same_in_every_process():
+    batch = PairCollator(FakeProcessor())([training_row("q", "naïve 😀", source="s", label="l")])
+    assert batch["document_ids"].tolist() == batch["positive_ids"][0].tolist() == [8063037927972956648]
+    assert batch["query_labels"].tolist() == [8086197922565933603]
+    many = PairCollator(FakeProcessor())([training_row("q", str(i)) for i in range(300)])["document_ids"]
+    assert len(many.unique()) == 300 and many.min() >= 0 and many.max() > 2**62  # 63 bits
+
+
+def test_end_to_end_through_a_loader(tmp_path):
+    rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": [f"n{i}"], "source": "ab"[i % 2]} for i in range(12)]
+    pairs = load_pairs(write(tmp_path / "x.jsonl", rows), symmetric_sources=["a"])
+    train, held_out = split_held_out(pairs, 4, seed=0)
+    batches = SourceBatches(train["source"], 2, by_source=True, seed=0)
+    loader = torch.utils.data.DataLoader(
+        TrainingPairs(train, 1, seed=0), batch_sampler=batches, collate_fn=PairCollator(FakeProcessor())
+    )
+    shapes = [(batch["query"]["input_ids"].shape[0], batch["document_ids"].shape[0]) for batch in loader]
+    assert shapes == [(2, 4)] * len(batches) and len(batches) == 4 and len(held_out) == 4
