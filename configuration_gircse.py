@@ -69,12 +69,27 @@ class GircseConfig(PretrainedConfig):
         self.step_token = step_token
         self.attention = attention
         self.pooling = pooling
+        # The base class hands its own choice down, and without one would take away that of an existing backbone.
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = getattr(self.text_config, "_attn_implementation_internal", None)
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> GircseConfig:
+        """As [`PretrainedConfig.from_dict`], but the configuration of another kind of model raises a ValueError."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"model_type={found!r} is not {cls.model_type!r}: this is another kind of model. "
+                "For a plain causal LM use GircseModel.from_causal_lm(...)"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def hidden_size(self) -> int:
         """d, the dimension of the embeddings; trainers and serving stacks look it up by this name."""
-        return self.text_config.hidden_size
+        # OPT-350m projects its states to the size of its token embeddings.
+        return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size
 
 
 def _as_config(text_config: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig:
@@ -86,7 +101,24 @@ def _as_config(text_config: PretrainedConfig | dict[str, Any] | None) -> Pretrai
         raise TypeError(f"text_config must be a configuration or a dict, not {type(text_config).__name__}")
     if "model_type" not in text_config:
         raise ValueError("text_config has no 'model_type'; give the backbone's own configuration (its config.json)")
-    return AutoConfig.for_model(**text_config)
+    config = AutoConfig.for_model(**text_config)
+    _read_rope_parameters(config)
+    return config
+
+
+def _read_rope_parameters(config: PretrainedConfig) -> None:
+    """Gives transformers 4 the rotary settings as 5 writes them, which it would ignore for its defaults."""
+    rope = getattr(config, "rope_parameters", None)
+    if not rope or not hasattr(config, "rope_theta"):  # 5 has no such attribute
+        return
+    main = rope.get("full_attention", rope)  # Gemma 3 has them by kind of layer
+    config.rope_theta = main["rope_theta"]
+    if main.get("rope_type", "default") != "default":
+        config.rope_scaling = {name: value for name, value in main.items() if name != "rope_theta"}
+    if "partial_rotary_factor" in main:
+        config.partial_rotary_factor = main["partial_rotary_factor"]
+    if "sliding_attention" in rope:
+        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
 
 
 GircseConfig.register_for_auto_class()

@@ -28,6 +28,8 @@ import pyarrow.parquet
 import torch
 from datasets.exceptions import DatasetGenerationError
 
+# FlagEmbedding's names for tasks with the instruction on both sides (its "symmetric_class" has bare class names there).
+SYMMETRIC_TYPES = ("symmetric_sts", "symmetric_clustering")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 TEXT, TEXTS, FLAG = datasets.Value("string"), datasets.Sequence(datasets.Value("string")), datasets.Value("bool")
 FEATURES = datasets.Features(
@@ -41,9 +43,9 @@ def load_pairs(
     """Reads pairs in either of two layouts, checks every row, and returns them with the columns of FEATURES.
 
     The layouts are `query, pos[, neg]` (a text or list each) and `anchor, positive[, negative, negative_1, ...]`. Both
-    take `instruction` or `prompt` (default ""), `source` (default: the file's name without ending, or the Hub id),
-    `label`, and `symmetric`, which says whether documents get the instruction too; rows without that field are
-    symmetric if their source is among `symmetric_sources`.
+    take `instruction` or `prompt` (default ""), `source` (default: the file's name without ending; on the Hub the
+    instruction, so that rows of one task still go together, or the id), `label`, and `symmetric`, which says whether
+    documents get the instruction too. Without it, `type` (FlagEmbedding's field) or `symmetric_sources` does.
 
     Args:
         source: file (.jsonl, .json with an object a line, either gzipped, .parquet), folder, glob pattern or Hub id.
@@ -112,7 +114,10 @@ def _generate(
     if isinstance(rows, tuple):
         located = chain.from_iterable(map(_read_file, rows))
     else:
-        located = ((f"{name}: row {number}", name, row) for number, row in enumerate(rows, 1))
+        located = (
+            (f"{name}: row {number}", row.get("instruction") or row.get("prompt") or name, row)
+            for number, row in enumerate(rows, 1)
+        )
     count, present = 0, set()
     for where, default_source, row in islice(located, limit):
         pair = _to_pair(row, where, default_source, symmetric_sources)
@@ -159,17 +164,18 @@ def _to_pair(row: Any, where: str, default_source: str, symmetric_sources: Colle
                 f"{where}: field {field!r} is missing or empty; a row needs 'query' and 'pos', or 'anchor' and "
                 f"'positive' (this one has {', '.join(map(repr, row)) or 'no fields'})"
             )
+    instruction = _optional_text(row, "instruction", where) or _optional_text(row, "prompt", where) or ""
     source = _optional_text(row, "source", where) or default_source
     symmetric = row.get("symmetric")
     if symmetric is None:
-        symmetric = source in symmetric_sources
+        symmetric = source in symmetric_sources or row.get("type") in SYMMETRIC_TYPES
     elif not isinstance(symmetric, bool):
         raise ValueError(f"{where}: field 'symmetric' is {symmetric!r:.60}; write true or false, or leave it out")
     return {
         "query": _text(row[query], where, query),
         "pos": _texts(row[pos], where, pos),
         "neg": [text for name in neg if row.get(name) is not None for text in _texts(row[name], where, name)],
-        "instruction": _optional_text(row, "instruction", where) or _optional_text(row, "prompt", where) or "",
+        "instruction": instruction,
         "source": source,
         "symmetric": symmetric,
         "label": str(row["label"]) if type(row.get("label")) is int else _optional_text(row, "label", where),

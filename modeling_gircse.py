@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +103,12 @@ class GircseModel(GircsePreTrainedModel):
         super().__init__(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         _check_structure(self.language_model)
+        implementation = getattr(self.language_model.config, "_attn_implementation", None)
+        if config.attention == "bidirectional" and implementation not in ("eager", "sdpa", None):
+            raise ValueError(
+                f"attn_implementation={implementation!r} takes no bidirectional mask; use 'sdpa' or 'eager' with "
+                "attention='bidirectional'"
+            )
         if config.step_token == "learned":
             self.learned_tokens = nn.Embedding(config.num_steps, config.hidden_size, dtype=self.language_model.dtype)
             nn.init.normal_(self.learned_tokens.weight, std=getattr(config.text_config, "initializer_range", 0.02))
@@ -132,6 +139,8 @@ class GircseModel(GircsePreTrainedModel):
             ValueError: if the backbone can't be supported, or the adapter doesn't match it or changes nothing.
         """
         language_model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        if Path(name_or_path).exists():  # a folder of this machine says nothing in a published config
+            language_model.config.name_or_path = ""
         if adapter is not None:
             language_model = _merge_adapter(language_model, adapter)
         config = GircseConfig(
@@ -141,7 +150,6 @@ class GircseModel(GircsePreTrainedModel):
             step_token=step_token,
             attention=attention,
             pooling=pooling,
-            attn_implementation=language_model.config._attn_implementation,
         )
         model = cls(config, language_model)
         model.eval()
@@ -351,17 +359,21 @@ class GircseModel(GircsePreTrainedModel):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         # Under gradient checkpointing the layers would fill the cache a second time in backward, and differ from what
         # the forward pass saw. Running the whole sequence at each step, as Algorithm 1 does, is exact then.
-        cache = None if self._checkpointing() else DynamicCache()
+        cache = DynamicCache() if _takes_cache(self.language_model) and not self._checkpointing() else None
         probabilities = None
         for step in range(k + 1):
             end = length + step
-            state = decoder(
-                inputs_embeds=inputs,
-                attention_mask=mask[:, :end],
-                position_ids=positions[:, end - inputs.shape[1] : end],
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).last_hidden_state[:, -1]  # (B, d)
+            state = (
+                decoder(
+                    inputs_embeds=inputs,
+                    attention_mask=mask[:, :end],
+                    position_ids=positions[:, end - inputs.shape[1] : end],
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                )
+                .last_hidden_state[:, -1]
+                .to(mask.device)
+            )  # (B, d)
             if step > 0:
                 rows = yield probabilities, state
                 if rows is not None:
@@ -381,7 +393,8 @@ class GircseModel(GircsePreTrainedModel):
         embed = self.get_input_embeddings()
         if self.config.step_token == "hard":
             return probabilities, embed(probabilities.argmax(dim=-1))
-        mixed = probabilities.to(embed.weight.dtype) @ embed.weight
+        # Under autocast the product is in half precision; steps enter the decoder in the dtype that the prompt has.
+        mixed = (probabilities.to(embed.weight) @ embed.weight).to(embed.weight.dtype)
         # Gemma 3 scales inside its embedding module, so that a product with the weight alone is short of it.
         scale = getattr(embed, "embed_scale", None)
         return probabilities, mixed if scale is None else mixed * torch.as_tensor(scale).to(mixed)
@@ -419,10 +432,11 @@ class GircseModel(GircsePreTrainedModel):
             if previous is not None:
                 settled = F.cosine_similarity(current, previous, dim=-1) > 1 - tolerance
                 steps[running[settled]] = step
-                rows = (~settled).nonzero()[:, 0]
-                running, current = running[rows], current[rows]
-                if running.numel() == 0:
+                if settled.all():
                     break
+                if settled.any():
+                    rows = (~settled).nonzero()[:, 0]
+                    running, current = running[rows], current[rows]
             previous = current
         return embeddings, steps
 
@@ -474,15 +488,15 @@ class GircseModel(GircsePreTrainedModel):
         if self.config.step_token not in ("soft", "hard"):
             return
         expected = self.language_model(input_ids=ids, attention_mask=ones, use_cache=False).logits[:, -1]
-        cache = DynamicCache()
+        cache = DynamicCache() if _takes_cache(self.language_model) else None
         inputs, state = embed(ids), None
-        for part, end in ((slice(0, 3), 3), (slice(3, 4), 4)):
+        for part, end in ((slice(0, 3), 3), (slice(3, 4), 4)) if cache is not None else ((slice(0, 4), 4),):
             state = decoder(
                 inputs_embeds=inputs[:, part],
                 attention_mask=ones[:, :end],
                 position_ids=torch.arange(4, device=self.device)[None, part],
                 past_key_values=cache,
-                use_cache=True,
+                use_cache=cache is not None,
             ).last_hidden_state[:, -1]
         pairs = [("logits", self._logits(state), expected)]
         if self.config.step_token == "soft":
@@ -499,8 +513,18 @@ class GircseModel(GircsePreTrainedModel):
 
 def _decoder(language_model: PreTrainedModel) -> nn.Module:
     """f: the causal LM without its head."""
-    decoder = language_model.get_decoder() if hasattr(language_model, "get_decoder") else language_model.base_model
+    decoder = language_model.get_decoder() if hasattr(language_model, "get_decoder") else language_model
+    if decoder is language_model:  # as transformers 4.57 says of GPT-2
+        decoder = language_model.base_model
     return getattr(language_model, "model", decoder) if decoder is language_model else decoder
+
+
+def _takes_cache(language_model: PreTrainedModel) -> bool:
+    """Whether the decoder takes a `DynamicCache`. In transformers 4.51, GPT-2 takes tuples, and Gemma a cache of fixed
+    length. Without a cache, each step runs the whole sequence: slower, and the same."""
+    supported = getattr(language_model, "_supports_cache_class", None)  # later versions have all of them take it
+    fixed = getattr(language_model.config, "cache_implementation", None) == "hybrid"
+    return supported is None or (supported and not fixed)
 
 
 def _check_structure(language_model: PreTrainedModel) -> None:
@@ -515,6 +539,8 @@ def _check_structure(language_model: PreTrainedModel) -> None:
         reason = "it is an encoder-decoder"
     elif decoder is language_model or language_model.get_output_embeddings() is None:
         reason = "it has no decoder and LM head that can be called apart"
+    elif config.get_text_config() is not config:
+        reason = "it is multimodal"
     elif getattr(language_model, "_is_stateful", False) or layer_types - ATTENTION_LAYERS:
         reason = "its layers keep another state than keys and values"
     elif getattr(config, "hidden_size_per_layer_input", None):
@@ -537,9 +563,14 @@ def _merge_adapter(language_model: PreTrainedModel, adapter: str) -> PreTrainedM
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise ImportError(f"adapter={adapter!r} needs the peft package: pip install peft") from error
-    model = PeftModel(language_model, PeftConfig.from_pretrained(adapter))
-    result = model.load_adapter(adapter, "default")
-    lost = [key for key in result.missing_keys if "lora_" in key] + list(result.unexpected_keys)
+    config = PeftConfig.from_pretrained(adapter)
+    try:
+        model = PeftModel(language_model, config)
+        result = model.load_adapter(adapter, "default")
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"adapter={adapter!r} does not fit {type(language_model).__name__}: {error}") from error
+    # The adapter's own weights carry its name, whatever its kind (LoRA, IA3, ...).
+    lost = [key for key in result.missing_keys if ".default" in key] + list(result.unexpected_keys)
     if lost:
         raise ValueError(f"adapter={adapter!r} does not fit {type(language_model).__name__}: unmatched {lost[:3]}")
     updates = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]

@@ -115,6 +115,16 @@ def test_hub_id(monkeypatch):
         load_pairs("someone/some-pairs")
 
 
+def test_hub_rows_of_flag_embedding(monkeypatch):
+    """`prompt` and `type`, no `source`: tasks are told apart by their prompt, and `type` says which are symmetric."""
+    kinds = ("normal", "symmetric_class", "symmetric_clustering", "symmetric_sts")
+    rows = [{"query": f"q {kind}", "pos": ["p"], "neg": ["n"], "prompt": f"Do {kind}.", "type": kind} for kind in kinds]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *, split: datasets.Dataset.from_list(rows))
+    pairs = load_pairs("someone/flag-pairs")
+    assert pairs["source"][:] == [f"Do {kind}." for kind in kinds] == pairs["instruction"][:]
+    assert pairs["symmetric"][:] == [False, False, True, True]
+
+
 def test_unknown_hub_id_says_that_nothing_local_was_found(monkeypatch):
     def load_dataset(name, **kwargs):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")

@@ -1,0 +1,174 @@
+"""Make the root model's backbone from nothing: a BPE tokenizer and a Qwen2-shaped causal LM, from plain text files.
+
+    python recipes/pretrain_backbone.py --text 'text/*.txt.gz' --output_dir runs/backbone
+
+Each input line is one document. The tokenizer is a byte-level BPE trained on the same lines. Documents are joined with
+the end-of-text token and cut into blocks of `--block_size` tokens; every 200th document is held out and its loss is
+reported during training. A run that was interrupted goes on from its last checkpoint when the command is repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+END_OF_TEXT = "<|endoftext|>"
+HOLD_OUT_EVERY = 200
+
+
+def documents(patterns: list[str]) -> Iterator[str]:
+    paths = sorted({path for pattern in patterns for path in glob.glob(pattern)})
+    if not paths:
+        raise ValueError(f"--text {patterns} matches no file; give the path of at least one text file")
+    for path in paths:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
+            yield from (line.strip() for line in lines if line.strip())
+
+
+def train_tokenizer(patterns: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(documents(patterns), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def token_blocks(
+    patterns: list[str], tokenizer: PreTrainedTokenizerFast, size: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Training and held-out blocks of token ids, each (n, size) uint16 or uint32; documents are shuffled first."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    texts = list(documents(patterns))
+    held_out, kept = texts[::HOLD_OUT_EVERY], [t for i, t in enumerate(texts) if i % HOLD_OUT_EVERY]
+    np.random.default_rng(seed).shuffle(kept)
+    blocks = []
+    for part in (kept, held_out):
+        ids: list[np.ndarray] = []
+        for start in range(0, len(part), 4096):
+            for row in tokenizer([t + END_OF_TEXT for t in part[start : start + 4096]])["input_ids"]:
+                ids.append(np.asarray(row, dtype=dtype))
+        stream = np.concatenate(ids)
+        blocks.append(stream[: len(stream) // size * size].reshape(-1, size))
+    return blocks[0], blocks[1]
+
+
+class Blocks(torch.utils.data.Dataset):
+    def __init__(self, blocks: np.ndarray) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(self.blocks[index].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", nargs="+", required=True, help="text files or glob patterns, .gz or plain")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--vocab_size", type=int, default=8192)
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--intermediate_size", type=int, default=768)
+    parser.add_argument("--num_layers", type=int, default=6)
+    parser.add_argument("--num_heads", type=int, default=4)
+    parser.add_argument("--num_key_value_heads", type=int, default=2)
+    parser.add_argument("--block_size", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    output = Path(args.output_dir)
+    if (output / "tokenizer.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(output)
+    else:
+        tokenizer = train_tokenizer(args.text, args.vocab_size, args.block_size)
+        tokenizer.save_pretrained(output)
+    train, held_out = token_blocks(args.text, tokenizer, args.block_size, args.seed)
+    print(f"{train.size:,} training tokens, {held_out.size:,} held-out tokens, vocabulary {len(tokenizer):,}")
+
+    torch.manual_seed(args.seed)
+    model = AutoModelForCausalLM.from_config(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            intermediate_size=args.intermediate_size,
+            num_hidden_layers=args.num_layers,
+            num_attention_heads=args.num_heads,
+            num_key_value_heads=args.num_key_value_heads,
+            max_position_embeddings=2 * args.block_size,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    print(f"{model.num_parameters():,} parameters")
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=str(output),
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=100,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            num_train_epochs=args.epochs,
+            bf16=True,
+            torch_compile=True,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=50,
+            eval_strategy="steps",
+            eval_steps=500,
+            save_steps=500,
+            save_total_limit=1,
+            report_to="none",
+            seed=args.seed,
+        ),
+        train_dataset=Blocks(train),
+        eval_dataset=Blocks(held_out),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
+    trainer.save_model(str(output))
+    trainer.save_state()
+    print(trainer.evaluate())
+
+
+if __name__ == "__main__":
+    main()
