@@ -32,7 +32,7 @@ SMALL = {
 }
 # Sliding windows are shorter than the tests' texts, so that they matter.
 BACKBONES = {
-    "qwen2": SMALL,
+    "qwen2": {**SMALL, "tie_word_embeddings": True},
     "qwen2-untied": {**SMALL, "tie_word_embeddings": False},
     "qwen3": {**SMALL, "head_dim": 8},
     "llama": SMALL,

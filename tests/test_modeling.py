@@ -308,12 +308,13 @@ def test_gradient_checkpointing_gives_the_plain_gradients(make_model, batch, pad
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_half_precision_is_finite_with_float32_unit_output(make_model, batch, dtype, attn_implementation):
-    model = make_model(dtype=dtype, attn_implementation=attn_implementation)
-    reference = make_model(attn_implementation=attn_implementation)
+    # Weights that are less peaked than the other tests': k = 20 would amplify the rounding of those.
+    settings = {"attn_implementation": attn_implementation, "text_changes": {"initializer_range": 0.05}}
+    model, reference = make_model(dtype=dtype, **settings), make_model(**settings)
     embeddings = model.generate_embedding(*batch, k=20)
     assert embeddings.dtype == torch.float32 and torch.isfinite(embeddings).all()
     torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(4), rtol=1e-5, atol=1e-5)
-    assert F.cosine_similarity(embeddings, reference.generate_embedding(*batch, k=20)).min() > 0.9
+    assert F.cosine_similarity(embeddings, reference.generate_embedding(*batch, k=20)).min() > 0.99
 
 
 def test_float64_stays(make_model, batch):
