@@ -32,6 +32,8 @@ from .configuration_gircse import GircseConfig
 
 # What the step loop passes to the decoder; a backbone without one of these can't be driven by it.
 DECODER_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache")
+# A pass of its own costs more than it saves for fewer tokens.
+SHORTEST_SHARED_PREFIX = 8
 # Layer types whose whole state is a key-value cache.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -354,12 +356,25 @@ class GircseModel(GircsePreTrainedModel):
         """Yields (s_k, g_k), (B, V) and (B, d), for k = 1..K. Sent row numbers are the rows kept from then on."""
         decoder = _decoder(self.language_model)
         length = input_ids.shape[1]
-        inputs = self._prompt_embeddings(input_ids, attention_mask)  # (B, N, d)
-        mask = F.pad(attention_mask, (0, k), value=1)  # (B, N + K)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
         # Under gradient checkpointing the layers would fill the cache a second time in backward, and differ from what
         # the forward pass saw. Running the whole sequence at each step, as Algorithm 1 does, is exact then.
         cache = DynamicCache() if _takes_cache(self.language_model) and not self._checkpointing() else None
+        shared = 0 if cache is None else self._shared_prefix(input_ids, attention_mask, k)
+        if shared:
+            input_ids, attention_mask = _prefix_first(input_ids, attention_mask, shared)
+        inputs = self._prompt_embeddings(input_ids, attention_mask)  # (B, N, d)
+        mask = F.pad(attention_mask, (0, k), value=1)  # (B, N + K)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        if shared:
+            decoder(
+                inputs_embeds=inputs[:1, :shared],
+                attention_mask=mask[:1, :shared],
+                position_ids=positions[:1, :shared],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache.batch_repeat_interleave(len(mask))
+            inputs = inputs[:, shared:]
         probabilities = None
         for step in range(k + 1):
             end = length + step
@@ -384,6 +399,24 @@ class GircseModel(GircsePreTrainedModel):
                 probabilities, embedding = self._next_token(state)
                 new = embedding[:, None]  # (B, 1, d)
                 inputs = torch.cat([inputs, new], dim=1) if cache is None else new
+
+    def _shared_prefix(self, input_ids: Tensor, attention_mask: Tensor, k: int) -> int:
+        """How many tokens all rows start with, such as an instruction's: their states are the same in every row, so
+        that the prefill runs them once. 0 where that does not pay, or would not be exact."""
+        batch, length = input_ids.shape
+        window = getattr(self.config.text_config, "sliding_window", None)
+        # Padding then lies between the prefix and the rest, and a sliding window would count it.
+        if batch == 1 or input_ids.is_meta or (window is not None and length + k > window):
+            return 0
+        # Sharded weights are gathered at each call of a layer, so that all processes have to make the same calls.
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            return 0
+        lengths = attention_mask.sum(1)
+        index = (length - lengths)[:, None] + torch.arange(length, device=input_ids.device)
+        tokens = input_ids.gather(1, index.clamp(max=length - 1))  # (B, N), each row's tokens first
+        same = (tokens == tokens[:1]).all(0) & (torch.arange(length, device=input_ids.device) < lengths.min() - 1)
+        shared = int(same.long().cumprod(0).sum())
+        return shared if shared >= SHORTEST_SHARED_PREFIX else 0
 
     def _next_token(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """s_{k+1} (B, V), in float32 at least, and its embedding d_{k+1} (B, d) from h'_k (Eq. 5 and 6)."""
@@ -517,6 +550,13 @@ def _decoder(language_model: PreTrainedModel) -> nn.Module:
     if decoder is language_model:  # as transformers 4.57 says of GPT-2
         decoder = language_model.base_model
     return getattr(language_model, "model", decoder) if decoder is language_model else decoder
+
+
+def _prefix_first(input_ids: Tensor, attention_mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
+    """Rows of padding and tokens -> rows of the first `shared` tokens, padding and the other tokens."""
+    position = attention_mask.cumsum(1)  # 0 for padding, which is on the left
+    order = ((position == 0).long() + 2 * (position > shared).long()).argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
 def _takes_cache(language_model: PreTrainedModel) -> bool:

@@ -233,6 +233,70 @@ def test_head_sees_one_position_a_row_and_decoder_one_new_position(make_model, b
     assert decoder == [11, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("backbone, tolerance", [("gpt2", 1e-9), ("qwen2", 1e-5), ("gemma3_text", 1e-5)])
+def test_shared_prefix_runs_once_and_changes_nothing(make_model, monkeypatch, backbone, tolerance, side):
+    """Four texts of different lengths under one instruction of 9 tokens, in inference and in training."""
+    changes = {"sliding_window": 64} if backbone == "gemma3_text" else {}
+    model = make_model(backbone, dtype=torch.float64, text_changes=changes, **attention_for(backbone)).train()
+    generator = torch.Generator().manual_seed(3)
+    lengths = [12, 10, 15, 11]
+    rows = [torch.cat([torch.arange(10, 19), torch.randint(20, 99, (n - 9,), generator=generator)]) for n in lengths]
+    pad = [(0, 15 - n) if side == "right" else (15 - n, 0) for n in lengths]
+    ids = torch.stack([F.pad(row, p) for row, p in zip(rows, pad, strict=True)])
+    mask = torch.stack([F.pad(torch.ones_like(row), p) for row, p in zip(rows, pad, strict=True)])
+    direction = torch.linspace(-1, 1, 32, dtype=torch.float64)
+    decoder = model.language_model.transformer if backbone == "gpt2" else model.language_model.model
+    shapes = []
+    decoder.register_forward_pre_hook(
+        lambda m, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    results = []
+    for shared in (True, False):
+        if not shared:
+            monkeypatch.setattr(type(model), "_shared_prefix", lambda *args: 0)
+        model.zero_grad()
+        output = model(ids, mask, k=3)
+        (output.step_embeddings @ direction).sum().backward()
+        results.append((output.step_embeddings.detach(), gradients(model)))
+    once = [(1, 9), (4, 6), (4, 1), (4, 1), (4, 1)] + [(4, 15), (4, 1), (4, 1), (4, 1)]
+    without_cache = 2 * [(4, 15), (4, 16), (4, 17), (4, 18)]  # GPT-2 and Gemma in transformers 4.51
+    assert shapes == once or (backbone != "qwen2" and shapes == without_cache)
+    assert relative(results[0][0], results[1][0]) < tolerance
+    for name, gradient in results[1][1].items():
+        assert relative(results[0][1][name], gradient) < tolerance, name
+
+
+def test_prefix_is_not_shared_across_a_sliding_window_or_by_short_prefixes(make_model):
+    ids = torch.arange(10, 22).repeat(2, 1)
+    ids[1, -1] = 50
+    mask = torch.ones_like(ids)
+    assert make_model("mistral")._shared_prefix(ids, mask, 3) == 0  # a window of 6
+    assert make_model("qwen2")._shared_prefix(ids, mask, 3) == 11
+    assert make_model("qwen2")._shared_prefix(ids[:, 4:], mask[:, 4:], 3) == 0
+    assert make_model("qwen2")._shared_prefix(ids[:1], mask[:1], 3) == 0
+    same = ids[:1].repeat(3, 1)
+    assert make_model("qwen2")._shared_prefix(same, torch.ones_like(same), 3) == 11  # each row runs its last token
+
+
+def test_steps_enter_the_decoder_in_the_dtype_of_the_prompt_under_autocast(make_model, batch):
+    model = make_model()
+    dtypes = []
+    model.language_model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: dtypes.append(kwargs["inputs_embeds"].dtype), with_kwargs=True
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*batch, k=2)
+    assert dtypes == [torch.float32] * 3
+
+
+def test_a_backbone_whose_states_are_smaller_than_its_layers(make_model, batch):
+    model = make_model("opt", text_changes={"word_embed_proj_dim": 16})
+    assert model.config.hidden_size == 16
+    embeddings, _ = model.generate_embedding(*batch, k=3, tolerance=1e-3)
+    assert embeddings.shape == (4, 16) == model.generate_embedding(*batch, k=3).shape
+
+
 def test_no_cache_and_no_layer_states_outlive_a_call(make_model, batch, monkeypatch):
     caches = []
     original = DynamicCache.__init__
