@@ -141,8 +141,9 @@ def step(trainer: GircseTrainer, inputs: dict) -> tuple[float, dict[str, Tensor]
     return loss.item(), gradients_of(trainer.model)
 
 
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-8) -> None:
-    """Equal up to `relative` of the largest entry of each weight's gradient, and not all zero."""
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-7) -> None:
+    """Equal up to `relative` of the largest entry of each weight's gradient, and not all zero. Qwen2's norms are in
+    float32 inside, and round differently when another grouping of the texts shares another prefix."""
     assert actual.keys() == expected.keys() and expected
     assert sum(float(gradient.abs().sum()) for gradient in expected.values()) > 1e-3
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
