@@ -27,6 +27,7 @@ class GircseConfig(PretrainedConfig):
             probable token), `"learned"` (trained embeddings, one pass) or `"none"` (no generation).
         attention: `"causal"`, or `"bidirectional"` for `step_token="none"`.
         pooling: `"mean"` of the step states (Eq. 4; of the prompt's states when there are no steps) or the `"last"`.
+        adapter: the subfolder of a repo that holds a PEFT adapter in place of weights; None for a repo of weights.
 
     Raises:
         ValueError: for a value outside its choices or range, or a combination that has no meaning.
@@ -44,6 +45,7 @@ class GircseConfig(PretrainedConfig):
         step_token: str = "soft",
         attention: str = "causal",
         pooling: str = "mean",
+        adapter: str | None = None,
         **kwargs: Any,
     ) -> None:
         for name, value, choices in (
@@ -69,9 +71,12 @@ class GircseConfig(PretrainedConfig):
         self.step_token = step_token
         self.attention = attention
         self.pooling = pooling
+        self.adapter = adapter
         # The base class hands its own choice down, and without one would take away that of an existing backbone.
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = getattr(self.text_config, "_attn_implementation_internal", None)
+        # Without one, transformers 4 gives pipelines no tokenizer; which one it is, is read from tokenizer_config.json.
+        kwargs.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         super().__init__(**kwargs)
 
     @classmethod

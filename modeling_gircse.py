@@ -16,17 +16,28 @@ means of one pass.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple
+from torch.autograd.function import once_differentiable
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers.utils import ModelOutput, cached_file, can_return_tuple
 
 from .configuration_gircse import GircseConfig
 
@@ -34,6 +45,13 @@ from .configuration_gircse import GircseConfig
 DECODER_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache")
 # A pass of its own costs more than it saves for fewer tokens.
 SHORTEST_SHARED_PREFIX = 8
+# Static caches come in lengths that are multiples of this, so that few shapes are compiled.
+STATIC_CACHE_MULTIPLE = 64
+# Tokens of the vocabulary that training mixes at once: what a processor's cache holds; on a GPU, few launches.
+CHUNK_ON_CPU, CHUNK = 2048, 16384
+# Where a file is found on the Hub: arguments of `from_pretrained` that hold for more than one repo, or for one alone.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+REPO_ARGUMENTS = ("revision", "subfolder")
 # Layer types whose whole state is a key-value cache.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -72,12 +90,21 @@ class GircsePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> GircsePreTrainedModel:
-        """As [`PreTrainedModel.from_pretrained`], but weights that don't match the model raise.
+        """As [`PreTrainedModel.from_pretrained`], but weights that don't match the model raise, and a repo may hold a
+        PEFT adapter in place of weights (`config.adapter`): it is merged into the backbone that it was made for.
 
         Raises:
-            ValueError: if the checkpoint lacks a weight, has one too many, or one of another shape.
+            ValueError: if the checkpoint lacks a weight, has one too many, or one of another shape; if an adapter does
+                not match its backbone or changes nothing.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        config = kwargs.get("config")
+        if not isinstance(config, PretrainedConfig):
+            where = {name: kwargs[name] for name in (*HUB_ARGUMENTS, *REPO_ARGUMENTS) if name in kwargs}
+            config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **where)
+        if config.adapter is not None:
+            model = cls._from_adapter(pretrained_model_name_or_path, **kwargs)
+            return (model, {}) if with_info else model
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
@@ -88,6 +115,31 @@ class GircsePreTrainedModel(PreTrainedModel):
                 "For a plain causal LM use GircseModel.from_causal_lm(...)"
             )
         return (model, info) if with_info else model
+
+    @classmethod
+    def _from_adapter(cls, repo: str, config: PretrainedConfig | None = None, **kwargs: Any) -> GircsePreTrainedModel:
+        """The model whose backbone, a causal LM or a GIRCSE model on the Hub, gets the adapter of `repo` merged."""
+        common = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        where = {name: kwargs.pop(name) for name in REPO_ARGUMENTS if name in kwargs} | common
+        # Nothing but this repo's own code is run, whatever the backbone's repo holds.
+        for name in ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash"):
+            kwargs.pop(name, None)
+        if not isinstance(config, PretrainedConfig):
+            config, kwargs = cls.config_class.from_pretrained(
+                config or repo, return_unused_kwargs=True, **where, **kwargs
+            )
+        kwargs.setdefault("attn_implementation", getattr(config.text_config, "_attn_implementation_internal", None))
+        where["subfolder"] = "/".join(filter(None, (where.get("subfolder"), config.adapter)))
+        folder = _adapter_folder(repo, **where)
+        source = _peft(repo).PeftConfig.from_pretrained(folder)
+        base, common = source.base_model_name_or_path, {**common, "revision": source.revision}
+        if PretrainedConfig.get_config_dict(base, **common)[0].get("model_type") == cls.config_class.model_type:
+            language_model = cls.from_pretrained(base, **common, **kwargs).language_model
+        else:
+            language_model = AutoModelForCausalLM.from_pretrained(base, **common, **kwargs)
+        language_model = _merge_adapter(language_model, folder)
+        config.text_config, config.adapter = language_model.config, None  # as saved from now on, it has weights
+        return cls(config, language_model).eval()
 
 
 class GircseModel(GircsePreTrainedModel):
@@ -158,6 +210,43 @@ class GircseModel(GircsePreTrainedModel):
         model._check_numerics()
         return model
 
+    def load_adapter(
+        self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the method of all models of transformers, for adapters of the plain causal LM (keys
+        `base_model.model.model.layers...`) and those of a `GircseModel` (`base_model.model.language_model...`). The
+        adapter is not merged; `set_adapter(name)` switches between several.
+
+        Raises:
+            ValueError: if the adapter does not match the backbone or changes nothing, and is not kept then; if there
+                is another of that name.
+        """
+        if peft_model_id is None or args or "adapter_state_dict" in kwargs:
+            return super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        peft, name = _peft(peft_model_id), adapter_name or "default"
+        where = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, *REPO_ARGUMENTS) if key in kwargs}
+        where |= {key: value for key, value in (kwargs.pop("adapter_kwargs", None) or {}).items() if key[0] != "_"}
+        if where.get("subfolder"):
+            peft_model_id, where = _adapter_folder(peft_model_id, **where), {}
+        config = peft.PeftConfig.from_pretrained(peft_model_id, **where)
+        weights = {
+            _key_here(key): value for key, value in peft.load_peft_weights(peft_model_id, "cpu", **where).items()
+        }
+        if isinstance(config.target_modules, str):  # a regular expression of whole names
+            config.target_modules = rf"(language_model\.)?({config.target_modules})"
+        _check_changes(peft_model_id, weights)
+        if self._hf_peft_config_loaded and name in self.peft_config:
+            raise ValueError(f"adapter_name={name!r} is taken; choose another, or free it by delete_adapter({name!r})")
+        try:
+            info = super().load_adapter(peft_config=config, adapter_state_dict=weights, adapter_name=name, **kwargs)
+            if lost := sorted(weights.keys() ^ self.get_adapter_state_dict(name).keys()):
+                raise ValueError(f"unmatched {lost[:3]}")
+        except (KeyError, RuntimeError, ValueError) as error:
+            if self._hf_peft_config_loaded and name in self.peft_config:
+                self.delete_adapter(name)
+            raise _misfit(peft_model_id, self.language_model, error) from error
+        return info
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -207,6 +296,7 @@ class GircseModel(GircsePreTrainedModel):
         normalize: bool = True,
         return_steps: bool = False,
         tolerance: float | None = None,
+        cache_implementation: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Embeds token ids, without gradients.
 
@@ -216,18 +306,33 @@ class GircseModel(GircsePreTrainedModel):
             return_steps: z_1..z_K instead of z_K.
             tolerance: stop a text once cos(z_k, z_{k-1}) > 1 - tolerance. A text that has stopped leaves the batch and
                 keeps its embedding for the remaining steps.
+            cache_implementation: `"static"` runs a compiled step (`torch.compile`; CUDA graphs on a GPU) over a cache
+                of fixed size, which the model then keeps for the next call of the same shape. The first calls compile.
+                For many small batches of few different shapes.
 
         Returns:
             (B, d), or (B, K, d) with `return_steps`; float32 (float64 stays). With `tolerance` a pair: that and the
             steps used, (B,) int64.
 
         Raises:
-            TypeError, ValueError: as in [`GircseModel.forward`]; for a `tolerance` outside (0, 2] or without a loop.
+            TypeError, ValueError: as in [`GircseModel.forward`]; for a `tolerance` outside (0, 2] or without a loop;
+                for an unknown `cache_implementation`, or one that the backbone can't have.
         """
+        if cache_implementation not in (None, "static"):
+            raise ValueError(f"cache_implementation={cache_implementation!r} is unknown; use 'static' or leave it out")
         if tolerance is None:
-            output = self(input_ids, attention_mask, k)
-            embeddings = output.step_embeddings if normalize else self._pool(output.step_states)
+            if cache_implementation is None or len(input_ids) == 0:
+                states = self(input_ids, attention_mask, k).step_states
+            else:
+                states = self._static_states(*self._check_inputs(input_ids, attention_mask, k))
+            embeddings = self._pool(states)
+            embeddings = F.normalize(embeddings, dim=-1) if normalize else embeddings
             return embeddings if return_steps else embeddings[:, -1]
+        if cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={cache_implementation!r} keeps all texts to the end, and "
+                f"tolerance={tolerance!r} does not: leave one of them out"
+            )
         if self.config.step_token not in ("soft", "hard"):
             raise ValueError(
                 f"tolerance={tolerance!r} needs step_token 'soft' or 'hard', not {self.config.step_token!r}"
@@ -352,61 +457,112 @@ class GircseModel(GircsePreTrainedModel):
 
     def _steps(
         self, input_ids: Tensor, attention_mask: Tensor, k: int
-    ) -> Generator[tuple[Tensor, Tensor], Tensor | None, None]:
-        """Yields (s_k, g_k), (B, V) and (B, d), for k = 1..K. Sent row numbers are the rows kept from then on."""
+    ) -> Generator[tuple[Tensor | None, Tensor], Tensor | None, None]:
+        """Yields (s_k, g_k), (B, V) and (B, d), for k = 1..K; s_k is None where gradients are on. Sent row numbers are
+        the rows kept from then on."""
         decoder = _decoder(self.language_model)
-        length = input_ids.shape[1]
-        # Under gradient checkpointing the layers would fill the cache a second time in backward, and differ from what
-        # the forward pass saw. Running the whole sequence at each step, as Algorithm 1 does, is exact then.
+        state, cache, inputs, mask, positions = self._prefill(input_ids, attention_mask, k)
+        seen = self._seen_by_steps(mask, k, cache)
+        for end in range(mask.shape[1] - k + 1, mask.shape[1] + 1):
+            probabilities, embedding = self._next_token(state)
+            new = embedding[:, None]  # (B, 1, d)
+            inputs = torch.cat([inputs, new], dim=1) if cache is None else new
+            at = positions[:, end - inputs.shape[1] : end]
+            state = _decode(decoder, inputs, None if seen is None else seen[..., :end], at, cache)
+            rows = yield probabilities, state
+            if rows is not None:
+                state, mask, positions, inputs = state[rows], mask[rows], positions[rows], inputs[rows]
+                seen = None if seen is None else seen[rows]
+                if cache is not None:
+                    cache.reorder_cache(rows)
+
+    def _prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, k: int
+    ) -> tuple[Tensor, DynamicCache | None, Tensor, Tensor, Tensor]:
+        """h'_0 (B, d), the cache, the prompt's embeddings (B, N, d), mask and positions of prompt and steps (B, N + K).
+
+        The cache is None under gradient checkpointing: the layers would fill it a second time in backward, and differ
+        from what the forward pass saw. Running the whole sequence at each step, as Algorithm 1 does, is exact then.
+        """
+        decoder, length = _decoder(self.language_model), input_ids.shape[1]
         cache = DynamicCache() if _takes_cache(self.language_model) and not self._checkpointing() else None
         shared = 0 if cache is None else self._shared_prefix(input_ids, attention_mask, k)
         if shared:
             input_ids, attention_mask = _prefix_first(input_ids, attention_mask, shared)
-        inputs = self._prompt_embeddings(input_ids, attention_mask)  # (B, N, d)
-        mask = F.pad(attention_mask, (0, k), value=1)  # (B, N + K)
+        inputs = self._prompt_embeddings(input_ids, attention_mask)
+        mask = F.pad(attention_mask, (0, k), value=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         if shared:
-            decoder(
-                inputs_embeds=inputs[:1, :shared],
-                attention_mask=mask[:1, :shared],
-                position_ids=positions[:1, :shared],
-                past_key_values=cache,
-                use_cache=True,
-            )
+            _decode(decoder, inputs[:1, :shared], mask[:1, :shared], positions[:1, :shared], cache)
             cache.batch_repeat_interleave(len(mask))
-            inputs = inputs[:, shared:]
-        probabilities = None
-        for step in range(k + 1):
-            end = length + step
-            state = (
-                decoder(
-                    inputs_embeds=inputs,
-                    attention_mask=mask[:, :end],
-                    position_ids=positions[:, end - inputs.shape[1] : end],
-                    past_key_values=cache,
-                    use_cache=cache is not None,
-                )
-                .last_hidden_state[:, -1]
-                .to(mask.device)
-            )  # (B, d)
-            if step > 0:
-                rows = yield probabilities, state
-                if rows is not None:
-                    state, mask, positions, inputs = state[rows], mask[rows], positions[rows], inputs[rows]
-                    if cache is not None:
-                        cache.reorder_cache(rows)
-            if step < k:
-                probabilities, embedding = self._next_token(state)
-                new = embedding[:, None]  # (B, 1, d)
-                inputs = torch.cat([inputs, new], dim=1) if cache is None else new
+        state = _decode(decoder, inputs[:, shared:], mask[:, :length], positions[:, shared:length], cache)
+        return state, cache, inputs, mask, positions
+
+    def _seen_by_steps(self, mask: Tensor, k: int, cache: DynamicCache | None) -> Tensor | None:
+        """What the generated positions see: the mask that step k's call takes the first N + k columns of. Made once,
+        so that the backbone makes none of its own at each step, which would read the mask's values back from a GPU."""
+        implementation = getattr(self.language_model.config, "_attn_implementation", None)
+        if cache is None or implementation not in ("eager", "sdpa") or self._exceeds_window(mask.shape[1]):
+            return mask  # (B, N + K), from which the backbone makes what it needs
+        if implementation == "sdpa" and not mask.is_meta and mask.all():
+            return None  # a single position sees all that is in the cache
+        return _additive_mask(mask, self.language_model.dtype)[:, None, None]  # (B, 1, 1, N + K)
+
+    def _exceeds_window(self, length: int) -> bool:
+        window = getattr(self.config.text_config, "sliding_window", None)
+        return window is not None and length > window
+
+    def _static_states(self, input_ids: Tensor, attention_mask: Tensor, k: int) -> Tensor:
+        """g_1..g_K, (B, K, d), by a compiled step over a cache of fixed size."""
+        slots = -(-(attention_mask.shape[1] + k) // STATIC_CACHE_MULTIPLE) * STATIC_CACHE_MULTIPLE
+        self._check_static(slots)
+        state, cache, _, mask, positions = self._prefill(input_ids, attention_mask, k)
+        cache = self._fixed_cache(cache, len(mask), slots)
+        hidden = _additive_mask(F.pad(mask, (0, slots - mask.shape[1])), self.language_model.dtype)[:, None, None]
+        slot = torch.arange(slots, device=mask.device)
+        step, states, state = _compiled_step(state.device.type), [], state.contiguous()
+        for end in range(mask.shape[1] - k + 1, mask.shape[1] + 1):
+            seen = hidden.masked_fill(slot >= end, torch.finfo(hidden.dtype).min)
+            # CUDA graphs write each result to the same place.
+            state = step(self, state, seen, positions[:, end - 1 : end].contiguous(), cache).clone()
+            states.append(state)
+        return torch.stack(states, dim=1)
+
+    def _check_static(self, slots: int) -> None:
+        implementation = getattr(self.language_model.config, "_attn_implementation", None)
+        reason = None
+        if self.config.step_token not in ("soft", "hard"):
+            reason = f"step_token={self.config.step_token!r} has no loop to compile; leave it out"
+        elif not _static_caches_count(self.config.text_config):
+            reason = f"transformers {transformers.__version__} is too old for it; update transformers or leave it out"
+        elif implementation not in ("eager", "sdpa"):
+            reason = f"attn_implementation={implementation!r} takes no mask of fixed size; load with 'sdpa'"
+        elif self._exceeds_window(slots):
+            reason = f"its {slots} positions (N + k rounded up) exceed the backbone's sliding window; leave it out"
+        if reason is not None:
+            raise ValueError(f"cache_implementation='static' is not possible here: {reason}")
+
+    def _fixed_cache(self, cache: DynamicCache, batch: int, slots: int) -> StaticCache:
+        """The prefill's cache, moved into one whose memory stays where it is, as CUDA graphs want it, from call to
+        call: the model keeps the last one, for as long as the shape stays the same."""
+        key = (batch, slots, self.language_model.dtype, str(self.device))
+        kept, fixed = _static_caches().get(self, (None, None))
+        if kept != key:
+            _static_caches().pop(self, None)
+            fixed = StaticCache(config=self.config.text_config, max_cache_len=slots)
+            _static_caches()[self] = (key, fixed)
+        fixed.reset()
+        for index, layer in enumerate(cache.layers):
+            fixed.update(layer.keys, layer.values, index)
+            layer.keys = layer.values = None
+        return fixed
 
     def _shared_prefix(self, input_ids: Tensor, attention_mask: Tensor, k: int) -> int:
         """How many tokens all rows start with, such as an instruction's: their states are the same in every row, so
         that the prefill runs them once. 0 where that does not pay, or would not be exact."""
         batch, length = input_ids.shape
-        window = getattr(self.config.text_config, "sliding_window", None)
         # Padding then lies between the prefix and the rest, and a sliding window would count it.
-        if batch == 1 or input_ids.is_meta or (window is not None and length + k > window):
+        if batch == 1 or input_ids.is_meta or self._exceeds_window(length + k):
             return 0
         # Sharded weights are gathered at each call of a layer, so that all processes have to make the same calls.
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -418,24 +574,38 @@ class GircseModel(GircsePreTrainedModel):
         shared = int(same.long().cumprod(0).sum())
         return shared if shared >= SHORTEST_SHARED_PREFIX else 0
 
-    def _next_token(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """s_{k+1} (B, V), in float32 at least, and its embedding d_{k+1} (B, d) from h'_k (Eq. 5 and 6)."""
-        logits = self._logits(state)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        probabilities = torch.softmax(logits / self.config.logit_temperature, dim=-1)
-        embed = self.get_input_embeddings()
-        if self.config.step_token == "hard":
-            return probabilities, embed(probabilities.argmax(dim=-1))
+    def _next_token(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
+        """s_{k+1} (B, V), in float32 at least, and its embedding d_{k+1} (B, d) from h'_k (Eq. 5 and 6). With
+        gradients on, soft tokens are made chunk by chunk and s_{k+1} is None."""
+        embed, head = _gathered(self.get_input_embeddings()), _gathered(self.get_output_embeddings())
+        # A device map may offload weights (to the meta device), or spread them; their modules' calls see to that.
+        direct = type(head).forward is nn.Linear.forward
+        direct = direct and {head.weight.device, embed.weight.device} == {state.device}
+        if torch.is_grad_enabled() and self.config.step_token == "soft" and direct:
+            probabilities = None
+            mixed = _SoftEmbedding.apply(state, head.weight, head.bias, embed.weight, self._scores)
+        else:
+            probabilities = torch.softmax(self._scores(head(state)), dim=-1)
+            if self.config.step_token == "hard":
+                return probabilities, embed(probabilities.argmax(dim=-1))
+            if embed.weight.is_meta and not state.is_meta:
+                table = embed(torch.arange(embed.num_embeddings, device=state.device))  # scaled where the model does
+                return probabilities, probabilities.to(table) @ table
+            mixed = probabilities.to(embed.weight) @ embed.weight
         # Under autocast the product is in half precision; steps enter the decoder in the dtype that the prompt has.
-        mixed = (probabilities.to(embed.weight) @ embed.weight).to(embed.weight.dtype)
+        mixed = mixed.to(embed.weight.dtype)
         # Gemma 3 scales inside its embedding module, so that a product with the weight alone is short of it.
         scale = getattr(embed, "embed_scale", None)
         return probabilities, mixed if scale is None else mixed * torch.as_tensor(scale).to(mixed)
 
-    def _logits(self, state: Tensor) -> Tensor:
-        """The backbone's own logits for one state a row, (B, V), with what its forward does after the LM head."""
+    def _scores(self, logits: Tensor) -> Tensor:
+        """What softmax is taken of, in float32 at least; one by one, from the LM head's output."""
+        logits = self._after_head(logits)
+        return (logits if logits.dtype == torch.float64 else logits.float()) / self.config.logit_temperature
+
+    def _after_head(self, logits: Tensor) -> Tensor:
+        """What the backbone's own forward pass does to the LM head's output."""
         config = self.config.text_config
-        logits = self.get_output_embeddings()(state)
         if getattr(config, "logit_scale", None) is not None:  # Cohere
             logits = logits * config.logit_scale
         if getattr(config, "logits_scaling", None) is not None:  # Granite
@@ -493,14 +663,14 @@ class GircseModel(GircsePreTrainedModel):
         """Last hidden states of all positions in one pass, (B, N, d)."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         if self.config.attention == "bidirectional":
-            mask = _bidirectional_mask(mask, inputs.dtype)
+            mask = _additive_mask(mask, inputs.dtype)[:, None, None].expand(-1, 1, mask.shape[1], -1)  # (B, 1, N, N)
         return _decoder(self.language_model)(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
 
     def _prompt_embeddings(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # Ids under the mask may be anything (-100 is common); any id of the vocabulary does for them.
-        return self.get_input_embeddings()(input_ids * attention_mask)
+        return _gathered(self.get_input_embeddings())(input_ids * attention_mask)
 
     def _checkpointing(self) -> bool:
         return self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.language_model.modules())
@@ -524,14 +694,9 @@ class GircseModel(GircsePreTrainedModel):
         cache = DynamicCache() if _takes_cache(self.language_model) else None
         inputs, state = embed(ids), None
         for part, end in ((slice(0, 3), 3), (slice(3, 4), 4)) if cache is not None else ((slice(0, 4), 4),):
-            state = decoder(
-                inputs_embeds=inputs[:, part],
-                attention_mask=ones[:, :end],
-                position_ids=torch.arange(4, device=self.device)[None, part],
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).last_hidden_state[:, -1]
-        pairs = [("logits", self._logits(state), expected)]
+            position = torch.arange(4, device=self.device)[None, part]
+            state = _decode(decoder, inputs[:, part], ones[:, :end], position, cache)
+        pairs = [("logits", self._after_head(self.get_output_embeddings()(state)), expected)]
         if self.config.step_token == "soft":
             one_hot = F.one_hot(ids[0], embed.num_embeddings).to(embed.weight.dtype)
             scale = torch.as_tensor(getattr(embed, "embed_scale", 1.0)).to(embed.weight)
@@ -544,12 +709,123 @@ class GircseModel(GircsePreTrainedModel):
                 )
 
 
+def _gathered(module: nn.Module) -> nn.Module:
+    """FSDP2 gathers a module's weights when it is called; the step loop reads them without that."""
+    if hasattr(module, "unshard"):
+        module.unshard()
+    return module
+
+
 def _decoder(language_model: PreTrainedModel) -> nn.Module:
     """f: the causal LM without its head."""
     decoder = language_model.get_decoder() if hasattr(language_model, "get_decoder") else language_model
     if decoder is language_model:  # as transformers 4.57 says of GPT-2
         decoder = language_model.base_model
     return getattr(language_model, "model", decoder) if decoder is language_model else decoder
+
+
+def _decode(decoder: nn.Module, inputs: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None) -> Tensor:
+    """The last position's state, (B, d), after `inputs` (B, n, d) have run over the cache."""
+    output = decoder(
+        inputs_embeds=inputs,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    return output.last_hidden_state[:, -1].to(positions.device)
+
+
+def _step(model: GircseModel, state: Tensor, seen: Tensor, position: Tensor, cache: Cache) -> Tensor:
+    """h'_k from h'_{k-1}, (B, d)."""
+    return _decode(_decoder(model.language_model), model._next_token(state)[1][:, None], seen, position, cache)
+
+
+def _static_caches_count(config: Any) -> bool:
+    """Whether static caches know by themselves where the next token goes, as they do from some 5.x on."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return False
+    return hasattr(StaticCache(config=config, max_cache_len=1).layers[0], "cumulative_length")
+
+
+@functools.cache
+def _static_caches() -> WeakKeyDictionary[GircseModel, tuple[tuple, StaticCache]]:
+    """Of each model that was asked for one; not an attribute, as it's no part of a copied or pickled model."""
+    return WeakKeyDictionary()
+
+
+@functools.cache
+def _compiled_step(device_type: str) -> Any:
+    return torch.compile(_step, mode="reduce-overhead" if device_type == "cuda" else None)
+
+
+class _SoftEmbedding(torch.autograd.Function):
+    """m = p E with p = softmax(x), x = scores(W h + b), without keeping (B, V) floats for the backward pass.
+
+    Forward walks the vocabulary in chunks with a running maximum and sum (online softmax). Backward makes each chunk's
+    p again: with g the gradient of m, that of x is p * (g E^T - g . m). A tied table (E is W) gets one gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, state: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, scores: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        device = state.device.type
+        ctx.scores, ctx.tied = scores, weight is table
+        ctx.autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+        ctx.chunk = CHUNK_ON_CPU if device == "cpu" else CHUNK
+        high = total = mixed = None
+        for rows in _chunks(len(weight), ctx.chunk):
+            x = scores(F.linear(state, weight[rows], None if bias is None else bias[rows]))  # (B, C)
+            peak = x.amax(-1, keepdim=True)
+            new = peak if high is None else torch.maximum(high, peak)
+            p = (x - new).exp()
+            part_total, part_mixed = p.sum(-1, keepdim=True), (p.to(table.dtype) @ table[rows]).to(x.dtype)
+            if high is None:
+                total, mixed = part_total, part_mixed
+            else:
+                shrink = (high - new).exp()
+                total, mixed = total * shrink + part_total, mixed * shrink + part_mixed
+            high = new
+        mixed = mixed / total
+        ctx.save_for_backward(state, weight, bias, table, mixed, high + total.log())
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        state, weight, bias, table, mixed, log_total = ctx.saved_tensors
+        _, for_weight, for_bias, for_table, _ = ctx.needs_input_grad
+        d_weight = torch.empty_like(weight) if for_weight else None
+        d_bias = torch.empty_like(bias) if for_bias else None
+        d_table = torch.empty_like(table) if for_table and not ctx.tied else None
+        d_state, g_dot_m = torch.zeros_like(state, dtype=mixed.dtype), (grad * mixed).sum(-1, keepdim=True)
+        g = grad.to(table.dtype)
+        with torch.autocast(state.device.type, **ctx.autocast):
+            for rows in _chunks(len(weight), ctx.chunk):
+                with torch.enable_grad():
+                    logits = F.linear(
+                        state.detach(), weight.detach()[rows], None if bias is None else bias.detach()[rows]
+                    )
+                    x = ctx.scores(logits.requires_grad_())
+                p = (x.detach() - log_total).exp()
+                dx = p * ((g @ table[rows].T).to(p.dtype) - g_dot_m)
+                d_logits = torch.autograd.grad(x, logits, dx)[0].to(weight.dtype)
+                p = p.to(table.dtype)
+                d_state += d_logits @ weight[rows]
+                if d_weight is not None and ctx.tied:  # both products at once
+                    d_weight[rows] = torch.cat([d_logits, p]).T @ torch.cat([state, g])
+                elif d_weight is not None:
+                    d_weight[rows] = d_logits.T @ state
+                if d_table is not None:
+                    d_table[rows] = p.T @ g
+                if d_bias is not None:
+                    d_bias[rows] = d_logits.sum(0)
+        return d_state.to(state.dtype), d_weight, d_bias, d_table, None
+
+
+def _chunks(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 def _prefix_first(input_ids: Tensor, attention_mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
@@ -591,32 +867,57 @@ def _check_structure(language_model: PreTrainedModel) -> None:
         raise ValueError(f"{name} can't be a GIRCSE backbone: {reason}; choose a decoder-only attention model")
 
 
-def _bidirectional_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, N) of 0 and 1 -> (B, 1, N, N), added to the attention scores: every position sees every token."""
-    hidden = (attention_mask == 0)[:, None, None, :].expand(-1, 1, attention_mask.shape[1], -1)
+def _additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, N) of 0 and 1 -> (B, N), what is added to attention scores."""
+    hidden = attention_mask == 0
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
 
 
 def _merge_adapter(language_model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """The causal LM with a PEFT adapter of that causal LM merged into its weights."""
+    peft = _peft(adapter)
+    config = peft.PeftConfig.from_pretrained(adapter)
     try:
-        from peft import PeftConfig, PeftModel
+        model = peft.PeftModel(language_model, config)
+        result = model.load_adapter(adapter, "default")
+        # The adapter's own weights carry its name, whatever its kind (LoRA, IA3, ...).
+        lost = [key for key in result.missing_keys if ".default" in key] + list(result.unexpected_keys)
+        if lost:
+            raise ValueError(f"unmatched {lost[:3]}")
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise _misfit(adapter, language_model, error) from error
+    _check_changes(adapter, dict(model.named_parameters()))
+    return model.merge_and_unload()
+
+
+def _adapter_folder(adapter: str, subfolder: str, **where: Any) -> str:
+    """The local copy of an adapter in a subfolder; offline, PEFT looks for its weights in the wrong place there."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return str(Path([cached_file(adapter, name, subfolder=subfolder, **where) for name in names][0]).parent)
+
+
+def _peft(adapter: str) -> Any:
+    try:
+        import peft
     except ImportError as error:
         raise ImportError(f"adapter={adapter!r} needs the peft package: pip install peft") from error
-    config = PeftConfig.from_pretrained(adapter)
-    try:
-        model = PeftModel(language_model, config)
-        result = model.load_adapter(adapter, "default")
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"adapter={adapter!r} does not fit {type(language_model).__name__}: {error}") from error
-    # The adapter's own weights carry its name, whatever its kind (LoRA, IA3, ...).
-    lost = [key for key in result.missing_keys if ".default" in key] + list(result.unexpected_keys)
-    if lost:
-        raise ValueError(f"adapter={adapter!r} does not fit {type(language_model).__name__}: unmatched {lost[:3]}")
-    updates = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
-    if updates and not any(parameter.any() for parameter in updates):
+    return peft
+
+
+def _misfit(adapter: str, language_model: PreTrainedModel, reason: Exception) -> ValueError:
+    return ValueError(f"adapter={adapter!r} does not fit {type(language_model).__name__}: {reason}")
+
+
+def _check_changes(adapter: str, weights: dict[str, Tensor]) -> None:
+    updates = [weight for name, weight in weights.items() if "lora_B" in name]
+    if updates and not any(weight.any() for weight in updates):
         raise ValueError(f"adapter={adapter!r} changes nothing: all of its lora_B weights are zero; was it trained?")
-    return model.merge_and_unload()
+
+
+def _key_here(key: str) -> str:
+    """A key of an adapter's file, of the plain causal LM or of a `GircseModel`, as a key of a `GircseModel`."""
+    key = key.removeprefix("base_model.model.")
+    return key if key.startswith(("language_model.", "learned_tokens.")) else f"language_model.{key}"
 
 
 GircseModel.register_for_auto_class("AutoModel")

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from conftest import ROOT, text_config
 
@@ -243,8 +244,8 @@ def test_stock_classes_are_unchanged(round_trip):
 
 def test_model_type_is_not_a_stock_one(gircse):
     assert gircse.GircseConfig.model_type == "gircse"
-    with pytest.raises(ValueError, match="gircse"):
-        AutoConfig.for_model("gircse")
+    # The names that transformers ships, not the mapping of this process, to which other tests' code registers ours.
+    assert "qwen2" in CONFIG_MAPPING_NAMES and "gircse" not in CONFIG_MAPPING_NAMES
 
 
 def test_loading_imports_no_training_code(round_trip):
@@ -645,7 +646,12 @@ def test_the_remote_loader_fetches_these_files_only(file):
     assert {Path(found).name for found in get_relative_import_files(ROOT / file)} <= set(REMOTE_FILES)
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("*.py") if path.name != "handler.py"))
+# The handler trusts its own folder; an entry of mteb's registry, which report_gircse.py writes for people to read and
+# submit, says that the model needs it.
+TRUSTING = ("handler.py", "report_gircse.py")
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("*.py") if path.name not in TRUSTING))
 def test_no_file_trusts_remote_code_for_the_user(file):
     assert trusts((ROOT / file).read_text()) == []
 
