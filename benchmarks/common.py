@@ -1,0 +1,187 @@
+"""What the benchmarks share: models with random weights, timing in turns, peak memory, tables, JSON and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import MistralConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train_gircse import ModelArguments, load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+QWEN_05B = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+CAUSAL_EOS = {"step_token": "none", "pooling": "last"}
+BIDIRECTIONAL_AVG = {"step_token": "none", "attention": "bidirectional"}
+
+
+def classes() -> tuple[type[PreTrainedModel], type[PretrainedConfig]]:
+    return (
+        get_class_from_dynamic_module("modeling_gircse.GircseModel", str(ROOT)),
+        get_class_from_dynamic_module("configuration_gircse.GircseConfig", str(ROOT)),
+    )
+
+
+def text_config(shape: str) -> PretrainedConfig:
+    return MistralConfig() if shape == "mistral-7b" else Qwen2Config(**QWEN_05B)
+
+
+def load_root() -> tuple[PreTrainedModel, Any]:
+    """The root model in float32, and its processor."""
+    model, processor = load_model(ModelArguments())
+    return model.to(DEVICE).eval(), processor
+
+
+def build(shape: str) -> PreTrainedModel:
+    """GIRCSE over the root's backbone (`"root"`), or over random weights of the shape named."""
+    model_class, config_class = classes()
+    if shape == "root":
+        return load_root()[0]
+    torch.manual_seed(0)
+    return model_class(config_class(text_config=text_config(shape))).to(DEVICE, DTYPE).eval()
+
+
+def variant(model: PreTrainedModel, **axes: str) -> PreTrainedModel:
+    """Another design over the same weights, such as `CAUSAL_EOS`."""
+    model_class, config_class = classes()
+    return model_class(config_class(text_config=model.config.text_config, **axes), model.language_model)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def in_turns(routes: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each route, which take turns; the first round is a warm-up and left out."""
+    times = [[seconds(route) for route in routes.values()] for _ in range(rounds + 1)][1:]
+    return dict(zip(routes, map(list, zip(*times, strict=True)), strict=True))
+
+
+def ratio(times: dict[str, list[float]], route: str, base: str) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(times[route], times[base], strict=True))
+
+
+def peak_bytes(call: Callable[[], object], model: torch.nn.Module) -> int:
+    """The most that torch has allocated during `call`, with the weights; gradients count when `call` makes them."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return weights + torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return weights + peak
+
+
+def parser(description: str, rounds: int = 5) -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--rounds", type=int, default=rounds)
+    result.add_argument("--output", type=Path, help="folder for the JSON and the picture")
+    return result
+
+
+class Table:
+    """Rows that are printed in Markdown as they come, and saved with the command and the machine's facts."""
+
+    def __init__(self, **columns: str) -> None:
+        """Columns by name, each with its format, such as `"{:.2f}"`; a None is printed as a dash."""
+        self.columns, self.rows = columns, []
+        print("| " + " | ".join(name.replace("_", " ") for name in columns) + " |\n" + "|---" * len(columns) + "|")
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        cells = ["–" if row[name] is None else form.format(row[name]) for name, form in self.columns.items()]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+    def save(self, folder: Path | None, **picture: Any) -> None:
+        """`NAME.json` and `NAME.png` in `folder`, NAME the script's; `picture` as in `draw`."""
+        if folder is None:
+            return
+        name = Path(sys.argv[0]).stem
+        folder.mkdir(parents=True, exist_ok=True)
+        machine = {"device": DEVICE, "torch": torch.__version__, "transformers": transformers.__version__}
+        machine |= {"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {"threads": torch.get_num_threads()}
+        command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        content = {"command": command, "machine": machine, "rows": self.rows}
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        draw(folder / f"{name}.png", self.rows, **picture)
+
+
+def draw(
+    path: Path,
+    rows: list[dict[str, Any]],
+    *,
+    x: str,
+    y: Sequence[str],
+    label: str,
+    panels: Sequence[str] = (),
+    log: bool = False,
+    bars: bool = False,
+) -> None:
+    """Columns `y` over `x`, with one panel for all rows that have the same values in `panels`; bars for categories."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(", ".join(f"{name} = {row[name]}" for name in panels), []).append(row)
+    size = (7.0, 0.9 + 0.5 * len(rows)) if bars else (1.2 + 3.0 * len(groups), 3.4)
+    figure, axes = pyplot.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, (title, mine) in zip(axes[0], groups.items(), strict=True):
+        for index, name in enumerate(y):
+            shown = [row for row in mine if row.get(name) is not None]
+            places, values, legend = (
+                [str(row[x]) for row in shown],
+                [row[name] for row in shown],
+                name.replace("_", " "),
+            )
+            if bars:
+                heights = [mine[::-1].index(row) - (index - (len(y) - 1) / 2) * 0.8 / len(y) for row in shown]
+                axis.barh(heights, values, height=0.75 / len(y), label=legend)
+            elif shown:
+                axis.plot(places, values, marker="o", markersize=4, linewidth=1.3, label=legend)
+        scale = {"xscale" if bars else "yscale": "log" if log else "linear"}
+        axis.set(title=title, **{"xlabel": label} if bars else {"xlabel": x}, **scale)
+        if bars:
+            axis.set_yticks(range(len(mine)), [str(row[x]) for row in mine[::-1]])
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x" if bars else "y", alpha=0.25)
+    if not bars:
+        axes[0][0].set_ylabel(label)
+    if len(y) > 1:
+        axes[0][-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
