@@ -9,6 +9,8 @@ lambda 1, K = 5, batch 16, one epoch. `python train_gircse.py --help` lists ever
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import math
 import os
@@ -24,6 +26,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import EvalResult, HfApi, ModelCardData, try_to_load_from_cache
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -36,7 +40,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 from transformers.utils import logging
 
 from data_gircse import PairCollator, SourceBatches, TrainingPairs, load_pairs, split_held_out
@@ -44,8 +48,26 @@ from losses_gircse import REDUCTIONS, IcrLoss, candidate_mask, icr_loss
 
 ROOT = Path(__file__).resolve().parent
 # What goes along with a trained model, beside the code that loads it.
-CODE_FILES = ("train_gircse.py", "data_gircse.py", "losses_gircse.py", "requirements.txt", "sample_pairs.jsonl")
+CODE_FILES = ["train_gircse.py", "data_gircse.py", "losses_gircse.py", "requirements.txt", "sample_pairs.jsonl"]
+CODE_FILES += ["requirements-train.txt", "sentence_gircse.py", "modules.json", "handler.py"]
+CODE_FILES += ["evaluate_gircse.py", "tasks_gircse.py", "report_gircse.py", "requirements-eval.txt"]
+CODE_FILES += ["embed_gircse.py", "requirements-embed.txt"]
+CODE_FILES += [f"configs/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zero3")]
+# What others' machines run of a published folder, and when.
+REMOTE_CODE = {
+    "configuration_gircse.py": "all of them",
+    "modeling_gircse.py": "`AutoModel`",
+    "processing_gircse.py": "`AutoProcessor`",
+    "sentence_gircse.py": "`SentenceTransformer`",
+    "handler.py": "Inference Endpoints",
+}
+# Stays at home when a folder is published; what an upload removes from the repo if the folder has no such file.
+ADAPTER_FOLDER = "adapter"
+NOT_PUBLISHED = ["checkpoint-*", "runs/*", "*.bin", "training_log.jsonl"]
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "*adapter_config.json"]
 ACCURACY_STEPS = (1, 3, 5, 10, 20)
+# Sub-batches that go together in gradient caching's first pass, which keeps no activations.
+WIDER_WITHOUT_GRADIENTS = 4
 # What runs when no argument is given: the root model on the sample that ships with the repo, which are the defaults.
 SAMPLE_RUN = (
     "--output_dir gircse-sample --tuning full --learning_rate 1e-4 --num_train_epochs 4 --num_negatives 2 "
@@ -83,9 +105,6 @@ class ModelArguments:
         default="Instruct: {instruction}\nQuery: ", metadata={"help": "what precedes a text, for a new model"}
     )
     suffix: str = field(default="", metadata={"help": "what follows every text (for Causal-EOS, eos), for a new model"})
-    save_dtype: str = field(
-        default="float32", metadata={"help": "dtype of the saved weights", "choices": ["float32", "bfloat16"]}
-    )
 
 
 @dataclass
@@ -134,6 +153,13 @@ class GircseTrainingArguments(TrainingArguments):
     mix_sources: bool = field(
         default=False, metadata={"help": "draw batches from all sources together, not one source each"}
     )
+    save_dtype: str = field(
+        default="float32", metadata={"help": "dtype of the saved weights", "choices": ["float32", "bfloat16"]}
+    )
+    save_adapter: bool = field(
+        default=False, metadata={"help": "save the LoRA alone, which loads as the whole model does, not merged weights"}
+    )
+    hub_strategy: str = field(default="end", metadata={"help": "end: the finished folder; no checkpoint is uploaded"})
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False
@@ -148,6 +174,10 @@ class GircseTrainingArguments(TrainingArguments):
         for name, value in (("k", self.k), ("sub_batch_size", self.sub_batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be >= 1")
+        if self.hub_strategy != "end":
+            raise ValueError(
+                f"hub_strategy={self.hub_strategy.value!r} uploads checkpoints, which don't load: use 'end'"
+            )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         if self.warmup_steps >= 1:
@@ -163,12 +193,20 @@ class RandomState:
         self.cpu = torch.get_rng_state()
         self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
 
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        for device, state in zip(self.devices, self.cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    def holds(self) -> bool:
+        """Whether no random number has been drawn since."""
+        now = [torch.cuda.get_rng_state(device) for device in self.devices]
+        return all(map(torch.equal, [self.cpu, *self.cuda], [torch.get_rng_state(), *now]))
+
     @contextmanager
     def replay(self) -> Iterator[None]:
         with torch.random.fork_rng(devices=self.devices):
-            torch.set_rng_state(self.cpu)
-            for device, state in zip(self.devices, self.cuda, strict=True):
-                torch.cuda.set_rng_state(state, device)
+            self.restore()
             yield
 
 
@@ -212,6 +250,8 @@ class GircseTrainer(Trainer):
         held_out: rows for the retrieval accuracy that `evaluate` returns.
         max_length: longest text in tokens.
         callbacks: as in `Trainer`.
+        base_models: what the weights come from, and `train_data`: the pairs' name, for the card; Hub ids, or paths,
+            which the card doesn't tell.
 
     With `args.sub_batch_size`, gradients are cached: all texts are embedded without gradients, the loss is
     differentiated with respect to the embeddings, and each sub-batch is embedded again to carry that on to the weights.
@@ -229,9 +269,13 @@ class GircseTrainer(Trainer):
         held_out: Any = None,
         max_length: int | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        base_models: Sequence[str] = (),
+        train_data: str = "",
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start one process a GPU, by `accelerate launch`")
+        if args.save_adapter:
+            check_adapter(model, base_models, args.push_to_hub)
         collator = PairCollator(processor, max_length)
         dataset = TrainingPairs(pairs, args.num_negatives, args.seed)
         self._epoch_setter = EpochSetter(dataset)
@@ -244,6 +288,11 @@ class GircseTrainer(Trainer):
             processing_class=processor,
             callbacks=[LogFile(args.output_dir), self._epoch_setter, *(callbacks or [])],
         )
+        if self.is_deepspeed_enabled and args.sub_batch_size:
+            raise ValueError("sub_batch_size needs several backward passes a step, which DeepSpeed does not take")
+        self.base_models, self.train_data = list(base_models), train_data
+        self.scores: dict[int, tuple[float, float]] = {}  # k: the accuracy before training, and the last one measured
+        self._draws_numbers = False  # whether a forward pass does, as with dropout
         self._metrics: list[dict[str, Tensor]] = []
         self._collapsed_lines, self._warned_of_collapse = 0, False
 
@@ -294,20 +343,17 @@ class GircseTrainer(Trainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _cached_loss(self, model: nn.Module, sides: list[dict[str, Tensor]], inputs: dict[str, Any]) -> Tensor:
-        parts = [(side, rows) for side in range(2) for rows in _by_length(sides[side], self.args.sub_batch_size)]
-
-        def part(side: int, rows: Tensor) -> dict[str, Tensor]:
-            return {name: sides[side][name][rows] for name in ("input_ids", "attention_mask")}
-
-        leaves: list[Tensor | None] = [None, None]
-        states = []
-        with torch.no_grad():
-            for side, rows in parts:
-                states.append(RandomState(rows.device))
-                embeddings = self._embed(model, part(side, rows))
-                if leaves[side] is None:
-                    leaves[side] = embeddings.new_zeros(len(sides[side]["input_ids"]), *embeddings.shape[1:])
-                leaves[side][rows] = embeddings
+        size = self.args.sub_batch_size
+        own, start = _parts(sides, size), RandomState(inputs["positive_ids"].device)
+        parts = self._even(own)
+        if not self._draws_numbers:
+            # Without activations to keep, several sub-batches fit at once.
+            leaves, _ = self._embed_parts(model, sides, self._even(_parts(sides, WIDER_WITHOUT_GRADIENTS * size)))
+            self._draws_numbers = not start.holds()
+            states = [start] * len(parts)
+        if self._draws_numbers:  # dropout has to draw the same in both passes, and so for the same texts together
+            start.restore()
+            leaves, states = self._embed_parts(model, sides, parts)
         torch.clear_autocast_cache()  # else older versions of torch go on with these passes' weights, without gradients
         queries, documents = (leaf.requires_grad_() for leaf in leaves)
         total = self._joint_loss(queries, documents, inputs)
@@ -318,11 +364,35 @@ class GircseTrainer(Trainer):
         for index, ((side, rows), state) in enumerate(zip(parts, states, strict=True)):
             last = index == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(model), state.replay():
-                embeddings = self._embed(model, part(side, rows))
-                surrogate = (embeddings * wanted[side][rows]).sum()
+                embeddings = self._embed(model, _rows(sides[side], rows))
+                surrogate = (embeddings * wanted[side][rows]).sum() * (index < len(own))
                 if not last:
                     self.accelerator.backward(surrogate / accumulation)
         return _with_value(surrogate, total)
+
+    def _even(self, parts: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+        """As many sub-batches on all processes, a text repeated where need be: sharded weights are gathered for each
+        pass, by all processes together."""
+        if not self.is_fsdp_enabled:
+            return parts
+        most = int(self.accelerator.gather(torch.tensor([len(parts)], device=self.accelerator.device)).max())
+        side, rows = parts[0]
+        return parts + [(side, rows[:1])] * (most - len(parts))
+
+    @torch.no_grad()
+    def _embed_parts(
+        self, model: nn.Module, sides: list[dict[str, Tensor]], parts: list[tuple[int, Tensor]]
+    ) -> tuple[list[Tensor], list[RandomState]]:
+        """The embeddings of queries and documents, (B, K, d) and (M, K, d), and the random state before each part."""
+        embeddings: list[Tensor | None] = [None, None]
+        states = []
+        for side, rows in parts:
+            states.append(RandomState(rows.device))
+            found = self._embed(model, _rows(sides[side], rows))
+            if embeddings[side] is None:
+                embeddings[side] = found.new_zeros(len(sides[side]["input_ids"]), *found.shape[1:])
+            embeddings[side][rows] = found
+        return embeddings, states
 
     def _joint_loss(self, queries: Tensor, documents: Tensor, inputs: dict[str, Any]) -> Tensor:
         """ICR over the queries (B, K, d) and documents (M, K, d) of all processes; this one's own carry gradients."""
@@ -408,17 +478,109 @@ class GircseTrainer(Trainer):
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
         batch_size = self.args.per_device_eval_batch_size
         with self.accelerator.autocast():  # as in training, also before Trainer has prepared the model
-            accuracy = retrieval_accuracy(self._base_model(), pairs, self.data_collator, batch_size)
+            accuracy = retrieval_accuracy(self.model, pairs, self.data_collator, batch_size)
+        for k, value in accuracy.items():
+            before = self.scores.get(k, (math.nan,))[0] if self.state.global_step else value
+            self.scores[k] = (before, value)
         metrics = {f"{metric_key_prefix}_accuracy_k{k}": value for k, value in accuracy.items()}
         if self.state.max_steps:  # before training, TensorBoard (transformers 5) would start in ./runs and stay there
             self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    # Publishing
+
+    def export(self) -> None:
+        """Writes the Hub-ready folder to `args.output_dir`: see [`export`], and the card. Called by all processes.
+
+        Raises:
+            ValueError: if there is an adapter and it changes nothing.
+        """
+        model = self._whole_model()
+        if self.is_world_process_zero():
+            adapter_of = self.base_models[0] if self.args.save_adapter else None
+            export(model, self.processing_class, self.args.output_dir, self.args.save_dtype, adapter_of)
+            self._write_card()
+
+    def push_to_hub(
+        self,
+        commit_message: str = "GIRCSE weights and code",
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> Any:
+        """Writes the Hub-ready folder and uploads it to `args.hub_model_id`, which is created if need be: all in one
+        commit, which a second one writes into the card, as the pinned load. Called by all processes.
+
+        Args:
+            commit_message: of the first commit.
+            token: in place of `args.hub_token`.
+            revision: the branch, that of `args.hub_revision` or the main one by default.
+
+        Returns:
+            The `CommitInfo` of the first commit; None on other processes than the first.
+        """
+        if self.args.save_adapter:
+            check_adapter(self.accelerator.unwrap_model(self.model), self.base_models, publishes=True)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        revision = revision or getattr(self.args, "hub_revision", None)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        self.export()
+        if not self.is_world_process_zero():
+            return None
+        api, where = HfApi(token=token), {"repo_id": self.hub_model_id, "revision": revision}
+        self._write_card("COMMIT")
+        commit = api.upload_folder(
+            folder_path=self.args.output_dir,
+            ignore_patterns=NOT_PUBLISHED,
+            delete_patterns=REPLACED,
+            commit_message=commit_message,
+            **where,
+        )
+        card = self._write_card(commit.oid)
+        api.upload_file(
+            path_or_fileobj=card, path_in_repo=card.name, commit_message="The card shows the pinned load", **where
+        )
+        return commit
+
+    def _whole_model(self) -> nn.Module | None:
+        """A copy of the model, as training may go on, on the first process. Sharded weights come from all of them."""
+        model, base = self.accelerator.unwrap_model(self.model), self._base_model()
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return copy.deepcopy(model) if self.is_world_process_zero() else None
+        weights = self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.is_world_process_zero():
+            return None
+        whole = type(base)(copy.deepcopy(base.config))
+        if model is not base:
+            from peft import get_peft_model
+
+            whole = get_peft_model(whole, copy.deepcopy(model.active_peft_config))
+        whole.float().load_state_dict(weights)
+        return whole
+
+    def _write_card(self, commit: str | None = None) -> Path:
+        folder = Path(self.args.output_dir)
+        repo_id = None if commit is None else self.hub_model_id
+        text = model_card(folder, self.args, self.base_models, self.train_data, self.scores, repo_id, commit)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        return folder / "README.md"
+
 
 def _with_value(carrier: Tensor, value: Tensor) -> Tensor:
     """A scalar with the gradient of `carrier` and the value of `value`."""
     return carrier - (carrier - value).detach()
+
+
+def _rows(side: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: side[name][rows] for name in ("input_ids", "attention_mask")}
+
+
+def _parts(sides: list[dict[str, Tensor]], size: int) -> list[tuple[int, Tensor]]:
+    """Sub-batches of up to `size` texts of one side: (side, row numbers)."""
+    return [(side, rows) for side in range(2) for rows in _by_length(sides[side], size)]
 
 
 def _by_length(side: dict[str, Tensor], size: int) -> list[Tensor]:
@@ -443,12 +605,11 @@ def retrieval_accuracy(model: Any, pairs: Any, collator: PairCollator, batch_siz
     for side in (batch["query"], batch["document"]):
         parts = _by_length(side, batch_size)
         embeddings = [
-            model.generate_embedding(
-                side["input_ids"][rows].to(model.device),
-                side["attention_mask"][rows].to(model.device),
+            model(
+                input_ids=side["input_ids"][rows].to(model.device),
+                attention_mask=side["attention_mask"][rows].to(model.device),
                 k=max(steps) if generates else None,
-                return_steps=True,
-            )
+            ).step_embeddings
             for rows in parts
         ]
         sides.append(torch.cat(embeddings)[torch.cat(parts).argsort()].cpu())
@@ -510,59 +671,199 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> nn.Module:
     return peft_model
 
 
-def export(model: Any, processor: Any, folder: str | Path, card: str, dtype: str = "float32") -> PreTrainedModel:
-    """Saves a Hub-ready folder: weights (LoRA merged), tokenizer, configuration, code and model card.
+def export(
+    model: Any, processor: Any, folder: str | Path, dtype: str = "float32", adapter_of: str | None = None
+) -> PreTrainedModel:
+    """Saves a Hub-ready folder but for its card: weights (LoRA merged), tokenizer, configuration, prompts and code.
+
+    With `adapter_of`, the model that training started from, the LoRA alone takes the weights' place; see
+    [`save_adapter`].
 
     Raises:
         ValueError: if there is an adapter and it changes nothing.
     """
     folder = Path(folder)
-    if hasattr(model, "merge_and_unload"):
-        if not any(weight.any() for name, weight in model.named_parameters() if "lora_B" in name):
-            raise ValueError("the adapter changes nothing: all of its lora_B weights are zero; has it been trained?")
-        model = model.merge_and_unload()
-    model = model.to(getattr(torch, dtype))
-    model.save_pretrained(folder)
+    tuned = hasattr(model, "merge_and_unload")
+    if tuned and not any(weight.any() for name, weight in model.named_parameters() if "lora_B" in name):
+        raise ValueError("the adapter changes nothing: all of its lora_B weights are zero; has it been trained?")
+    if adapter_of:
+        model = save_adapter(model, folder, getattr(torch, dtype), adapter_of)
+    else:
+        shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of an earlier run
+        model = (model.merge_and_unload() if tuned else model).to(getattr(torch, dtype))
+        model.save_pretrained(folder)
     processor.save_pretrained(folder)
     for name in CODE_FILES:
         if not (folder / name).exists() or not (folder / name).samefile(ROOT / name):
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    settings = json.dumps(sentence_transformers_settings(processor), indent=2, ensure_ascii=False)
+    (folder / "config_sentence_transformers.json").write_text(settings + "\n", encoding="utf-8")
     return model
 
 
-def model_card(arguments: ModelArguments, data: DataArguments, training: GircseTrainingArguments, scores: dict) -> str:
-    """The card of a trained model, filled from the run."""
-    base = arguments.model_name_or_path
-    on_hub = not Path(base).exists()
-    rows = "\n".join(f"| {k} | {before:.3f} | {after:.3f} |" for k, (before, after) in scores.items())
-    metadata = ["library_name: transformers", "pipeline_tag: feature-extraction"]
-    metadata += ["tags: [gircse, sentence-similarity, text-embeddings, custom_code]"]
-    metadata += [f"base_model: {base}"] if on_hub else []
-    metadata += [f"datasets: [{data.train_data}]"] if re.fullmatch(r"[\w.-]+/[\w.-]+", data.train_data) else []
-    settings = f"K = {training.k}, temperature {training.temperature}, lambda {training.refinement_weight}, "
-    settings += f"reduction {training.reduction}, {arguments.tuning} tuning, learning rate {training.learning_rate:g}, "
+def save_adapter(model: Any, folder: Path, dtype: torch.dtype, adapter_of: str) -> PreTrainedModel:
+    """Saves the LoRA of a `PeftModel` as one of the plain causal LM, and a configuration that tells where it is.
+
+    The keys are PEFT's for the causal LM, `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, so that
+    PEFT alone loads it on that, too. It lies in a subfolder: with `adapter_config.json` beside `config.json`,
+    `AutoModel.from_pretrained` would not look at the latter, and give the bare backbone.
+
+    Returns:
+        The model without its adapter.
+    """
+    from peft import get_peft_model_state_dict
+
+    base, config = model.get_base_model(), copy.deepcopy(model.active_peft_config)
+    config.base_model_name_or_path, config.revision = adapter_of, _commit_of(adapter_of)
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    if not isinstance(config.target_modules, str):
+        config.target_modules = {_plain_name(name) for name in config.target_modules}
+    weights = {
+        _plain_name(name, "base_model.model."): weight.detach().to("cpu", dtype).contiguous()
+        for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    config.save_pretrained(folder / ADAPTER_FOLDER)
+    save_file(weights, folder / ADAPTER_FOLDER / "adapter_model.safetensors", metadata={"format": "pt"})
+    for path in folder.glob("model*.safetensors*"):  # of an earlier run
+        path.unlink()
+    base = model.unload()
+    base.config.adapter = ADAPTER_FOLDER
+    custom_object_save(base, folder, config=base.config)
+    base.config.save_pretrained(folder)
+    return base
+
+
+def check_adapter(model: Any, base_models: Sequence[str], publishes: bool) -> None:
+    """Raises a ValueError for a model that `save_adapter` can't save, or that nobody else could load."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base is model or base.config.step_token == "learned":
+        lost = "full tuning" if base is model else "learned tokens"
+        raise ValueError(f"save_adapter=True saves a LoRA of the backbone alone, and would lose {lost}: leave it out")
+    if len(base_models) != 1:
+        raise ValueError(f"save_adapter=True needs the one model that the LoRA belongs to, not {list(base_models)}")
+    if publishes and not _is_hub_id(base_models[0]):
+        raise ValueError(f"save_adapter=True publishes no weights, and {base_models[0]!r} is not on the Hub")
+
+
+def _commit_of(name: str) -> str | None:
+    """The commit of the Hub that was loaded under `name`, from the place of its files in the cache."""
+    found = try_to_load_from_cache(name, "config.json") if _is_hub_id(name) else None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _plain_name(name: str, prefix: str = "") -> str:
+    """A `GircseModel`'s name of a module or weight -> the causal LM's."""
+    return prefix + name.removeprefix(prefix).removeprefix("language_model.")
+
+
+def sentence_transformers_settings(processor: Any) -> dict[str, Any]:
+    """This repo's `config_sentence_transformers.json`, its prompts in the template of `processor`."""
+    names = ("config_sentence_transformers.json", "processor_config.json")
+    settings, own = (json.loads((ROOT / name).read_text(encoding="utf-8")) for name in names)
+    before, _, after = own["prompt_template"].partition("{instruction}")
+    for name, prompt in settings["prompts"].items():
+        settings["prompts"][name] = processor.prompt_for(prompt.removeprefix(before).removesuffix(after))
+    return settings
+
+
+def model_card(
+    folder: Path,
+    training: GircseTrainingArguments,
+    base_models: Sequence[str] = (),
+    train_data: str = "",
+    scores: dict[int, tuple[float, float]] | None = None,
+    repo_id: str | None = None,
+    commit: str | None = None,
+) -> str:
+    """The card of the exported `folder`, filled from the run.
+
+    Args:
+        folder: its code files are listed with their hashes.
+        training: the run's settings.
+        base_models, train_data: see [`GircseTrainer`].
+        scores: held-out accuracy before and after training by k.
+        repo_id, commit: where the folder is published; without them the card speaks of the folder itself.
+    """
+    bases = [name for name in base_models if _is_hub_id(name)]
+    on_hub, data_name = _is_hub_id(train_data), train_data if _is_hub_id(train_data) else Path(train_data).name
+    results = [
+        EvalResult(
+            task_type="text-retrieval",
+            dataset_type=train_data if on_hub else "local",
+            dataset_name=f"{data_name or 'training pairs'}, held out",
+            metric_type="accuracy",
+            metric_name=f"accuracy at k = {k}",
+            metric_value=round(after, 5),
+        )
+        for k, (_, after) in (scores or {}).items()
+    ]
+    name = (repo_id or str(folder.resolve())).rpartition("/")[2]
+    metadata = ModelCardData(
+        base_model=bases[0] if len(bases) == 1 else bases or None,
+        datasets=[train_data] if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="feature-extraction",
+        tags=["gircse", "sentence-transformers", "sentence-similarity", "text-embeddings", "custom_code"],
+        **({"model_name": name, "eval_results": results} if results else {}),
+    )
+    run = [name for name in REMOTE_CODE if (folder / name).exists()]
+    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in run}
     batch = (training.per_device_train_batch_size, training.gradient_accumulation_steps, training.world_size)
-    settings += f"batch {' x '.join(map(str, batch))} (queries, accumulation, processes)"
-    body = CARD_BODY.format(rows=rows, settings=settings, base=base if on_hub else "a local model")
-    return "\n".join(["---", *metadata, "---", body])
+    return CARD.format(
+        metadata=metadata.to_yaml(),
+        name=name,
+        base=", ".join(bases) or "a local model",
+        repo=repo_id or ".",
+        pin="" if commit is None else f'revision="{commit}", ',
+        files="\n".join(f"| `{name}` | {REMOTE_CODE[name]} | `{digest}` |" for name, digest in hashes.items()),
+        rows="\n".join(f"| {k} | {before:.3f} | {after:.3f} |" for k, (before, after) in (scores or {}).items()),
+        settings=f"K = {training.k}, temperature {training.temperature}, lambda {training.refinement_weight}, "
+        f"reduction {training.reduction}, learning rate {training.learning_rate:g}, "
+        f"batch {' x '.join(map(str, batch))} (queries, accumulation, processes)",
+    )
 
 
-CARD_BODY = """
-# A GIRCSE embedding model
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"([\w.-]+/)?[\w.-]+", name) is not None and not Path(name).exists()
 
-Generates K soft tokens after a text and averages their last hidden states. Made from {base}.
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+A text embedding model: it generates K soft tokens after a text and averages their last hidden states (GIRCSE). Made
+from {base}.
 
 ```python
 from transformers import AutoModel, AutoProcessor
 
-model = AutoModel.from_pretrained(".", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
+model = AutoModel.from_pretrained("{repo}", {pin}trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{repo}", {pin}trust_remote_code=True)
 inputs = processor(["how do I renew a card"], instruction="Given a question, retrieve a passage that answers it.")
 embeddings = model.generate_embedding(**inputs)  # (1, d), unit norm
 ```
 
-Held-out retrieval accuracy before and after this training, by the number of generated tokens:
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{repo}", {pin}trust_remote_code=True)
+embeddings = model.encode_query(["how do I renew a card"], k=5)
+```
+
+## What `trust_remote_code=True` runs
+
+Only these files, by who loads the model. Read them, and pin the commit that you have read.
+
+| file | loaded by | SHA-256 |
+|---|---|---|
+{files}
+
+## Held-out retrieval accuracy
+
+Before and after this training, by the number of generated tokens:
 
 | k | before | after |
 |---|---|---|
@@ -640,8 +941,6 @@ def check_settings(
         raise ValueError("eval_strategy needs pairs to evaluate on: held_out must be > 0")
     if Path(training.output_dir).resolve() == ROOT:
         raise ValueError(f"output_dir={training.output_dir!r} is this repo itself; choose another folder")
-    if training.deepspeed and training.sub_batch_size:
-        raise ValueError("sub_batch_size needs several backward passes a step, which DeepSpeed does not take")
 
 
 def check_output(training: GircseTrainingArguments) -> str | None:
@@ -687,7 +986,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"No arguments: training the root model on the sample, as\n  python train_gircse.py {' '.join(argv)}\n")
     parser = HfArgumentParser((ModelArguments, DataArguments, GircseTrainingArguments))
     arguments, data, training = parser.parse_args_into_dataclasses(argv)
-    push, training.push_to_hub = training.push_to_hub, False  # once, at the end, the whole folder
     checkpoint = check_output(training)
     set_seed(training.seed)
 
@@ -697,53 +995,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs, held_out = split_held_out(pairs, data.held_out, training.seed)
     if arguments.tuning == "lora":
         model = add_lora(model, arguments)
-    trainer = GircseTrainer(model, training, processor, pairs, held_out, data.max_length)
-    repo_id = create_hub_repo(training) if push and trainer.is_world_process_zero() else None
+    base_models = [name for name in (arguments.model_name_or_path, arguments.adapter) if name]
+    # With --push_to_hub, Trainer makes the Hub repo here, so that a missing permission shows before training.
+    trainer = GircseTrainer(
+        model,
+        training,
+        processor,
+        pairs,
+        held_out,
+        data.max_length,
+        base_models=base_models,
+        train_data=data.train_data,
+    )
 
-    before = trainer.evaluate() if data.held_out else {}
+    if data.held_out:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=checkpoint)
-    after = trainer.evaluate() if data.held_out else {}
-    scores = {int(name.rpartition("_k")[2]): (before[name], after[name]) for name in after}
-
+    if data.held_out:
+        trainer.evaluate()
     if trainer.is_world_process_zero():
-        if scores:
+        if trainer.scores:
             print(f"\nHeld-out retrieval accuracy ({len(held_out)} pairs)\n   k  before  after")
-            for k, (first, last) in scores.items():
-                print(f"  {k:2d}  {first:6.3f} {last:6.3f}")
-        card = model_card(arguments, data, training, scores)
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        export(trained, processor, training.output_dir, card, arguments.save_dtype)
+            for k, (before, after) in trainer.scores.items():
+                print(f"  {k:2d}  {before:6.3f} {after:6.3f}")
         plot_curves(trainer.state.log_history, Path(training.output_dir) / "training_curves.png")
+    if training.push_to_hub:
+        commit = trainer.push_to_hub()
+    else:
+        trainer.export()
+    if trainer.is_world_process_zero():
         print(f"\nSaved to {training.output_dir}")
-        if push:
-            publish(training.output_dir, repo_id, training)
+        if training.push_to_hub:
+            print(f"Published: {commit}")
         if data.show_neighbours:
             show_neighbours(training.output_dir, held_out)
-
-
-def create_hub_repo(training: GircseTrainingArguments) -> str:
-    """Creates the Hub repo, or finds it, before training, so that a missing permission shows now; returns its id."""
-    from huggingface_hub import HfApi
-
-    name = training.hub_model_id or Path(training.output_dir).resolve().name
-    return (
-        HfApi(token=training.hub_token)
-        .create_repo(name, private=bool(training.hub_private_repo), exist_ok=True)
-        .repo_id
-    )
-
-
-def publish(folder: str, repo_id: str, training: GircseTrainingArguments) -> None:
-    """Uploads weights and code together, in one commit, without checkpoints and logs."""
-    from huggingface_hub import HfApi
-
-    commit = HfApi(token=training.hub_token).upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        ignore_patterns=["checkpoint-*", "runs/*", "*.bin", "training_log.jsonl"],
-        commit_message="GIRCSE weights and code",
-    )
-    print(f"Published: {commit}")
 
 
 if __name__ == "__main__":

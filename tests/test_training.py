@@ -214,10 +214,13 @@ def test_cached_gradients_are_the_plain_ones(processor, tmp_path, sub_batch_size
     inputs = one_batch(processor, rows)
     loss, expected = step(trainer, inputs)
     trainer.args.sub_batch_size = sub_batch_size
-    calls, embed = [], trainer._embed
-    trainer._embed = lambda model, side: calls.append(len(side["input_ids"])) or embed(model, side)
+    calls, embed = {True: [], False: []}, trainer._embed
+    trainer._embed = lambda model, side: (
+        calls[torch.is_grad_enabled()].append(len(side["input_ids"])) or embed(model, side)
+    )
     cached_loss, actual = step(trainer, inputs)
-    assert max(calls) <= sub_batch_size and sum(calls) == 2 * (5 + len(inputs["document_ids"]))
+    assert sum(calls[True]) == sum(calls[False]) == 5 + len(inputs["document_ids"])
+    assert max(calls[True]) <= sub_batch_size and max(calls[False]) <= 4 * sub_batch_size
     assert cached_loss == pytest.approx(loss, rel=1e-10)
     assert_same_gradients(actual, expected)
 
@@ -228,7 +231,9 @@ def test_cached_passes_drop_the_same(processor, tmp_path):
     model = tiny_model(dtype=torch.float64, text_changes={"attention_dropout": 0.1})
     trainer = make_trainer(model, processor, tmp_path, rows, sub_batch_size=3)
     inputs = one_batch(processor, rows)
-    seen, embed = [], trainer._embed
+    torch.manual_seed(5)
+    step(trainer, inputs)  # sees that there is dropout, and is as if it had known
+    seen, embed, known = [], trainer._embed, torch.get_rng_state()
 
     def watched(model, side):
         seen.append((side, embed(model, side)))
@@ -238,6 +243,7 @@ def test_cached_passes_drop_the_same(processor, tmp_path):
     torch.manual_seed(5)
     loss, actual = step(trainer, inputs)
     state = torch.get_rng_state()
+    assert torch.equal(state, known)
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     for (side, before), (again, after) in zip(first, second, strict=True):
         assert torch.equal(side["input_ids"], again["input_ids"]) and torch.equal(before, after)
@@ -647,7 +653,8 @@ torch.save(model.generate_embedding(**inputs, k=4), result)
 
 def test_lora_export_loads_elsewhere(lora, tmp_path):
     code = ("configuration", "modeling", "processing", "train", "data", "losses")
-    for name in [f"{part}_gircse.py" for part in code] + ["README.md", "requirements.txt", "config.json"]:
+    others = ["handler.py", "requirements.txt", "requirements-train.txt", "README.md", "config.json"]
+    for name in [f"{part}_gircse.py" for part in code] + others:
         assert (lora.folder / name).is_file(), name
     keys = load_file(lora.folder / "model.safetensors")
     assert keys and not [key for key in keys if "lora" in key or "base_layer" in key or "base_model" in key]
@@ -672,7 +679,7 @@ def test_card_tells_the_scores(lora):
     card = (lora.folder / "README.md").read_text()
     rows = [line for line in card.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert [int(row.split("|")[1]) for row in rows] == [1, 3, 5, 10, 20]
-    assert card.startswith("---\nlibrary_name: transformers\n") and "lora tuning" in card
+    assert card.startswith("---\nlibrary_name: transformers\n") and "batch 4 x 1 x 1" in card
 
 
 def test_lora_run_resumes(lora, workplace):
@@ -692,7 +699,7 @@ def test_learned_tokens_are_trained_beside_lora(processor, tmp_path):
         peft_model, processor, tmp_path / "run", rows, max_steps=2, learning_rate=0.1, warmup_steps=1, k=2
     )
     trainer.train()
-    merged = export(trainer.model, processor, tmp_path / "out", "card")
+    merged = export(trainer.model, processor, tmp_path / "out")
     assert not torch.equal(merged.learned_tokens.weight, start)
     assert "learned_tokens.weight" in load_file(tmp_path / "out" / "model.safetensors")
 
@@ -708,7 +715,7 @@ def test_longest_text_leaves_room_for_all_steps(lora):
 def test_untrained_adapter_is_not_exported(processor, tmp_path):
     model = add_lora(tiny_model(), ModelArguments(lora_r=2))
     with pytest.raises(ValueError, match="lora_B"):
-        export(model, processor, tmp_path / "out", "card")
+        export(model, processor, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -835,10 +842,10 @@ class Lookup:
     def train(self, mode: bool = True) -> None:
         self.training = mode
 
-    def generate_embedding(self, input_ids, attention_mask, k, return_steps) -> Tensor:
-        assert return_steps and not self.training and len(input_ids) <= 2
+    def __call__(self, input_ids, attention_mask, k) -> SimpleNamespace:
+        assert not self.training and len(input_ids) <= 2
         self.asked.add(k)
-        return self.vectors[input_ids[:, 0], : k or 1]
+        return SimpleNamespace(step_embeddings=self.vectors[input_ids[:, 0], : k or 1])
 
 
 def accuracy_rows() -> datasets.Dataset:

@@ -1,0 +1,224 @@
+"""Adapters: an adapter-only folder loads as a whole model does and gives the same vectors; PEFT alone loads its file on
+the plain causal LM; adapters from elsewhere are switched on one backbone; what does not fit raises."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
+
+from test_loading import LORA_TARGETS, save_adapter
+from test_training import make_rows, make_tokenizer, tiny_text_config
+from train_gircse import main
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A plain causal LM with its tokenizer."""
+    folder = tmp_path_factory.mktemp("plain")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_text_config(tie_word_embeddings=True)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train(base: Path, folder: Path, *more: str) -> Path:
+    """A LoRA run of two steps, saved both ways: below `merged` and `adapter_only`."""
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in make_rows(12)))
+    argv = f"--model_name_or_path {base} --train_data {pairs} --lora_r 2 --max_steps 2 --learning_rate 0.05 "
+    argv += "--warmup_steps 1 --per_device_train_batch_size 4 --k 2 --held_out 0 --save_strategy no --report_to none "
+    argv += "--use_cpu True --disable_tqdm True --dataloader_pin_memory False --num_steps 3"
+    for name, option in (("merged", []), ("adapter_only", ["--save_adapter"])):
+        main([*argv.split(), *option, "--output_dir", str(folder / name), *more])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(plain, tmp_path_factory) -> Path:
+    return train(plain, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def inputs(trained) -> dict:
+    processor = AutoProcessor.from_pretrained(trained / "merged", trust_remote_code=True)
+    return dict(processor(["a red thing", "cold"], instruction="find the answer"))
+
+
+def embed(model, inputs: dict) -> torch.Tensor:
+    return model.generate_embedding(**inputs, k=3)
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+# Adapter-only folders
+
+
+def test_adapter_only_folder_loads_in_one_call(plain, trained, inputs, gircse):
+    folder = trained / "adapter_only"
+    assert not list(folder.glob("*.safetensors")) and not (folder / "adapter_config.json").exists()
+    assert (folder / "sentence_gircse.py").exists() and (folder / "README.md").exists()
+    expected = embed(AutoModel.from_pretrained(trained / "merged", trust_remote_code=True), inputs)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert not model.training and model.config.adapter is None
+    torch.testing.assert_close(embed(model, inputs), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(embed(gircse.GircseModel.from_pretrained(folder), inputs), expected, rtol=0, atol=1e-6)
+    assert distance(expected, embed(gircse.GircseModel.from_causal_lm(str(plain)), inputs)) > 1e-3
+    assert model.config.num_steps == 3
+    few = AutoModel.from_pretrained(folder, trust_remote_code=True, num_steps=1, attn_implementation="eager")
+    assert few.config.num_steps == 1 and few.language_model.config._attn_implementation == "eager"
+
+
+def test_adapter_only_folder_becomes_a_whole_one(trained, inputs, tmp_path):
+    model = AutoModel.from_pretrained(trained / "adapter_only", trust_remote_code=True)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    again = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert torch.equal(embed(again, inputs), embed(model, inputs))
+
+
+def test_adapter_only_folder_loads_in_sentence_transformers(trained, inputs):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(
+        str(trained / "adapter_only"), trust_remote_code=True, device="cpu"
+    )
+    found = model.encode(
+        ["a red thing", "cold"], prompt="Instruct: find the answer\nQuery: ", k=3, convert_to_tensor=True
+    )
+    expected = embed(AutoModel.from_pretrained(trained / "merged", trust_remote_code=True), inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_adapter_file_is_one_of_the_plain_causal_lm(plain, trained, inputs, gircse):
+    """In the documented layout: PEFT alone loads it, and so does `from_causal_lm`."""
+    adapter = str(trained / "adapter_only" / "adapter")
+    keys = load_file(f"{adapter}/adapter_model.safetensors").keys()
+    assert len(keys) == 2 * 7 * 2
+    assert all(re.match(r"base_model\.model\.model\.layers\.\d\.\w+\.\w+\.lora_[AB]\.weight$", key) for key in keys)
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(plain), adapter).merge_and_unload()
+    merged = AutoModel.from_pretrained(trained / "merged", trust_remote_code=True)
+    for name, weight in merged.language_model.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=1e-6)
+    ours = gircse.GircseModel.from_causal_lm(str(plain), adapter=adapter)
+    torch.testing.assert_close(embed(ours, inputs), embed(merged, inputs), rtol=0, atol=1e-6)
+
+
+def test_adapter_of_a_gircse_model(trained, inputs, tmp_path):
+    """Training that starts from a GIRCSE model: that one is the adapter's backbone."""
+    folder = train(trained / "merged", tmp_path)
+    found, expected, start = (
+        embed(AutoModel.from_pretrained(path, trust_remote_code=True), inputs)
+        for path in (folder / "adapter_only", folder / "merged", trained / "merged")
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert distance(expected, start) > 1e-3
+
+
+def edited(folder: Path, source: Path, edit) -> Path:
+    """A copy of an adapter-only folder's files, with its adapter's weights edited."""
+    (folder / "adapter").mkdir()
+    for path in [*source.glob("*.json"), *source.glob("*.py"), source / "adapter" / "adapter_config.json"]:
+        (folder / path.relative_to(source)).write_bytes(path.read_bytes())
+    weights = load_file(source / "adapter" / "adapter_model.safetensors")
+    save_file(edit(weights), folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+EDITS = {
+    "changes nothing": lambda weights: {key: torch.zeros_like(weight) for key, weight in weights.items()},
+    "does not fit": lambda weights: {key: weight.repeat(1, 2) for key, weight in weights.items()},
+    "unmatched": lambda weights: {key.replace("layers.1", "layers.7"): weight for key, weight in weights.items()},
+}
+
+
+@pytest.mark.parametrize("reason", EDITS)
+def test_adapter_only_folder_that_does_not_fit_raises(trained, tmp_path, reason):
+    folder = edited(tmp_path, trained / "adapter_only", EDITS[reason])
+    with pytest.raises(ValueError, match=f"adapter=.*{reason}"):
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--tuning", "full"], "full tuning"),
+        (["--step_token", "learned", "--num_steps", "2"], "learned tokens"),
+        (["--adapter", "ADAPTER"], "the one model"),
+        (["--push_to_hub"], "not on the Hub"),
+    ],
+)
+def test_adapter_that_would_not_load_is_refused_before_training(plain, trained, tmp_path, options, reason):
+    options = [str(trained / "adapter_only" / "adapter") if name == "ADAPTER" else name for name in options]
+    argv = f"--model_name_or_path {plain} --train_data {trained / 'pairs.jsonl'} --save_adapter --k 2 --held_out 0 "
+    argv += f"--output_dir {tmp_path / 'out'} --use_cpu True --report_to none"
+    with pytest.raises(ValueError, match=f"save_adapter=True.*{reason}"):
+        main([*argv.split(), *options])
+
+
+# Several adapters on one backbone
+
+
+@pytest.fixture(scope="module")
+def adapters(plain, tmp_path_factory) -> SimpleNamespace:
+    """Two adapters by PEFT alone: one of all linear layers, and one of two kinds, named by a regular expression."""
+    folder = tmp_path_factory.mktemp("adapters")
+    settings = {"first": (LORA_TARGETS, 0.1), "second": (r"model\.layers\.\d\..*\.(q_proj|v_proj)", 0.4)}
+    found = {}
+    for name, (targets, std) in settings.items():
+        found[name] = save_adapter(AutoModelForCausalLM.from_pretrained(plain), folder / name, std=std, targets=targets)
+    return SimpleNamespace(**found)
+
+
+def test_adapters_are_switched(plain, adapters, inputs, gircse):
+    model = gircse.GircseModel.from_causal_lm(str(plain))
+    start = embed(model, inputs)
+    model.load_adapter(adapters.first, "first")
+    model.load_adapter(adapters.second, "second")
+    for name in ("first", "second", "first"):
+        model.set_adapter(name)
+        merged = gircse.GircseModel.from_causal_lm(str(plain), adapter=getattr(adapters, name))
+        torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-5)
+        assert distance(embed(model, inputs), start) > 1e-2
+    model.disable_adapters()
+    torch.testing.assert_close(embed(model, inputs), start, rtol=0, atol=1e-6)
+
+
+def test_own_adapters_and_checkpoints_are_loaded(plain, trained, inputs, gircse, tmp_path):
+    """An adapter-only repo's adapter, and PEFT's layout of a `GircseModel`, as checkpoints have it."""
+    expected = embed(AutoModel.from_pretrained(trained / "merged", trust_remote_code=True), inputs)
+    model = gircse.GircseModel.from_causal_lm(str(plain))
+    model.load_adapter(str(trained / "adapter_only"), "own", adapter_kwargs={"subfolder": "adapter"})
+    torch.testing.assert_close(embed(model, inputs), expected, rtol=0, atol=1e-5)
+
+    other = peft.get_peft_model(
+        gircse.GircseModel.from_causal_lm(str(plain)),
+        peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="FEATURE_EXTRACTION"),
+    ).eval()
+    other.save_pretrained(tmp_path)
+    assert any("language_model" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    model.load_adapter(str(tmp_path), "other")
+    model.set_adapter("other")
+    torch.testing.assert_close(embed(model, inputs), embed(other.get_base_model(), inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("reason", EDITS)
+def test_adapter_that_does_not_fit_is_not_kept(plain, trained, adapters, inputs, gircse, tmp_path, reason):
+    folder = edited(tmp_path, trained / "adapter_only", EDITS[reason])
+    model = gircse.GircseModel.from_causal_lm(str(plain))
+    with pytest.raises(ValueError, match=f"adapter=.*{reason}"):
+        model.load_adapter(str(folder / "adapter"), "wrong")
+    model.load_adapter(adapters.first, "wrong")  # the name is free
+    with pytest.raises(ValueError, match="'wrong' is taken"):
+        model.load_adapter(adapters.second, "wrong")
+    merged = gircse.GircseModel.from_causal_lm(str(plain), adapter=adapters.first)
+    torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-5)

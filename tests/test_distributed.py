@@ -1,0 +1,164 @@
+"""Training in two processes as the shipped configurations launch it: the same losses and weights as one process with
+the joint batch, and a whole Hub-ready folder. On CPUs, by gloo; of DeepSpeed, only what can be read without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from conftest import ROOT
+from test_training import environment, make_rows, make_tokenizer, tiny_text_config
+from train_gircse import main
+
+STEPS = 2
+# As `torchrun` starts the script, once for each list of arguments.
+SCRIPT = """
+import json, os, sys, torch
+sys.path.insert(0, sys.argv[1])
+if os.environ.get("ACCELERATE_USE_FSDP"):
+    # Accelerate leaves FSDP out where processes compute on CPUs: it is told that these are on GPUs.
+    from accelerate.state import DistributedType, PartialState
+    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    torch.distributed.init_process_group("gloo")
+from train_gircse import GircseTrainer, main
+export, sharded = GircseTrainer.export, []
+def watched(trainer):
+    sharded.append(sum(hasattr(parameter, "device_mesh") for parameter in trainer.model.parameters()))
+    export(trainer)
+GircseTrainer.export = watched
+for argv in json.loads(sys.argv[2]):
+    main(argv)
+print("sharded:", sharded)
+"""
+TUNINGS = {"full": "--tuning full --learning_rate 1e-3", "lora": "--lora_r 4 --learning_rate 0.02 --sub_batch_size 3"}
+
+
+def arguments_of(folder: Path, tuning: str, output: Path, processes: int) -> list[str]:
+    argv = f"--model_name_or_path {folder / tuning} --train_data {folder / 'pairs.jsonl'} --output_dir {output} "
+    argv += f"{TUNINGS[tuning]} --max_steps {STEPS} --per_device_train_batch_size {8 // processes} --k 2 --num_steps 3 "
+    argv += "--held_out 4 --num_negatives 3 --max_grad_norm 1.0 --temperature 0.2 --logging_steps 1 --save_strategy no "
+    argv += "--report_to none --use_cpu True --disable_tqdm True --dataloader_pin_memory False --seed 3"
+    return argv.split() + (["--ddp_backend", "gloo"] if processes > 1 else [])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Two plain causal LMs, for full tuning with a head of its own and for LoRA with a tied one, and pairs with unlike
+    numbers of negatives."""
+    folder = tmp_path_factory.mktemp("made")
+    for name, tied in (("full", False), ("lora", True)):
+        torch.manual_seed(0)
+        config = tiny_text_config(tie_word_embeddings=tied)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    rows = make_rows(40, lambda i: i % 4)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(made):
+    for tuning in TUNINGS:
+        main(arguments_of(made, tuning, made / f"alone-{tuning}", processes=1))
+    return made
+
+
+def launched(config: str, prepare=prepare_multi_gpu_env) -> dict[str, str]:
+    """What `accelerate launch --config_file configs/{config}.yaml` sets in the environment of the processes."""
+    argv = ["--config_file", str(ROOT / "configs" / f"{config}.yaml"), "--num_processes", "2", "--main_process_port"]
+    arguments = launch_command_parser().parse_args([*argv, "0", "train_gircse.py"])
+    arguments = _validate_launch_command(arguments)[0]
+    arguments.deepspeed_fields_from_accelerate_config = ""
+    made = prepare(arguments)
+    made = made[1] if isinstance(made, tuple) else made
+    return {name: value for name, value in made.items() if os.environ.get(name) != value}
+
+
+def run_two(script: list[str], folder: Path, **variables: str) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *script],
+            env=environment(folder, **variables, **common, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    return outputs
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(made, alone, config):
+    variables = launched(config)
+    if config == "fsdp2":
+        variables["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    runs = [arguments_of(made, tuning, made / f"{config}-{tuning}", processes=2) for tuning in TUNINGS]
+    for said in run_two(["-c", SCRIPT, str(ROOT), json.dumps(runs)], made, **variables):
+        sharded = json.loads(re.search(r"^sharded: (.*)$", said, re.MULTILINE)[1])
+        assert len(sharded) == 2 and all(bool(count) == (config == "fsdp2") for count in sharded)
+    for tuning in TUNINGS:
+        ours, one = made / f"{config}-{tuning}", made / f"alone-{tuning}"
+        for line, expected in zip(log_of(ours), log_of(one), strict=True):
+            for name in ("loss", "grad_norm", "L_1", "L_2", "L_reg", "log_candidates", "eval_accuracy_k3"):
+                if name in expected:
+                    assert line[name] == pytest.approx(expected[name], rel=1e-3), (tuning, name)
+        weights, others = (load_file(folder / "model.safetensors") for folder in (ours, one))
+        start = load_file(made / tuning / "model.safetensors")
+        assert weights.keys() == others.keys()
+        moved = {name: float((others[f"language_model.{name}"] - start[name]).abs().max()) for name in start}
+        assert max(moved.values()) > 1e-3
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, others[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        files = [sorted(path.name for path in folder.iterdir() if path.suffix != ".png") for folder in (ours, one)]
+        assert files[0] == files[1]
+
+
+def test_fsdp2_configuration():
+    variables = launched("fsdp2")
+    assert variables["ACCELERATE_USE_FSDP"] == "true" and variables["FSDP_VERSION"] == "2"
+    assert variables["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+    assert variables["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
+    assert variables["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_zero_configurations(stage):
+    """What accelerate hands to DeepSpeed; DeepSpeed itself needs a GPU."""
+    variables = launched(f"zero{stage}", prepare_deepspeed_cmd_env)
+    assert variables["ACCELERATE_USE_DEEPSPEED"] == "true" and variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == stage
+    assert variables.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false") == str(stage == "3").lower()
+    assert variables["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "auto"
+
+
+def test_every_configuration_names_its_own_command():
+    for path in (ROOT / "configs").iterdir():
+        assert f"--config_file configs/{path.name} train_gircse.py" in path.read_text(), path.name
