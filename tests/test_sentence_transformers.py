@@ -1,0 +1,468 @@
+"""The Sentence Transformers module: the same vectors as AutoModel's, what the library does with them, saving with all
+code however the class was imported, and training by the library's own trainer."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+    quantize_embeddings,
+)
+from transformers import AutoModel, AutoProcessor, AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
+
+from conftest import ROOT, text_config
+from test_loading import DTYPE_ARGUMENTS, problems, run_fresh
+from train_gircse import export
+
+try:
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+except ImportError:  # before sentence-transformers 5.4
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+TEXTS = ["a red fox", "", "how do I renew the card that was stolen from me last week?", "rain", "a red fox runs"]
+PROMPT = "Instruct: Retrieve semantically similar text.\nQuery: "
+SUFFIX = " In short:"
+CODE = [f"{part}_gircse.py" for part in ("configuration", "modeling", "processing", "sentence")]
+# The name of this argument changed in sentence-transformers 5.4.
+PROCESSOR_ARGUMENT = "processor_kwargs"
+if PROCESSOR_ARGUMENT not in inspect.signature(SentenceTransformer.__init__).parameters:
+    PROCESSOR_ARGUMENT = "tokenizer_kwargs"
+
+
+def make_processor(**settings):
+    processor_class = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))
+    return processor_class(AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True), max_length=64, **settings)
+
+
+def make_folder(gircse, folder: Path, **settings) -> Path:
+    """A tiny model with the root's tokenizer, exported as training does."""
+    torch.manual_seed(0)
+    config = gircse.GircseConfig(text_config=text_config("qwen2", vocab_size=8192, pad_token_id=0), num_steps=3)
+    export(gircse.GircseModel(config), make_processor(**settings), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(gircse, tmp_path_factory) -> Path:
+    return make_folder(gircse, tmp_path_factory.mktemp("exported") / "tiny", suffix=SUFFIX)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder) -> SentenceTransformer:
+    return load(folder)
+
+
+@pytest.fixture
+def model(loaded):
+    """What a test changes of it is undone."""
+    length = loaded.max_seq_length
+    yield loaded
+    loaded.max_seq_length = length
+
+
+def load(folder: Path, **kwargs) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", **kwargs)
+
+
+def auto_embeddings(folder: Path, prompt: str | None = None, k: int | None = None) -> np.ndarray:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    rows = [model.generate_embedding(**processor(text, prompt=prompt), k=k) for text in TEXTS]
+    return torch.cat(rows).numpy()
+
+
+def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return (left * right).sum(-1) / np.linalg.norm(left, axis=-1) / np.linalg.norm(right, axis=-1)
+
+
+class Inputs:
+    """Keeps what the model is given while the block runs: `ids` has each row's token ids, longest text first."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self.model, self.ids = model[0].model, []
+
+    def __enter__(self) -> Inputs:
+        self.hook = self.model.register_forward_pre_hook(self.keep)
+        return self
+
+    def keep(self, module, args) -> None:
+        self.ids += [ids[mask.bool()].tolist() for ids, mask in zip(*args[:2], strict=True)]
+
+    def __exit__(self, *_) -> None:
+        self.hook.remove()
+
+
+# The same vectors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [None, 1, 7])
+def test_encode_gives_the_vectors_of_generate_embedding(folder, model, k):
+    embeddings = model.encode(TEXTS, prompt=PROMPT, k=k)
+    assert embeddings.shape == (5, 32) and embeddings.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    assert cosines(embeddings, auto_embeddings(folder, PROMPT, k)).min() > 0.9999
+    # k and the prompt matter, or the line above says nothing.
+    assert cosines(embeddings, auto_embeddings(folder, PROMPT, 5)).max() < 0.9999
+    assert cosines(embeddings, auto_embeddings(folder, None, k)).max() < 0.9999
+
+
+def test_root_model_encodes_as_auto_model_does():
+    if not (ROOT / "model.safetensors").exists():
+        pytest.skip("the repo root holds no model.safetensors, so there is no published model to load")
+    model = load(ROOT)
+    for k in (None, 20):
+        embeddings = model.encode(TEXTS, prompt_name="STS12", k=k)
+        assert cosines(embeddings, auto_embeddings(ROOT, PROMPT, k)).min() > (
+            0.9999 if model.dtype == torch.float32 else 0.999
+        )
+    assert model.similarity_fn_name == "cosine" and model.prompts["STS12"] == PROMPT
+
+
+def test_example_of_the_readme_runs_as_written(monkeypatch):
+    if not (ROOT / "model.safetensors").exists():
+        pytest.skip("the repo root holds no model.safetensors, so there is no published model to load")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [block] = [block for block in blocks if "sentence_transformers" in block]
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(block, names)
+    assert names["documents"].shape == (2, 256) and names["intents"].shape == (1, 64)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_batch_size_change_nothing(folder, side):
+    model = load(folder, **{PROCESSOR_ARGUMENT: {"padding_side": side}})
+    assert model.tokenizer.padding_side == side
+    assert cosines(model.encode(TEXTS, batch_size=1), model.encode(TEXTS, batch_size=5)).min() > 0.99999
+
+
+def test_number_of_steps_of_the_configuration(folder, model):
+    embeddings = model.encode(TEXTS)
+    assert cosines(embeddings, model.encode(TEXTS, k=3)).min() > 0.99999
+    other = load(folder, config_kwargs={"num_steps": 6})
+    assert other[0].model.config.num_steps == 6
+    assert cosines(other.encode(TEXTS), model.encode(TEXTS, k=6)).min() > 0.99999
+
+
+@pytest.mark.parametrize("k, error", [(0, ValueError), (-1, ValueError), ("3", TypeError), (2.0, TypeError)])
+def test_wrong_k_is_refused(model, k, error):
+    with pytest.raises(error, match=re.escape(f"k={k!r} must be an int >= 1")):
+        model.encode(TEXTS, k=k)
+
+
+@pytest.mark.parametrize("texts", [["a", None], [3]])
+def test_what_is_no_text_is_refused(model, texts):
+    with pytest.raises(TypeError, match="must be a str|can only concatenate str"):  # by us, or the library before 5.4
+        model.encode(texts, prompt=PROMPT)
+
+
+def test_one_text_and_none(model):
+    assert model.encode("rain").shape == (32,)
+    assert len(model.encode([])) == 0
+
+
+# Prompts and lengths ------------------------------------------------------------------------------------------------
+
+
+def golden_ids(text: str) -> list[int]:
+    return AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "name, instruction",
+    [
+        ("STS12", "Retrieve semantically similar text."),
+        ("NQ-query", "Given a question, retrieve Wikipedia passages that answer the question."),
+        ("Banking77Classification.v2", "Given an online banking query, find the corresponding intents."),
+        ("query", "Given a web search query, retrieve relevant passages that answer the query."),
+        ("document", None),
+    ],
+)
+def test_prompt_by_name_gives_the_golden_ids(model, name, instruction):
+    prefix = f"Instruct: {instruction}\nQuery: " if instruction else ""
+    with Inputs(model) as inputs:
+        model.encode(["a red fox"], prompt_name=name)
+        model.encode(["a red fox"], prompt=prefix)
+    assert inputs.ids == [golden_ids(f"{prefix}a red fox") + golden_ids(SUFFIX)] * 2
+
+
+def test_queries_and_documents(model):
+    with Inputs(model) as inputs:
+        model.encode_query("rain")
+        model.encode_document("rain")
+    query = model.prompts["query"] + "rain"
+    assert inputs.ids == [golden_ids(query) + golden_ids(SUFFIX), golden_ids("rain") + golden_ids(SUFFIX)]
+
+
+def test_root_has_the_prompts_of_all_tasks_of_the_paper():
+    prompts = json.loads((ROOT / "config_sentence_transformers.json").read_text())["prompts"]
+    paper = json.loads((ROOT / "recipes/instructions.json").read_text())
+    template = json.loads((ROOT / "processor_config.json").read_text())["prompt_template"]
+    expected = {
+        template.replace("{instruction}", text)
+        for part in ("mteb", "instruction_following")
+        for text in paper[part].values()
+    }
+    assert set(prompts.values()) == expected | {""}
+    # What mteb looks for first, so that documents of a retrieval task don't get its queries' prompt.
+    assert "NQ" not in prompts and "NQ-document" not in prompts and prompts["document"] == ""
+    assert {"BIOSSES", "SCIDOCS-query", "AskUbuntuDupQuestions", "STS22.v2", "NYTClustering (Topic)"} <= set(prompts)
+    sides = [prompts[f"CQADupstackGisRetrieval-{side}"] for side in ("query", "document")]
+    assert sides[0] != sides[1]
+
+
+def test_trained_folder_has_the_prompts_in_its_own_template(gircse, tmp_path):
+    folder = make_folder(gircse, tmp_path / "other", prompt_template="[{instruction}]")
+    prompts = json.loads((folder / "config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts["STS12"] == "[Retrieve semantically similar text.]" and prompts["document"] == ""
+    assert all(prompt[0] + prompt[-1] == "[]" and "Instruct: " not in prompt for prompt in prompts.values() if prompt)
+
+
+def test_max_seq_length_cuts_the_text_and_keeps_the_suffix(model):
+    assert model.max_seq_length == 64 and "'max_seq_length': 64" in str(model)
+    text, suffix = "how do I renew the card that was stolen from me last week? " * 20, golden_ids(SUFFIX)
+    room = 12 - len(suffix)
+    with Inputs(model) as inputs:
+        whole = model.encode(text)
+        model.max_seq_length = 12
+        cut = model.encode([text, "rain"], prompt=PROMPT)
+    ids = golden_ids(PROMPT + text)
+    assert inputs.ids == [
+        golden_ids(text)[: 64 - len(suffix)] + suffix,
+        ids[:room] + suffix,
+        golden_ids(PROMPT + "rain")[:room] + suffix,
+    ]
+    assert cosines(whole, cut[0]) < 0.9999
+    model.max_seq_length = len(suffix)
+    with pytest.raises(ValueError, match=f"max_length must be an int greater than the suffix's {len(suffix)} tokens"):
+        model.encode(text)
+
+
+def test_max_seq_length_at_loading_and_saving(folder, tmp_path):
+    model = load(folder, **{PROCESSOR_ARGUMENT: {"model_max_length": 20}})
+    assert model.max_seq_length == 20
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert load(tmp_path / "saved").max_seq_length == 20
+    assert AutoProcessor.from_pretrained(tmp_path / "saved", trust_remote_code=True).max_length == 20
+
+
+# What the library makes of the vectors ------------------------------------------------------------------------------
+
+
+def dimension(model: SentenceTransformer) -> int:
+    """By its name since sentence-transformers 5.4, or the former one."""
+    return (getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension)()
+
+
+def test_dimension_similarity_and_truncation(folder, model):
+    embeddings = model.encode(TEXTS)
+    assert dimension(model) == 32
+    np.testing.assert_allclose(model.similarity(embeddings, embeddings), embeddings @ embeddings.T, atol=1e-5)
+    short = load(folder, truncate_dim=8)
+    assert dimension(short) == 8
+    np.testing.assert_allclose(short.encode(TEXTS), embeddings[:, :8], atol=1e-5)
+    normalized = short.encode(TEXTS, normalize_embeddings=True)
+    assert normalized.shape == (5, 8)
+    np.testing.assert_allclose(np.linalg.norm(normalized, axis=1), 1, atol=1e-5)
+
+
+def test_precision(model):
+    embeddings = model.encode(TEXTS)
+    binary = model.encode(TEXTS, precision="binary")
+    assert binary.dtype == np.int8 and binary.shape == (5, 32 // 8)
+    np.testing.assert_array_equal((binary.astype(int) + 128).astype(np.uint8), np.packbits(embeddings > 0, axis=1))
+    small = model.encode(TEXTS, precision="int8")
+    assert small.dtype == np.int8 and small.shape == (5, 32)
+    np.testing.assert_array_equal(small, quantize_embeddings(embeddings, "int8"))
+
+
+@pytest.mark.parametrize("argument", DTYPE_ARGUMENTS)
+def test_dtype(folder, model, argument):
+    half = load(folder, model_kwargs={argument: torch.bfloat16})
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    embeddings = half.encode(TEXTS)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    assert 0.99 < cosines(embeddings, model.encode(TEXTS)).min() < 0.9999999
+
+
+def test_attn_implementation(folder):
+    model = load(folder, model_kwargs={"attn_implementation": "eager"})
+    assert model[0].model.language_model.config._attn_implementation == "eager"
+
+
+def test_pool_of_processes(model):
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        embeddings = model.encode(TEXTS, prompt=PROMPT, k=5, pool=pool, chunk_size=2)
+    finally:
+        model.stop_multi_process_pool(pool)
+    assert cosines(embeddings, model.encode(TEXTS, prompt=PROMPT, k=5)).min() > 0.9999
+
+
+# Loading and saving -------------------------------------------------------------------------------------------------
+
+
+def embed_and_save(job_file: str) -> None:
+    """What the fresh process runs. It gets this source alone: nothing of the tests or the repo is importable there."""
+    import json
+    import os
+    import sys
+    from pathlib import Path
+
+    connections: list[str] = []
+    sys.addaudithook(lambda event, args: event == "socket.connect" and connections.append(str(args[1])))
+
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoProcessor
+
+    job = json.loads(Path(job_file).read_text())
+    report = {"embeddings": {}, "auto": {}, "prompts": {}, "files": {}}
+    for name, source in job["sources"].items():
+        if job["imported"]:  # the class from the folder itself, around the two that AutoModel and AutoProcessor load
+            sys.path.insert(0, source)
+            from sentence_gircse import SentenceGircse
+
+            inner = AutoModel.from_pretrained(source, trust_remote_code=True)
+            processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+            model = SentenceTransformer(modules=[SentenceGircse(inner, processor)], device="cpu")
+            sys.path.remove(source)
+        else:
+            model = SentenceTransformer(source, trust_remote_code=True, device="cpu")
+        report["embeddings"][name] = torch.tensor(model.encode(job["texts"], k=5))
+        report["prompts"][name] = model.prompts
+        model.save_pretrained(str(Path(job["save_to"]) / name))
+        inner = AutoModel.from_pretrained(source, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+        report["auto"][name] = inner.generate_embedding(**processor(job["texts"]), k=5)
+    report["connections"], report["path"] = connections, [*sys.path, os.environ.get("PYTHONPATH")]
+    torch.save(report, job["report"])
+
+
+@pytest.fixture(scope="module")
+def saved(folder, tmp_path_factory) -> dict:
+    """Saved from a folder, from the Hub's cache and by an imported class, each in a process of its own; then all three
+    loaded and saved in one more, with what they came from gone."""
+    work = tmp_path_factory.mktemp("saved")
+    sources = work / "sources"
+    shutil.copytree(folder, sources / "folder")
+    shutil.copytree(folder, sources / "imported")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = work / "hub" / "models--me--gircse"
+    shutil.copytree(folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    names = {"folder": str(sources / "folder"), "imported": str(sources / "imported"), "hub": "me/gircse"}
+    reports = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", str(work / "hub"))
+        for name, source in names.items():
+            job = {
+                "sources": {name: source},
+                "imported": name == "imported",
+                "texts": TEXTS,
+                "save_to": str(work / "once"),
+            }
+            reports[name] = run_fresh(embed_and_save, work / f"process_{name}", job)
+    shutil.rmtree(sources)
+    shutil.rmtree(cached)
+    again = {name: str(work / "once" / name) for name in names}
+    job = {"sources": again, "imported": False, "texts": TEXTS, "save_to": str(work / "twice")}
+    return {"work": work, "once": reports, "twice": run_fresh(embed_and_save, work / "process_again", job)}
+
+
+@pytest.mark.parametrize("name", ["folder", "hub", "imported"])
+def test_saved_folder_loads_elsewhere_and_again(saved, model, name):
+    expected = model.encode(TEXTS, k=5)
+    for report in (saved["once"][name], saved["twice"]):
+        assert report["connections"] == [] and str(ROOT) not in report["path"]
+        for kind in ("embeddings", "auto"):
+            assert cosines(report[kind][name].numpy(), expected).min() > 0.9999
+    if name != "imported":  # a model in memory has no prompts but those given to SentenceTransformer(prompts=...)
+        assert saved["twice"]["prompts"][name] == model.prompts
+    for folder in (saved["work"] / "once" / name, saved["work"] / "twice" / name):
+        assert [entry["type"] for entry in json.loads((folder / "modules.json").read_text())] == [
+            "sentence_gircse.SentenceGircse"
+        ]
+        for file in CODE:
+            assert (folder / file).read_bytes() == (ROOT / file).read_bytes(), file
+        for file in folder.glob("*.json"):
+            if "auto_map" in (content := json.loads(file.read_text())):
+                assert "--" not in str(content["auto_map"]), file
+
+
+def test_class_imported_from_a_package_is_refused(model):
+    """It would be saved under the package's name, which is nowhere else."""
+    spec = importlib.util.spec_from_file_location("package.sentence_gircse", ROOT / "sentence_gircse.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(ImportError, match="'package.sentence_gircse' would be saved under that name"):
+        module.SentenceGircse(model[0].model, model[0].processor)
+
+
+def test_another_backend_is_refused(folder):
+    with pytest.raises(ValueError, match="backend='onnx'"):
+        load(folder, backend="onnx")
+
+
+def test_nothing_loads_without_trust(folder):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)
+
+
+def test_module_only_computes():
+    """As the other files that are loaded with the repo, but for the library that asks for it."""
+    found = problems((ROOT / "sentence_gircse.py").read_text())
+    assert {re.sub(r"'(sentence_transformers)[\w.]*'", r"\1", problem) for problem in found} == {
+        "import of sentence_transformers"
+    }
+    assert get_relative_import_files(ROOT / "sentence_gircse.py") == []
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+def test_training_with_a_loss_of_the_library(folder, tmp_path):
+    model = load(folder)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    anchors, positives = ["red", "cold", "round", "loud"], ["a rose", "ice", "a ball", "thunder"]
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=5e-4,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        prompts={"anchor": PROMPT},
+        save_steps=6,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    rows = Dataset.from_dict({"anchor": anchors, "positive": positives})
+    trainer = SentenceTransformerTrainer(model, arguments, rows, loss=MultipleNegativesRankingLoss(model))
+    with Inputs(model) as inputs:
+        trainer.train()
+    assert golden_ids(f"{PROMPT}red") + golden_ids(SUFFIX) in inputs.ids
+    assert golden_ids("a rose") + golden_ids(SUFFIX) in inputs.ids
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    # All of them: the LM head learns through the soft tokens alone.
+    assert [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])] == []
+    again = load(tmp_path / "run" / "checkpoint-6")
+    assert cosines(again.encode(TEXTS), model.encode(TEXTS)).min() > 0.9999
