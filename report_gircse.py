@@ -1,0 +1,135 @@
+"""What an evaluation leaves behind: table, picture, the card's metadata and an entry for mteb's registry.
+
+A row is a task and a metric: `task`, `group`, `type`, `metric`, `scores` (k as a string to score x 100; "None" for a
+model without steps), `dataset`, `revision`, `splits`, `subsets`, `prompts`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import mteb
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCardData
+from mteb.models import ModelMeta
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mean of each group of tasks, and of all tasks, by each task's main score."""
+    first = list({row["task"]: row for row in reversed(rows)}.values())[::-1]
+    groups = {group: [r for r in first if r["group"] == group] for group in sorted({r["group"] for r in first})}
+    if len(groups) > 1:
+        groups["All tasks"] = first
+    return {
+        f"{name} ({len(members)})": {
+            k: round(float(np.mean([row["scores"][k] for row in members])), 2) for k in members[0]["scores"]
+        }
+        for name, members in groups.items()
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of all scores; group by group, with the means below."""
+    steps = list(rows[0]["scores"])
+    heads = [f"k = {k}" if k != "None" else "score" for k in steps]
+    lines = ["| task | metric | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(steps)]
+    for row in sorted(rows, key=lambda row: row["group"]):
+        lines.append(
+            f"| {row['task']} | {row['metric']} | " + " | ".join(f"{row['scores'][k]:.2f}" for k in steps) + " |"
+        )
+    for name, scores in means(rows).items():
+        lines.append(f"| **{name}** | mean | " + " | ".join(f"**{scores[k]:.2f}**" for k in steps) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """The means over k, as the difference to those of the smallest k."""
+    steps = [int(k) for k in rows[0]["scores"]]
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for name, scores in means(rows).items():
+        values = np.array(list(scores.values())) - next(iter(scores.values()))
+        bold = {"color": "black", "linewidth": 2.2} if name.startswith("All tasks") else {"linewidth": 1.3}
+        axes.plot(steps, values, marker="o", markersize=3, label=name, **bold)
+    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    axes.set(xlabel="k, generated tokens", ylabel=f"score x 100, against k = {steps[0]}", xticks=steps)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=160)
+    pyplot.close(figure)
+
+
+def card_metadata(rows: list[dict[str, Any]], meta: ModelMeta, shown: int | None) -> str:
+    """The model card's `model-index`, YAML between its two lines of dashes, with the scores at k = `shown`."""
+    k = str(shown)
+    results = [
+        EvalResult(
+            task_type=row["type"],
+            dataset_type=row["dataset"],
+            dataset_name=row["task"],
+            dataset_config=",".join(row["subsets"]),
+            dataset_split=",".join(row["splits"]),
+            dataset_revision=row["revision"],
+            metric_type=row["metric"],
+            metric_value=row["scores"][k],
+            metric_name=row["metric"] if shown is None else f"{row['metric']} (k = {k})",
+        )
+        for row in rows
+    ]
+    name = meta.name.rpartition("/")[2]
+    return f"---\n{ModelCardData(model_name=name, eval_results=results).to_yaml()}\n---\n"
+
+
+def registry_entry(meta: ModelMeta) -> str:
+    """Python source of a `ModelMeta` for mteb's registry. mteb gives such models the trust that their code needs."""
+    meta = meta.model_copy(update={"loader_kwargs": {"trust_remote_code": True}})
+    imports = "from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper\n"
+    return f"{imports}from mteb.models.model_meta import ScoringFunction\n\nmodel = {meta.to_python()}\n"
+
+
+def write_report(
+    out: Path,
+    rows: list[dict[str, Any]],
+    failed: dict[str, str],
+    meta: ModelMeta,
+    settings: dict[str, Any],
+    shown: int | None,
+    command: str,
+) -> None:
+    """Writes `results.json`, `results.md`, `card_metadata.yaml`, `model_meta.py` and, if there are several k,
+    `k_curve.png`.
+
+    Args:
+        out: the folder.
+        failed: name to reason of the tasks that were not evaluated.
+        meta, settings: the model, and what else changes its embeddings beside k.
+        shown: the k of the model card.
+        command: what was run.
+    """
+    versions = {"mteb": mteb.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    content = {
+        "model": meta.name,
+        "revision": meta.revision,
+        "settings": settings,
+        "command": command,
+        "versions": versions,
+        "tasks": rows,
+        "means": means(rows),
+        "not_evaluated": failed,
+    }
+    (out / "results.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = [f"`{meta.name}` at `{meta.revision}`, scores x 100:", "", markdown(rows), ""]
+    lines += [f"- {name} was not evaluated: {reason}" for name, reason in failed.items()]
+    lines += ["", "```bash", command, "```", "", ", ".join(f"{name} {version}" for name, version in versions.items())]
+    (out / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / "card_metadata.yaml").write_text(card_metadata(rows, meta, shown), encoding="utf-8")
+    (out / "model_meta.py").write_text(registry_entry(meta), encoding="utf-8")
+    if len(rows[0]["scores"]) > 1:
+        plot(rows, out / "k_curve.png")

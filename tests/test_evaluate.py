@@ -1,0 +1,614 @@
+"""The evaluation script: local files as mteb tasks, all k from one pass, results that never mix, what is missing said
+first, resuming, other models, and what is written for the card and for mteb's registry."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+mteb = pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
+from datasets import Dataset
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from mteb.abstasks import AbsTaskRetrieval
+from mteb.models import ModelMeta
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+from sklearn.metrics import average_precision_score
+from test_sentence_transformers import make_processor
+from transformers import AutoTokenizer
+
+import evaluate_gircse
+import report_gircse
+from conftest import ROOT, text_config
+from evaluate_gircse import StepEncoder, Subject, Vectors, choose_tasks, main, unavailable
+from tasks_gircse import INSTRUCTIONS, LocalTriplets, local_tasks, read_rows
+from train_gircse import ModelArguments, export, load_model
+
+try:
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+except ImportError:  # before sentence-transformers 5.4
+    from sentence_transformers.models import StaticEmbedding
+
+PAIRS = [
+    ("a boat on the lake", "a ship on the water", 4.0, 1),
+    ("the oven is hot", "snow falls all night", 0.2, 0),
+    ("she paints a fence", "a woman paints the fence", 4.8, 1),
+    ("two cats sleep", "a dog barks at the moon", 1.0, 0),
+    ("he lost his keys", "his keys are gone", 4.2, 1),
+    ("the train was late", "bread needs yeast", 0.0, 0),
+    ("tea without sugar", "coffee with milk", 2.4, 0),
+]
+ANIMALS = ["cat", "horse"]
+PLACES = ["kitchen", "garden"]
+SCENES = [
+    {"text": f"the {animal} {verb} in the {place}", "labels": {"animal": animal, "place": place}}
+    for animal in ANIMALS
+    for place in PLACES
+    for verb in ("sleeps", "eats", "waits")
+]
+TRIPLETS = [
+    ("the cat eats in the garden", "a cat in a kitchen", "a horse in a garden", "animal"),
+    ("the cat eats in the garden", "a horse in a garden", "a cat in a kitchen", "place"),
+    ("the horse sleeps in the kitchen", "a horse in a garden", "a cat in a kitchen", "animal"),
+]
+DOCUMENTS = [f"document {i}: {text}" for i, text in enumerate(sum(([a, b] for a, b, *_ in PAIRS), []))]
+RELEVANT = {"q0": {"d0": 2, "d1": 1}, "q1": {"d3": 1}, "q2": {"d4": 1, "d9": 1}}
+QUERIES = {"q0": "where do boats float", "q1": "what falls in winter", "q2": "who paints"}
+FACETS = {"animal": "Identify the animal.", "place": "Identify the place."}
+TASKS = {
+    "classification_rooms": "accuracy",
+    "clustering_rooms": "v_measure",
+    "instruct_scenes-animal": "v_measure",
+    "instruct_scenes-place": "v_measure",
+    "instruct_scenes_triplets-animal": "accuracy",
+    "instruct_scenes_triplets-place": "accuracy",
+    "pairclass_pairs": "max_ap",
+    "retrieval_little": "ndcg_at_10",
+    "sts_pairs": "cosine_spearman",
+}
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_data(folder: Path) -> Path:
+    folder.mkdir()
+    rooms = [{"text": row["text"], "label": row["labels"]["place"]} for row in SCENES]
+    files = {
+        "sts_pairs": [{"sentence1": a, "sentence2": b, "score": score} for a, b, score, _ in PAIRS],
+        "pairclass_pairs": [{"sentence1": a, "sentence2": b, "label": label} for a, b, _, label in PAIRS],
+        "classification_rooms_fit": rooms[::2],
+        "classification_rooms_test": rooms[1::2],
+        "clustering_rooms": rooms,
+        "retrieval_little_queries": [{"_id": i, "text": text} for i, text in QUERIES.items()],
+        "retrieval_little_corpus": [
+            {"_id": f"d{i}", "title": "Titled" if i % 3 == 0 else "", "text": text} for i, text in enumerate(DOCUMENTS)
+        ],
+        "retrieval_little_qrels": [
+            {"query-id": q, "corpus-id": d, "score": s} for q, found in RELEVANT.items() for d, s in found.items()
+        ],
+        "instruct_scenes": SCENES,
+        "instruct_scenes_triplets": [
+            {"anchor": a, "positive": p, "negative": n, "facet": facet} for a, p, n, facet in TRIPLETS
+        ],
+        "instruct_instructions": [
+            {"dataset": "scenes", "facet": facet, "instruction": text} for facet, text in FACETS.items()
+        ],
+    }
+    for stem, rows in files.items():
+        write(folder / (f"{stem}.jsonl" if stem == "sts_pairs" else f"{stem}.jsonl.gz"), rows)
+    return folder
+
+
+def make_folder(gircse, folder: Path, seed: int = 0, suffix: str = "", **axes) -> Path:
+    torch.manual_seed(seed)
+    config = gircse.GircseConfig(text_config=text_config("qwen2", vocab_size=8192, pad_token_id=0), num_steps=3, **axes)
+    export(gircse.GircseModel(config), make_processor(suffix=suffix), folder)
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n")
+    return folder
+
+
+class Passes:
+    """Counts the texts that a block's runs embed, task by task, and keeps the batches' lengths."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.texts, self.batches, self.largest_k = 0, [], []
+        loader = evaluate_gircse.load_subject
+
+        def load(args):
+            subject = loader(args)
+            embed = subject.embed
+
+            def counted(texts, prompt, side, steps):
+                self.texts += len(texts)
+                self.batches.append([len(text) for text in texts])
+                self.largest_k.append(steps[-1])
+                return embed(texts, prompt, side, steps)
+
+            subject.embed = counted
+            return subject
+
+        monkeypatch.setattr(evaluate_gircse, "load_subject", load)
+
+
+def run(folder: Path, out: Path, *options: str, data: Path | None = None, tasks=("local",), status: int = 0) -> dict:
+    argv = ["--model", str(folder), "--tasks", *tasks, "--output_dir", str(out), "--device", "cpu", *options]
+    assert main([*argv, "--data", str(data)] if data else argv) == status
+    return json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
+
+
+def scores(report: dict) -> dict[str, dict[str, float]]:
+    return {row["task"]: row["scores"] for row in report["tasks"]}
+
+
+def result_files(out: Path) -> dict[str, Path]:
+    return {f"{path.parent.name}/{path.stem}": path for path in out.rglob("*.json") if path.stem in TASKS}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("files") / "data")
+
+
+@pytest.fixture(scope="module")
+def folder(gircse, tmp_path_factory) -> Path:
+    return make_folder(gircse, tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder, data, tmp_path_factory) -> SimpleNamespace:
+    """All local tasks at k = 1 and 3."""
+    out = tmp_path_factory.mktemp("evaluated")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        passes = Passes(monkeypatch)
+        report = run(folder, out, "--k", "3", "1", "--batch_size", "4", data=data)
+    return SimpleNamespace(out=out, report=report, passes=passes)
+
+
+@pytest.fixture(scope="module")
+def embed(folder):
+    """(d,) of one text, embedded alone."""
+    model, processor = load_model(ModelArguments(model_name_or_path=str(folder)))
+
+    def embed(text: str, instruction: str | None, k: int) -> np.ndarray:
+        return model.eval().generate_embedding(**processor([text], instruction=instruction), k=k)[0].numpy()
+
+    return embed
+
+
+# Scores -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_layout_has_its_task_and_score(evaluated):
+    rows = {row["task"]: row for row in evaluated.report["tasks"]}
+    assert {name: row["metric"] for name, row in rows.items()} == TASKS
+    assert all(list(row["scores"]) == ["1", "3"] and -100 <= min(row["scores"].values()) for row in rows.values())
+    groups = {row["group"] for row in rows.values() if row["task"].startswith("instruct")}
+    assert groups == {"Instruction following"}
+    assert evaluated.report["means"]["Instruction following (4)"]["3"] == pytest.approx(
+        np.mean([row["scores"]["3"] for name, row in rows.items() if name.startswith("instruct")]), abs=0.01
+    )
+    assert "All tasks (9)" in evaluated.report["means"]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_scores_equal_an_independent_computation(evaluated, embed, k):
+    found = {name: values[str(k)] for name, values in scores(evaluated.report).items()}
+    instruction = INSTRUCTIONS["sts"]
+    cosines = [embed(a, instruction, k) @ embed(b, instruction, k) for a, b, *_ in PAIRS]
+    assert found["sts_pairs"] == pytest.approx(100 * spearmanr(cosines, [pair[2] for pair in PAIRS])[0], abs=0.01)
+
+    pairs = json.loads(result_files(evaluated.out)[f"k_{k}/pairclass_pairs"].read_text())["scores"]["test"][0]
+    precision = average_precision_score([pair[3] for pair in PAIRS], cosines)  # the two instructions are the same
+    assert pairs["cosine_ap"] == pytest.approx(precision, abs=1e-5)
+    assert found["pairclass_pairs"] == pytest.approx(100 * pairs["max_ap"], abs=0.01)
+
+    texts = [("Titled " if i % 3 == 0 else "") + text for i, text in enumerate(DOCUMENTS)]
+    documents = np.stack([embed(text, None, k) for text in texts])
+    gains = []
+    for query, relevant in RELEVANT.items():
+        order = np.argsort(-documents @ embed(QUERIES[query], INSTRUCTIONS["retrieval"], k))[:10]
+        discounts = 1 / np.log2(np.arange(2, 12))
+        ideal = sorted(relevant.values(), reverse=True)
+        gain = sum(relevant.get(f"d{i}", 0) * discount for i, discount in zip(order, discounts, strict=True))
+        gains.append(gain / sum(np.array(ideal) * discounts[: len(ideal)]))
+    assert found["retrieval_little"] == pytest.approx(100 * np.mean(gains), abs=0.01)
+
+    for facet, instruction in FACETS.items():
+        triplets = [
+            [embed(text, instruction, k) for text in triplet[:3]] for triplet in TRIPLETS if triplet[3] == facet
+        ]
+        accuracy = np.mean([anchor @ positive > anchor @ negative for anchor, positive, negative in triplets])
+        assert found[f"instruct_scenes_triplets-{facet}"] == pytest.approx(100 * accuracy, abs=0.01)
+
+
+def test_a_tie_of_a_triplet_is_no_success(data):
+    [task] = [task for task in local_tasks(data) if task.metadata.name == "instruct_scenes_triplets-animal"]
+    assert isinstance(task, LocalTriplets)
+    meta = ModelMeta.create_empty()
+    constant = Subject(meta, {}, [None], lambda texts, *_: np.ones((len(texts), 1, 4)), {}, "{instruction}", None)
+    with Vectors(constant, [None], 8) as vectors:
+        result = mteb.evaluate(StepEncoder(vectors, None), task, cache=None, co2_tracker=False)
+    assert result.task_results[0].get_score() == 0
+    assert task.metadata.name == "instruct_scenes_triplets-animal"  # mteb unloads tasks, which must keep their name
+
+
+# All k from one pass ------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_one_pass_are_those_of_an_evaluation_of_one_k(evaluated, folder, data, tmp_path, monkeypatch):
+    passes = Passes(monkeypatch)
+    alone = run(folder, tmp_path, "--k", "3", "--batch_size", "7", data=data)
+    assert scores(alone) == {name: {"3": values["3"]} for name, values in scores(evaluated.report).items()}
+    assert passes.texts == evaluated.passes.texts  # a second k costs no pass
+    assert set(evaluated.passes.largest_k) == {3}
+
+
+def test_each_text_is_embedded_once(evaluated):
+    """Under its prompt and in its task: SCENES 12 texts, in four tasks; pairs 14, in two; triplets 2 x 3 and 3."""
+    distinct = 12 + 12 + 2 * 12 + 2 * 14 + len(DOCUMENTS) + len(QUERIES) + 4 + 3
+    assert evaluated.passes.texts == distinct
+
+
+def test_batches_are_of_like_length(evaluated):
+    assert max(map(len, evaluated.passes.batches)) == 4
+    assert all(lengths == sorted(lengths, reverse=True) for lengths in evaluated.passes.batches)
+
+
+def test_vectors_are_those_of_separate_calls(folder, embed):
+    args = evaluate_gircse.parse(["--model", str(folder), "--tasks", "STS12", "--k", "1", "2", "5", "--device", "cpu"])
+    subject = evaluate_gircse.load_subject(args)
+    texts = ["a b", "longer than the others", "a b", "c"]
+    prompt = "Instruct: Compare.\nQuery: "
+    with Vectors(subject, subject.steps, 2) as vectors:
+        first = Path(vectors.folder.name)
+        for k in subject.steps:
+            expected = np.stack([embed(text, "Compare.", k) for text in texts])
+            np.testing.assert_allclose(vectors(texts, prompt, None, k), expected, atol=2e-6)
+        more = vectors(["new", "c"], prompt, None, 5)
+        np.testing.assert_allclose(more, np.stack([embed(t, "Compare.", 5) for t in ("new", "c")]), atol=2e-6)
+        other = vectors(["c"], "", None, 5)  # another prompt is another vector
+        np.testing.assert_allclose(other[0], embed("c", None, 5), atol=2e-6)
+        assert vectors([], prompt, None, 5).shape == (0, 32)
+    assert not first.exists()
+
+
+# Results that never mix ---------------------------------------------------------------------------------------------
+
+
+def test_each_k_has_results_of_its_own(evaluated):
+    files = result_files(evaluated.out)
+    assert set(files) == {f"k_{k}/{name}" for k in (1, 3) for name in TASKS}
+    values = [json.loads(files[f"k_{k}/retrieval_little"].read_text())["scores"]["test"][0] for k in (1, 3)]
+    assert values[0]["ndcg_at_10"] != values[1]["ndcg_at_10"]
+
+
+def test_other_weights_data_and_settings_are_evaluated_anew(gircse, evaluated, folder, tmp_path, monkeypatch):
+    """Under the same folder name, file name and k."""
+    out, data = tmp_path / "out", write_data(tmp_path / "data")
+    passes = Passes(monkeypatch)
+
+    def texts(model: Path, *options: str) -> int:
+        before = passes.texts
+        run(model, out, "--k", "3", *options, data=data, tasks=["sts_pairs"])
+        return passes.texts - before
+
+    assert texts(folder) == 14
+    first = scores(json.loads((out / "results.json").read_text()))
+    assert texts(folder) == 0  # nothing to do
+    other = make_folder(gircse, tmp_path / "tiny", seed=1)
+    assert texts(other) == 14
+    assert scores(json.loads((out / "results.json").read_text())) != first
+    assert texts(folder, "--max_length", "8") == 14
+    assert texts(folder) == 0
+    assert scores(json.loads((out / "results.json").read_text())) == first
+    rows = read_rows(data / "sts_pairs.jsonl", "score")
+    write(data / "sts_pairs.jsonl", [{**row, "score": 5 - row["score"]} for row in rows])
+    assert texts(folder) == 14
+    assert scores(json.loads((out / "results.json").read_text()))["sts_pairs"]["3"] == -first["sts_pairs"]["3"]
+
+
+# What is missing ----------------------------------------------------------------------------------------------------
+
+
+def test_missing_data_is_named_before_the_model_loads(folder, tmp_path, monkeypatch, capsys):
+    data = write_data(tmp_path / "data")
+    (data / "retrieval_little_qrels.jsonl.gz").unlink()
+    (data / "classification_rooms_fit.jsonl.gz").unlink()
+    loader, said = evaluate_gircse.load_subject, []
+    monkeypatch.setattr(
+        evaluate_gircse, "load_subject", lambda args: said.append(capsys.readouterr().out) or loader(args)
+    )
+    names = ["sts_pairs", "retrieval_little", "classification_rooms", "STS12"]
+    report = run(folder, tmp_path / "out", "--k", "1", data=data, tasks=names)
+    assert "1 of 4 data sets can be had" in said[0]
+    for line in (
+        "not retrieval_little: there is no retrieval_little_qrels.jsonl.gz",
+        "not classification_rooms: there is no classification_rooms_fit.jsonl.gz",
+        "not STS12: mteb/sts12-sts: ",
+    ):
+        assert line in said[0]
+    assert list(scores(report)) == ["sts_pairs"]
+    assert set(report["not_evaluated"]) == set(names[1:])
+    assert "STS12 was not evaluated" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_no_data_at_all_is_an_error(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_gircse, "load_subject", lambda args: pytest.fail("no data, no model"))
+    run(folder, tmp_path, tasks=["STS12"], status=1)
+    assert "0 of 1 data sets" in capsys.readouterr().out
+
+
+def test_data_of_the_hub(monkeypatch, tmp_path):
+    """Had if the Hub says so and lets this user in, or if it is in the cache."""
+    task = mteb.get_task("STS12")
+
+    def gone(self, path, **kwargs):
+        raise HfHubHTTPError("404, no such thing", response=SimpleNamespace(headers={}, request=None, status_code=404))
+
+    monkeypatch.setattr(evaluate_gircse.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(HfApi, "dataset_info", gone)
+    assert list(unavailable([task])) == ["STS12"]
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, path, revision, timeout: SimpleNamespace(gated=False))
+    assert unavailable([task]) == {}
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, path, revision, timeout: SimpleNamespace(gated="manual"))
+    monkeypatch.setattr(HfApi, "auth_check", gone)
+    assert list(unavailable([task])) == ["STS12"]
+    metadata = task.metadata.dataset
+    snapshot = tmp_path / f"datasets--{metadata['path'].replace('/', '--')}" / "snapshots" / metadata["revision"]
+    snapshot.mkdir(parents=True)
+    assert unavailable([task]) == {}
+
+
+def test_names_of_tasks(data):
+    def names(*chosen):
+        return [task.metadata.name for task in choose_tasks(chosen, data)]
+
+    assert names("local") == sorted(TASKS)
+    assert names("sts_pairs", "local", "STS12")[-1] == "STS12" and len(names("sts_pairs", "local")) == len(TASKS)
+    assert len(names("mteb")) == 41 and len(names("nanobeir")) == 13
+    assert set(names("followir")) == set(evaluate_gircse.TABLE_9)
+    assert len(names("CQADupstackRetrieval")) == 12  # the parts of a task that only gathers others
+    with pytest.raises(ValueError, match="'STS99' is none of mteb's or of"):
+        names("STS99")
+    with pytest.raises(ValueError, match="'local' needs data"):
+        choose_tasks(["local"], None)
+    with pytest.raises(ValueError, match="no folder"):
+        choose_tasks(["local"], str(data / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{no json", "line 2: '{no json' is not"), ("3", "line 2: '3' is not"), ('{"text": "a"}', "line 2 lacks label")],
+)
+def test_broken_rows_are_named(tmp_path, line, message):
+    path = tmp_path / "clustering_bad.jsonl"
+    path.write_text('{"text": "a", "label": "b"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=re.escape(f"clustering_bad.jsonl, {message}")):
+        read_rows(path, "text", "label")
+
+
+def test_a_data_set_without_instruction_is_named(tmp_path):
+    data = write_data(tmp_path / "data")
+    write(data / "instruct_others.jsonl", SCENES)
+    with pytest.raises(ValueError, match="instruct_others.jsonl: instruct_instructions has no instruction"):
+        local_tasks(data)
+
+
+# Interruption -------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on(evaluated, folder, data, tmp_path, monkeypatch):
+    names = ["sts_pairs", "retrieval_little", "instruct_scenes_triplets-place"]
+    encode = StepEncoder.encode
+
+    def interrupted(self, inputs, *, task_metadata, **kwargs):
+        if task_metadata.name == names[1] and self.k == 3:
+            raise KeyboardInterrupt
+        return encode(self, inputs, task_metadata=task_metadata, **kwargs)
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(StepEncoder, "encode", interrupted)
+        run(folder, tmp_path, "--k", "1", "3", data=data, tasks=names)
+    done = result_files(tmp_path)
+    assert set(done) == {"k_1/sts_pairs", "k_3/sts_pairs", "k_1/retrieval_little"}
+    assert list(scores(json.loads((tmp_path / "results.json").read_text()))) == names[:1]
+    done["k_1/sts_pairs"].write_text(done["k_1/sts_pairs"].read_text()[:100])  # as if killed while writing
+    kept = done["k_3/sts_pairs"].stat().st_mtime_ns
+
+    passes = Passes(monkeypatch)
+    report = run(folder, tmp_path, "--k", "1", "3", data=data, tasks=names)
+    assert scores(report) == {name: scores(evaluated.report)[name] for name in names}
+    assert passes.texts == 14 + len(DOCUMENTS) + len(QUERIES) + 3
+    assert done["k_3/sts_pairs"].stat().st_mtime_ns == kept
+
+
+def test_a_task_that_fails_takes_no_other_along(folder, tmp_path, capsys):
+    data = write_data(tmp_path / "data")
+    (data / "pairclass_pairs.jsonl.gz").unlink()
+    write(data / "pairclass_pairs.jsonl", [{"sentence1": "a"}])
+    report = run(folder, tmp_path / "out", "--k", "1", data=data, tasks=["pairclass_pairs", "sts_pairs"], status=1)
+    assert list(scores(report)) == ["sts_pairs"]
+    assert "pairclass_pairs.jsonl, line 1 lacks sentence2, label" in report["not_evaluated"]["pairclass_pairs"]
+
+
+# Other models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory) -> Path:
+    """A Sentence Transformers model of another kind."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True).backend_tokenizer
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
+    model.prompts = {"STS": "compare: ", "query": "query: ", "document": "passage: "}
+    path = tmp_path_factory.mktemp("static") / "model"
+    model.save_pretrained(str(path))
+    return path
+
+
+def test_any_sentence_transformers_model(static, data, tmp_path):
+    names = ["sts_pairs", "retrieval_little", "clustering_rooms"]
+    report = run(static, tmp_path, data=data, tasks=names)
+    model = SentenceTransformer(str(static), device="cpu")
+    left, right = (model.encode([pair[i] for pair in PAIRS], prompt="compare: ") for i in (0, 1))
+    cosines = model.similarity_pairwise(left, right)
+    expected = 100 * spearmanr(cosines, [pair[2] for pair in PAIRS])[0]
+    assert scores(report)["sts_pairs"] == {"None": pytest.approx(expected, abs=0.01)}
+    prompts = {row["task"]: row["prompts"] for row in report["tasks"]}
+    assert prompts["sts_pairs"] == {"both": "compare: "} and prompts["clustering_rooms"] == {"both": ""}
+    assert prompts["retrieval_little"] == {"query": "query: ", "document": "passage: "}
+    assert not (tmp_path / "k_curve.png").exists()
+    assert "| task | metric | score |" in (tmp_path / "results.md").read_text()
+
+    template = "Task: {instruction}\\nText: "
+    report = run(static, tmp_path, "--prompt_template", template, data=data, tasks=names)
+    prompts = {row["task"]: row["prompts"] for row in report["tasks"]}
+    assert prompts["sts_pairs"] == {"both": f"Task: {INSTRUCTIONS['sts']}\nText: "}
+    assert scores(report)["sts_pairs"]["None"] != pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("axes", "suffix"),
+    [({"pooling": "last"}, "<|endoftext|>"), ({"attention": "bidirectional"}, "")],
+    ids=["Causal-EOS", "Bidirectional-Avg"],
+)
+def test_baselines(gircse, data, tmp_path, axes, suffix):
+    folder = make_folder(gircse, tmp_path / "baseline", suffix=suffix, step_token="none", **axes)
+    report = run(folder, tmp_path / "out", data=data, tasks=["sts_pairs"])
+    model, processor = load_model(ModelArguments(model_name_or_path=str(folder)))
+    left, right = (
+        model.generate_embedding(**processor([pair[i] for pair in PAIRS], instruction=INSTRUCTIONS["sts"]))
+        for i in (0, 1)
+    )
+    expected = 100 * spearmanr((left * right).sum(-1), [pair[2] for pair in PAIRS])[0]
+    assert scores(report)["sts_pairs"] == {"None": pytest.approx(expected, abs=0.01)}
+
+
+def test_learned_tokens_have_no_more_k_than_they_were_trained_with(gircse, data, tmp_path):
+    folder = make_folder(gircse, tmp_path / "learned", step_token="learned")
+    assert list(scores(run(folder, tmp_path / "out", data=data, tasks=["sts_pairs"]))["sts_pairs"]) == ["1", "3"]
+    with pytest.raises(ValueError, match="from 1 to 3"):
+        run(folder, tmp_path / "out", "--k", "5", data=data, tasks=["sts_pairs"])
+
+
+def test_k_below_one_is_refused(folder, data, tmp_path):
+    with pytest.raises(ValueError, match=r"k=\[0, 1\] must be from 1"):
+        run(folder, tmp_path, "--k", "0", "1", data=data, tasks=["sts_pairs"])
+
+
+# Prompts ------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_the_tasks(folder, data):
+    args = evaluate_gircse.parse(["--model", str(folder), "--tasks", "mteb", "--device", "cpu"])
+    subject = evaluate_gircse.load_subject(args)
+    paper = json.loads((ROOT / "recipes" / "instructions.json").read_text())["mteb"]
+
+    def prompt(name: str, side: str | None = None) -> str:
+        [task] = choose_tasks([name], str(data))
+        text = subject.prompt(task.metadata, side)
+        return text.removeprefix("Instruct: ").removesuffix("\nQuery: ") if text else ""
+
+    assert prompt("STS12") == paper["STS12"]
+    assert prompt("SciFact", "query") == paper["SciFact-Q"] and prompt("SciFact", "document") == ""
+    for side in ("query", "document"):
+        assert prompt("AskUbuntuDupQuestions", side) == paper["AskUbuntuDupQuestions-Q"]
+    assert prompt("CQADupstackUnixRetrieval", "document") == paper["CQADupstackUnixRetrieval-C"]
+    assert prompt("NanoTouche2020Retrieval", "query") == paper["Touche2020-Q"]  # the task it was made from
+    assert prompt("NanoTouche2020Retrieval", "document") == ""
+    assert prompt("News21InstructionRetrieval", "query") == paper["MSMARCO-Q"]  # it has no instruction of its own
+    assert prompt("News21InstructionRetrieval", "document") == ""
+    assert prompt("instruct_scenes-place") == FACETS["place"]
+    assert (
+        prompt("retrieval_little", "query") == INSTRUCTIONS["retrieval"]
+        and prompt("retrieval_little", "document") == ""
+    )
+    for task in choose_tasks(["mteb", "nanobeir"], None):
+        retrieval = isinstance(task, AbsTaskRetrieval)
+        text = subject.prompt(task.metadata, "query" if retrieval else None)
+        instruction = text.removeprefix("Instruct: ").removesuffix("\nQuery: ")
+        assert instruction in paper.values(), task.metadata.name
+
+
+# What is written ----------------------------------------------------------------------------------------------------
+
+
+def test_report(evaluated, folder):
+    text = (evaluated.out / "results.md").read_text()
+    table = scores(evaluated.report)
+    for name, values in table.items():
+        assert f"| {name} | {TASKS[name]} | {values['1']:.2f} | {values['3']:.2f} |" in text
+    assert "| task | metric | k = 1 | k = 3 |" in text
+    assert f"python evaluate_gircse.py --model {folder}" in text and "mteb" in evaluated.report["versions"]
+    assert (evaluated.out / "k_curve.png").read_bytes()[:4] == b"\x89PNG"
+    card = ModelCard((evaluated.out / "card_metadata.yaml").read_text())
+    found = {result.dataset_name: result for result in card.data.eval_results}
+    assert {name: result.metric_value for name, result in found.items()} == {n: v["3"] for n, v in table.items()}
+    assert found["sts_pairs"].metric_type == "cosine_spearman" and found["sts_pairs"].metric_name.endswith("(k = 3)")
+
+
+def test_registry_entry_of_mteb(evaluated, folder, data, embed):
+    """It is valid to mteb, and mteb's own loader makes of it the model that was evaluated."""
+    names = {}
+    exec((evaluated.out / "model_meta.py").read_text(), names)
+    meta = names["model"]
+    assert isinstance(meta, ModelMeta) and meta.name == "local/tiny" and meta.experiment_kwargs is None
+    assert (meta.embed_dim, meta.max_tokens, meta.license, meta.languages) == (32, 64, "mit", ["eng-Latn"])
+    assert meta.n_parameters == sum(p.numel() for p in load_model(ModelArguments(str(folder)))[0].parameters())
+    assert ModelMeta.model_validate(meta.model_dump()) == meta
+    json.dumps(meta.to_dict(), default=str)
+
+    here = meta.model_copy(update={"name": str(folder), "revision": None})
+    model = here.load_model(device="cpu")
+    inputs = torch.utils.data.DataLoader(Dataset.from_dict({"text": ["a boat"]}))
+    where = {"hf_split": "test", "hf_subset": "default"}
+    found = model.encode(inputs, task_metadata=mteb.get_task("STS12").metadata, **where)
+    np.testing.assert_allclose(found[0], embed("a boat", INSTRUCTIONS["sts"], 3), atol=2e-6)
+    other = here.load_model(device="cpu", config_kwargs={"num_steps": 1})
+    found = other.encode(inputs, task_metadata=mteb.get_task("STS12").metadata, **where)
+    np.testing.assert_allclose(found[0], embed("a boat", INSTRUCTIONS["sts"], 1), atol=2e-6)
+    assert other.mteb_model_meta.experiment_name != model.mteb_model_meta.experiment_name
+
+
+def test_table_9_rows_of_followir(tmp_path, monkeypatch):
+    """mteb's p-MRR, and the score that the paper's table has."""
+    [task] = choose_tasks(["Core17InstructionRetrieval"], None)
+    meta = ModelMeta.create_empty({"name": "some/model", "revision": "1"})
+    subject = Subject(meta, {}, [1], None, {"query": "q: "}, "{instruction}", 1)
+    cache = mteb.ResultCache(tmp_path)
+    values = {"main_score": 0.05, "p-MRR": 0.05, "og": {"map_at_1000": 0.21}, "changed": {"map_at_1000": 0.1}}
+    result = mteb.TaskResult.from_task_results(task, {"test": {"default": values}}, evaluation_time=1)
+    cache.save_to_cache(result, subject.meta_at(1))
+    rows = evaluate_gircse.collect([task], subject, cache)
+    assert [(row["metric"], row["scores"]) for row in rows] == [("p-MRR", {"1": 5.0}), ("map_at_1000", {"1": 21.0})]
+    assert report_gircse.means(rows) == {"InstructionReranking (1)": {"1": 5.0}}
+
+
+def test_nothing_is_trusted_unasked():
+    for name in ("evaluate_gircse.py", "tasks_gircse.py", "report_gircse.py"):
+        source = (ROOT / name).read_text()
+        assert re.findall(r"trust_remote_code=(?!args\.)\S+", source) == []
+
+
+def test_revision_of_a_folder_is_its_content(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert evaluate_gircse.content_hash(copy) == evaluate_gircse.content_hash(folder)
+    (copy / "README.md").write_text("another card")
+    assert evaluate_gircse.content_hash(copy) == evaluate_gircse.content_hash(folder)
+    settings = json.loads((copy / "config_sentence_transformers.json").read_text())
+    settings["prompts"]["STS12"] = "other"
+    (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    assert evaluate_gircse.content_hash(copy) != evaluate_gircse.content_hash(folder)
