@@ -1,0 +1,158 @@
+"""Serving on Hugging Face Inference Endpoints, which call `EndpointHandler(folder)` once and then it with each request:
+
+    {"inputs": "a text" or ["a text", ...],
+     "parameters": {"k": 5, "instruction": "Given ..., retrieve ...", "normalize": true, "truncate_dim": 64}}
+
+All parameters may be left out. They may also stand beside `inputs`, where `InferenceClient.feature_extraction` puts
+them. The answer is the embedding of the text, or the list of those of the texts, as numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AutoModel, AutoProcessor
+
+# What one request may ask for.
+MAX_TEXTS = 1024
+MAX_CHARACTERS = 20_000  # of a text with its prompt
+MAX_K = 64
+MAX_NUMBERS = 10_000_000  # in the answer
+# What runs at once, however long the list is: tokens, generated ones included, and texts, each of which needs a few
+# floats for every token of the vocabulary.
+TOKENS_PER_BATCH = 16_384
+TEXTS_PER_BATCH = 256
+
+PARAMETERS = {
+    "k": None,
+    "instruction": None,
+    "prompt_name": None,
+    "normalize": True,
+    "truncate_dim": None,
+    "return_steps": False,
+}
+DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+
+
+class EndpointHandler:
+    """A GIRCSE model that answers requests: in bfloat16 on a GPU, in float32 without one.
+
+    Args:
+        path: the folder of the repo. Its code is run, and nothing is downloaded.
+
+    Raises:
+        ValueError: if `path` is not a folder.
+    """
+
+    def __init__(self, path: str) -> None:
+        if not Path(path).is_dir():
+            raise ValueError(f"path={path!r} is not a folder: download the repo and give the folder it is in")
+        on_gpu = torch.cuda.is_available()
+        dtype = {DTYPE_ARGUMENT: torch.bfloat16 if on_gpu else torch.float32}
+        model = AutoModel.from_pretrained(path, trust_remote_code=True, local_files_only=True, **dtype)
+        self.model = model.to("cuda" if on_gpu else "cpu")
+        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True, local_files_only=True)
+        settings = Path(path, "config_sentence_transformers.json")
+        self.prompts = json.loads(settings.read_text(encoding="utf-8"))["prompts"] if settings.exists() else {}
+
+    def __call__(self, data: dict[str, Any]) -> list:
+        """Embeds the texts of a request.
+
+        Args:
+            data: `inputs`, a text or a list of B texts, and optionally, inside `parameters` or beside `inputs`:
+                `k`, the number of generated tokens, the config's `num_steps` by default;
+                `instruction`, one for all texts, or `prompt_name`, a prompt of `config_sentence_transformers.json`;
+                `normalize`, unit norm, true by default;
+                `truncate_dim`, the leading dimensions to keep, before they are normalized;
+                `return_steps`, z_1..z_k instead of z_k.
+
+        Returns:
+            Lists of floats: (B, d), or (d,) for a single text; with `return_steps` (B, k, d) or (k, d).
+
+        Raises:
+            ValueError: for an unknown parameter, a wrong value, or more than the limits of this file.
+            TypeError, ValueError: as in `GircseModel.generate_embedding`.
+        """
+        parameters = self._parameters(data)
+        prompt = self._prompt(parameters)
+        single = isinstance(data["inputs"], str)
+        texts = [data["inputs"]] if single else data["inputs"]
+        check_texts(texts, prompt)
+        k, size = parameters["k"], parameters["truncate_dim"] or self.model.config.hidden_size
+        steps = k or self.model.config.num_steps
+        if parameters["return_steps"] and len(texts) * steps * size > MAX_NUMBERS:
+            raise ValueError(f"return_steps gives at most {MAX_NUMBERS} numbers: send fewer texts at a time")
+        ids = self.processor(texts, prompt=prompt, padding=False, return_tensors=None)["input_ids"]
+        result: list = [None] * len(texts)
+        for rows in batches([len(row) for row in ids], steps):
+            inputs = self.processor([texts[row] for row in rows], prompt=prompt).to(self.model.device)
+            embeddings = self.model.generate_embedding(
+                **inputs, k=k, normalize=False, return_steps=parameters["return_steps"]
+            )[..., :size]
+            if parameters["normalize"]:
+                embeddings = F.normalize(embeddings, dim=-1)
+            for row, embedding in zip(rows, embeddings.tolist(), strict=True):
+                result[row] = embedding
+        return result[0] if single else result
+
+    def _parameters(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The request's parameters, checked, and the defaults of those that are left out or null."""
+        if "inputs" not in data:
+            raise ValueError('the request has no inputs: send {"inputs": "a text"} or {"inputs": ["a text", ...]}')
+        inside = data.get("parameters") or {}
+        if not isinstance(inside, dict):
+            raise ValueError(f"parameters={inside!r:.80} must be an object, such as {{'k': 5}}")
+        given = {name: value for name, value in data.items() if name not in ("inputs", "parameters")} | inside
+        unknown = sorted(given.keys() - PARAMETERS.keys())
+        if unknown:
+            raise ValueError(f"{', '.join(unknown):.80}: no such parameter; there are {', '.join(PARAMETERS)}")
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, most in (("k", MAX_K), ("truncate_dim", self.model.config.hidden_size)):
+            if name in given and not (type(given[name]) is int and 1 <= given[name] <= most):
+                raise ValueError(f"{name}={given[name]!r:.80} must be a whole number from 1 to {most}")
+        for name, kind in (("normalize", bool), ("return_steps", bool), ("instruction", str), ("prompt_name", str)):
+            if name in given and not isinstance(given[name], kind):
+                raise ValueError(f"{name}={given[name]!r:.80} must be {'a string' if kind is str else 'true or false'}")
+        return PARAMETERS | given
+
+    def _prompt(self, parameters: dict[str, Any]) -> str:
+        """The literal prefix of all texts."""
+        instruction, name = parameters["instruction"], parameters["prompt_name"]
+        if name is None:
+            return self.processor.prompt_for(instruction)
+        if instruction is not None:
+            raise ValueError("instruction and prompt_name are both given: leave one of them out")
+        if name not in self.prompts:
+            raise ValueError(f"prompt_name={name!r:.80} is not in config_sentence_transformers.json: use instruction")
+        return self.prompts[name]
+
+
+def check_texts(texts: Any, prompt: str) -> None:
+    """Raises a ValueError unless `texts` is a list of texts within the limits."""
+    if not isinstance(texts, list):
+        raise ValueError(f"inputs={texts!r:.80} must be a text or a list of texts")
+    if len(texts) > MAX_TEXTS:
+        raise ValueError(f"inputs has {len(texts)} texts, more than {MAX_TEXTS}: send them in several requests")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"inputs[{index}]={text!r:.80} must be a text")
+        if len(prompt) + len(text) > MAX_CHARACTERS:
+            raise ValueError(
+                f"inputs[{index}] has {len(prompt) + len(text)} characters, prompt included, more than "
+                f"{MAX_CHARACTERS}: shorten it"
+            )
+
+
+def batches(lengths: list[int], k: int) -> Iterator[list[int]]:
+    """Row numbers by batch, longest texts first: a batch pads little, and what the model refuses fails at once."""
+    rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    while rows:
+        count = max(1, min(TEXTS_PER_BATCH, TOKENS_PER_BATCH // (lengths[rows[0]] + k)))
+        yield rows[:count]
+        rows = rows[count:]

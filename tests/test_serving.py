@@ -1,0 +1,177 @@
+"""`pipeline("feature-extraction")`, and loads that save memory: device maps with offload, int8 weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, pipeline
+
+from conftest import ROOT, text_config
+from test_loading import DTYPE_ARGUMENTS
+
+TEXTS = ["a red fox", "how do I renew the card that was stolen from me last week?", "rain"]
+BATCH = {"input_ids": torch.tensor([[5, 17, 60, 33, 8], [7, 7, 42, 9, 77]]), "attention_mask": torch.ones(2, 5).long()}
+DECODER = "language_model.model"
+PARTS = [f"{DECODER}.embed_tokens", f"{DECODER}.norm", f"{DECODER}.rotary_emb", "language_model.lm_head"]
+PARTS += [f"{DECODER}.layers.{index}" for index in range(3)]
+needs_root = pytest.mark.skipif(
+    not (ROOT / "model.safetensors").exists(), reason="the repo root holds no model.safetensors"
+)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def exact(processor) -> torch.Tensor:
+    """The root model's embeddings in float32, (3, d)."""
+    return load_root(torch_dtype=torch.float32).generate_embedding(**processor(TEXTS), k=5)
+
+
+def load_root(**settings):
+    return AutoModel.from_pretrained(ROOT, trust_remote_code=True, **settings)
+
+
+def check(model, processor, exact: torch.Tensor, least: float = 0.99) -> float:
+    """The least cosine with float32, of inference and with gradients on."""
+    inputs = processor(TEXTS).to(model.device)
+    cosines = [
+        F.cosine_similarity(found.detach().cpu(), exact)
+        for found in (model.generate_embedding(**inputs, k=5), model(**inputs, k=5).embeddings)
+    ]
+    assert torch.stack(cosines).min() >= least
+    return torch.stack(cosines).min().item()
+
+
+# Pipelines ----------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_pipeline_gives_the_embedding(processor):
+    """The root's tokenizer adds nothing of its own, and its processor no suffix."""
+    embed = pipeline("feature-extraction", model=str(ROOT), trust_remote_code=True, device="cpu")
+    expected = embed.model.generate_embedding(**processor(TEXTS))
+    found = embed(TEXTS)
+    assert torch.tensor(found).shape == (3, 1, 256)
+    assert F.cosine_similarity(torch.tensor(found)[:, 0], expected).min() > 0.9999
+    assert F.cosine_similarity(torch.tensor(found)[:, 0], expected.roll(1, 0)).max() < 0.9999
+    assert torch.tensor(embed("rain")).shape == (1, 256)
+
+
+@needs_root
+def test_pipeline_with_the_processor_takes_instructions(processor):
+    """Which the README shows: the prompt, the suffix and the truncation of this model."""
+    embed = pipeline("feature-extraction", model=str(ROOT), tokenizer=processor, trust_remote_code=True, device="cpu")
+    instruction = "Retrieve semantically similar text."
+    expected = embed.model.generate_embedding(**processor([*TEXTS, ""], instruction=instruction))
+    found = torch.tensor(embed([*TEXTS, ""], tokenize_kwargs={"instruction": instruction}))[:, 0]
+    assert F.cosine_similarity(found, expected).min() > 0.9999
+    bare = torch.tensor(embed(TEXTS))[:, 0]
+    assert F.cosine_similarity(bare, expected[:3]).max() < 0.9999
+
+
+def test_config_names_a_tokenizer_class(gircse, tmp_path):
+    """transformers 4 gives a pipeline no tokenizer without one."""
+    gircse.GircseConfig(text_config=text_config("qwen2")).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert gircse.GircseConfig.from_pretrained(tmp_path).tokenizer_class == "PreTrainedTokenizerFast"
+    assert gircse.GircseConfig(tokenizer_class="Other").tokenizer_class == "Other"
+
+
+# Offload ------------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+@pytest.mark.parametrize("settings", [{}, {"max_memory": {"cpu": "12MB"}}])
+def test_root_model_under_device_map_auto(processor, exact, tmp_path, settings):
+    model = load_root(device_map="auto", offload_folder=str(tmp_path), torch_dtype=torch.float32, **settings)
+    if settings:  # the layers did not fit
+        assert "disk" in model.hf_device_map.values()
+        assert any(parameter.is_meta for parameter in model.parameters())
+    assert check(model, processor, exact) > 0.99999
+
+
+@pytest.mark.parametrize(
+    "backbone, offloaded",
+    # Tied weights are kept from the disk: transformers itself can't offload them.
+    [("qwen2-tied", "layers"), ("qwen2", "layers"), ("qwen2", "head"), ("qwen2", "embedding"), ("qwen2", "both")],
+)
+def test_any_part_may_be_offloaded(gircse, make_model, tmp_path, backbone, offloaded):
+    make_model(backbone, num_steps=3).save_pretrained(tmp_path / "model")
+    expected = gircse.GircseModel.from_pretrained(tmp_path / "model").generate_embedding(**BATCH)
+    parts = {
+        "layers": [f"{DECODER}.layers.1", f"{DECODER}.layers.2"],
+        "head": ["language_model.lm_head"],
+        "embedding": [f"{DECODER}.embed_tokens"],
+        "both": ["language_model.lm_head", f"{DECODER}.embed_tokens"],
+    }[offloaded]
+    places = dict.fromkeys(PARTS, "cpu") | dict.fromkeys(parts, "disk")
+    model = gircse.GircseModel.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload")
+    )
+    assert any(parameter.is_meta for parameter in model.parameters())
+    for found in (model.generate_embedding(**BATCH), model(**BATCH).embeddings.detach()):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# Quantized weights --------------------------------------------------------------------------------------------------
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@needs_root
+@pytest.mark.skipif(not installed("torchao"), reason="torchao is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_root_model_in_int8_by_torchao(processor, exact, dtype):
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    model = load_root(quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), torch_dtype=dtype)
+    kinds = {name: type(parameter) for name, parameter in model.named_parameters()}
+    whole = {name for name, kind in kinds.items() if kind is torch.nn.Parameter}
+    # The linear layers are in int8; the token embedding, which is also the head, is not.
+    assert any("embed_tokens" in name for name in whole) and not any("proj.weight" in name for name in whole)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.get_input_embeddings().weight.dtype == dtype
+    assert 0.99 < check(model, processor, exact) < 0.9999999
+
+
+@needs_root
+@pytest.mark.skipif(not installed("bitsandbytes"), reason="bitsandbytes is not installed")
+@pytest.mark.skipif(DTYPE_ARGUMENTS == ["torch_dtype"] and not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", [{"load_in_8bit": True}, {"load_in_4bit": True}])
+def test_root_model_by_bitsandbytes(processor, exact, settings):
+    model = load_root(quantization_config=BitsAndBytesConfig(**settings), torch_dtype=torch.float32)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    found = model.generate_embedding(**processor(TEXTS).to(model.device), k=5)
+    assert 0.99 < F.cosine_similarity(found.cpu(), exact).min() < 0.99999
+
+
+# dtype --------------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+@pytest.mark.parametrize("argument", DTYPE_ARGUMENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_root_model_in_any_dtype(processor, exact, argument, dtype):
+    model = load_root(**{argument: dtype})
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    check(model, processor, exact)
+
+
+@needs_root
+@pytest.mark.parametrize("argument", DTYPE_ARGUMENTS)
+def test_pipeline_honours_dtype(argument):
+    embed = pipeline(
+        "feature-extraction", model=str(ROOT), trust_remote_code=True, device="cpu", **{argument: "bfloat16"}
+    )
+    assert embed.model.dtype == torch.bfloat16
+    assert torch.tensor(embed("rain")).norm() == pytest.approx(1, abs=1e-3)
