@@ -47,7 +47,9 @@ DECODER_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", "past_ke
 SHORTEST_SHARED_PREFIX = 8
 # Static caches come in lengths that are multiples of this, so that few shapes are compiled.
 STATIC_CACHE_MULTIPLE = 64
-# Tokens of the vocabulary that training mixes at once: what a processor's cache holds; on a GPU, few launches.
+# Vocabularies from this size on are mixed in chunks in training, where keeping B x V floats a step would cost more than
+# making them again; and the size of a chunk: what a processor's cache holds; on a GPU, few launches.
+SMALLEST_CHUNKED_VOCABULARY = 32768
 CHUNK_ON_CPU, CHUNK = 2048, 16384
 # Where a file is found on the Hub: arguments of `from_pretrained` that hold for more than one repo, or for one alone.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
@@ -576,12 +578,14 @@ class GircseModel(GircsePreTrainedModel):
 
     def _next_token(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
         """s_{k+1} (B, V), in float32 at least, and its embedding d_{k+1} (B, d) from h'_k (Eq. 5 and 6). With
-        gradients on, soft tokens are made chunk by chunk and s_{k+1} is None."""
+        gradients on and a large vocabulary, soft tokens are made chunk by chunk and s_{k+1} is None."""
         embed, head = _gathered(self.get_input_embeddings()), _gathered(self.get_output_embeddings())
         # A device map may offload weights (to the meta device), or spread them; their modules' calls see to that.
         direct = type(head).forward is nn.Linear.forward
         direct = direct and {head.weight.device, embed.weight.device} == {state.device}
-        if torch.is_grad_enabled() and self.config.step_token == "soft" and direct:
+        # A call of the head under FSDP2 would free the weights that the mix's backward pass reads.
+        chunked = len(embed.weight) >= SMALLEST_CHUNKED_VOCABULARY or hasattr(head, "unshard")
+        if torch.is_grad_enabled() and self.config.step_token == "soft" and direct and chunked:
             probabilities = None
             mixed = _SoftEmbedding.apply(state, head.weight, head.bias, embed.weight, self._scores)
         else:

@@ -29,15 +29,9 @@ def decoder_calls(model, name):
     return calls
 
 
-def plain_mix(model, monkeypatch):
-    """Soft tokens by softmax and one product, as in inference, but with gradients."""
-
-    def next_token(self, state):
-        probabilities = torch.softmax(self._scores(self.get_output_embeddings()(state)), dim=-1)
-        table = self.get_input_embeddings()
-        return None, probabilities.to(table.weight) @ table.weight * getattr(table, "embed_scale", 1.0)
-
-    monkeypatch.setattr(type(model), "_next_token", next_token)
+def mix_in_chunks(model, monkeypatch, size):
+    monkeypatch.setattr(module_of(model), "SMALLEST_CHUNKED_VOCABULARY", 0)
+    monkeypatch.setattr(module_of(model), "CHUNK_ON_CPU", size)
 
 
 def training_step(model, batch, k=3):
@@ -51,10 +45,9 @@ def training_step(model, batch, k=3):
 def test_mixing_chunk_by_chunk_gives_the_values_and_gradients_of_one_product(make_model, batch, monkeypatch, backbone):
     dtype = torch.float32 if backbone == "gemma2" else torch.float64  # its own eager attention gives NaN in the latter
     model = make_model(backbone, dtype=dtype, logit_temperature=0.7, **attention_for(backbone))
-    monkeypatch.setattr(module_of(model), "CHUNK_ON_CPU", 40)  # 99 tokens in chunks of 40, 40 and 19
-    chunked = training_step(model, batch)
-    plain_mix(model, monkeypatch)
     plain = training_step(model, batch)
+    mix_in_chunks(model, monkeypatch, 40)  # 99 tokens in chunks of 40, 40 and 19
+    chunked = training_step(model, batch)
     tolerance = {"gpt2": 1e-9, "gemma2": 1e-4}.get(backbone, 1e-5)  # most compute their norms in float32
     assert relative(chunked[0], plain[0]) < tolerance
     assert set(chunked[1]) == set(plain[1])
@@ -85,8 +78,9 @@ def test_mixing_handles_a_head_with_a_bias_frozen_tables_and_large_scores(make_m
     assert huge.isfinite().all()
 
 
-def test_training_keeps_nothing_as_large_as_the_vocabulary_for_backward(make_model, batch):
-    model = make_model(text_changes={"vocab_size": 1999})
+@pytest.mark.parametrize("size, chunked", [(1999, False), (32768, True)])
+def test_training_keeps_nothing_as_large_as_a_large_vocabulary_for_backward(make_model, batch, size, chunked):
+    model = make_model(text_changes={"vocab_size": size})
     weights = {p.data_ptr() for p in model.parameters()}
     kept = []
 
@@ -97,11 +91,14 @@ def test_training_keeps_nothing_as_large_as_the_vocabulary_for_backward(make_mod
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(*batch, k=3)
-    assert kept and not [shape for shape in kept if 1999 in shape]
+    assert kept and chunked is not any(size in shape for shape in kept)
 
 
-def test_mixing_under_autocast_is_in_half_precision_and_close(make_model, batch):
+@pytest.mark.parametrize("chunked", [False, True])
+def test_mixing_under_autocast_is_in_half_precision_and_close(make_model, batch, monkeypatch, chunked):
     model = make_model()
+    if chunked:
+        mix_in_chunks(model, monkeypatch, 40)
     exact = training_step(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
         half = training_step(model, batch)
