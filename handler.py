@@ -47,12 +47,18 @@ class EndpointHandler:
         path: the folder of the repo. Its code is run, and nothing is downloaded.
 
     Raises:
-        ValueError: if `path` is not a folder.
+        ValueError: if `path` is not a folder, or holds an adapter without its backbone.
     """
 
     def __init__(self, path: str) -> None:
         if not Path(path).is_dir():
             raise ValueError(f"path={path!r} is not a folder: download the repo and give the folder it is in")
+        config = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
+        if config.get("adapter"):
+            raise ValueError(
+                f"path={path!r} holds an adapter, whose backbone would have to be downloaded: serve a folder with the "
+                "merged weights, which training writes without --save_adapter"
+            )
         on_gpu = torch.cuda.is_available()
         dtype = {DTYPE_ARGUMENT: torch.bfloat16 if on_gpu else torch.float32}
         model = AutoModel.from_pretrained(path, trust_remote_code=True, local_files_only=True, **dtype)
@@ -88,12 +94,13 @@ class EndpointHandler:
         steps = k or self.model.config.num_steps
         if parameters["return_steps"] and len(texts) * steps * size > MAX_NUMBERS:
             raise ValueError(f"return_steps gives at most {MAX_NUMBERS} numbers: send fewer texts at a time")
-        ids = self.processor(texts, prompt=prompt, padding=False, return_tensors=None)["input_ids"]
+        most = min(filter(None, (self.processor.max_length, self.model.max_input_length(k))))
+        ids = self.processor(texts, prompt=prompt, max_length=most, padding=False, return_tensors=None)["input_ids"]
         result: list = [None] * len(texts)
         for rows in batches([len(row) for row in ids], steps):
-            inputs = self.processor([texts[row] for row in rows], prompt=prompt).to(self.model.device)
+            inputs = self.processor([texts[row] for row in rows], prompt=prompt, max_length=most)
             embeddings = self.model.generate_embedding(
-                **inputs, k=k, normalize=False, return_steps=parameters["return_steps"]
+                **inputs.to(self.model.device), k=k, normalize=False, return_steps=parameters["return_steps"]
             )[..., :size]
             if parameters["normalize"]:
                 embeddings = F.normalize(embeddings, dim=-1)

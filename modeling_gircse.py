@@ -402,14 +402,22 @@ class GircseModel(GircsePreTrainedModel):
         if not input_ids.is_meta:
             longest = self._check_values(input_ids, mask)
             input_ids, mask = input_ids[:, -longest:], mask[:, -longest:]
-        positions = getattr(self.config.text_config, "max_position_embeddings", None)
-        generated = 0 if self.config.step_token == "none" else k
-        if positions is not None and mask.shape[1] + generated > positions:
+        most = self.max_input_length(k)
+        if most is not None and mask.shape[1] > most:
+            positions = self.config.text_config.max_position_embeddings
             raise ValueError(
-                f"N + k = {mask.shape[1]} + {generated} exceeds the backbone's {positions} positions: truncate the "
-                f"text to {positions - generated} tokens or use a smaller k"
+                f"N + k = {mask.shape[1]} + {positions - most} exceeds the backbone's {positions} positions: truncate "
+                f"the text to {most} tokens or use a smaller k"
             )
         return input_ids, mask.to(torch.long), k
+
+    def max_input_length(self, k: int | None = None) -> int | None:
+        """The most tokens of a text that leave room for k steps (`config.num_steps` by default) in the backbone's
+        positions; None if it has no limit."""
+        positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        if positions is None or self.config.step_token == "none":
+            return positions
+        return positions - (self.config.num_steps if k is None else k)
 
     def _check_k(self, k: int | None) -> int:
         if self.config.step_token == "none":

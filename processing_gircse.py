@@ -19,13 +19,21 @@ logger = logging.get_logger(__name__)
 
 
 def _check_texts(texts: list, argument: str, optional: bool = False) -> None:
-    """Raise a TypeError naming the first entry that is not a str (None passes when `optional`)."""
+    """Raise an error naming the first entry that is not a str, or one that can't be encoded (None passes when
+    `optional`)."""
     for index, item in enumerate(texts):
         if not isinstance(item, str) and not (optional and item is None):
             raise TypeError(
                 f"{argument}[{index}] is {item!r:.80} of type {type(item).__name__}, but must be a str. "
                 f"Pass a str or a list of str{', None for a text without instruction' if optional else ''}."
             )
+        try:
+            (item or "").encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{argument}[{index}] is {item!r:.80} and holds half a character (a lone surrogate). Cut texts between "
+                "characters, or replace such halves."
+            ) from error
 
 
 def _make_loadable_by_v4(folder: Path) -> None:
@@ -110,8 +118,9 @@ class GircseProcessor(ProcessorMixin):
 
         Raises:
             TypeError: a text, an instruction or the prompt is not a str.
-            ValueError: both `instruction` and `prompt` are given, the number of instructions differs from B,
-                `max_length` is too small, or a row is empty and the tokenizer has no eos, bos or pad token.
+            ValueError: one of them holds half a character (a lone surrogate), both `instruction` and `prompt` are
+                given, the number of instructions differs from B, `max_length` is too small, or a row is empty and the
+                tokenizer has no eos, bos or pad token.
         """
         texts = list(text) if isinstance(text, (list, tuple)) else [text]
         _check_texts(texts, "text")

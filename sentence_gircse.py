@@ -47,15 +47,22 @@ class SentenceGircse(InputModule):
         self.processor = processor
 
     def preprocess(
-        self, inputs: list[str], prompt: str | None = None, max_length: int | None = None, **kwargs: Any
+        self,
+        inputs: list[str],
+        prompt: str | None = None,
+        max_length: int | None = None,
+        k: int | None = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Token ids of B texts.
 
         Args:
             inputs: the texts.
             prompt: a literal prefix of all of them.
-            max_length: most tokens of a text, prompt and suffix included; `max_seq_length` by default.
-            kwargs: not used; the library passes those of `forward` here too.
+            max_length: most tokens of a text, prompt and suffix included; `max_seq_length` by default, or what the
+                backbone's positions leave beside the generated ones.
+            k: the number of generated tokens, as in `forward`.
+            kwargs: not used; the library passes more than this module takes.
 
         Returns:
             `input_ids` and `attention_mask`, (B, N) int64.
@@ -64,6 +71,8 @@ class SentenceGircse(InputModule):
             TypeError: if a text or the prompt is not a str.
             ValueError: if `max_length` leaves no room for a text.
         """
+        if max_length is None and isinstance(k, int) and k > 0:  # a wrong k is refused by `forward`
+            max_length = min(filter(None, (self.max_seq_length, self.model.max_input_length(k))))
         return self.processor(list(inputs), prompt=prompt, max_length=max_length).data
 
     def tokenize(self, texts: list[str], **kwargs: Any) -> dict[str, Tensor]:
@@ -145,12 +154,13 @@ class SentenceGircse(InputModule):
             "local_files_only": local_files_only,
             "trust_remote_code": trust_remote_code,
         }
-        settings = {**(tokenizer_kwargs or {}), **(processor_kwargs or {})}
-        if "model_max_length" in settings:
-            settings.setdefault("max_length", settings.pop("model_max_length"))
+        for_model = {**common, **(config_kwargs or {}), **(model_kwargs or {})}
+        for_processor = {**common, **(tokenizer_kwargs or {}), **(processor_kwargs or {})}
+        if "model_max_length" in for_processor:
+            for_processor.setdefault("max_length", for_processor.pop("model_max_length"))
         return cls(
-            AutoModel.from_pretrained(model_name_or_path, **common, **(config_kwargs or {}), **(model_kwargs or {})),
-            AutoProcessor.from_pretrained(model_name_or_path, **common, **settings),
+            AutoModel.from_pretrained(model_name_or_path, **for_model),
+            AutoProcessor.from_pretrained(model_name_or_path, **for_processor),
         )
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:

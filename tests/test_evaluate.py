@@ -23,7 +23,6 @@ from mteb.models import ModelMeta
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sklearn.metrics import average_precision_score
-from test_sentence_transformers import make_processor
 from transformers import AutoTokenizer
 
 import evaluate_gircse
@@ -31,6 +30,7 @@ import report_gircse
 from conftest import ROOT, text_config
 from evaluate_gircse import StepEncoder, Subject, Vectors, choose_tasks, main, unavailable
 from tasks_gircse import INSTRUCTIONS, LocalTriplets, local_tasks, read_rows
+from test_sentence_transformers import make_processor
 from train_gircse import ModelArguments, export, load_model
 
 try:

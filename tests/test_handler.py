@@ -242,6 +242,22 @@ def test_limits(served, monkeypatch):
     handler({"inputs": ["a"] * 3, "parameters": {"return_steps": True, "truncate_dim": 8}})
 
 
+def test_more_steps_leave_less_room_for_the_text(handler, monkeypatch):
+    model, processor, text = handler.model, handler.processor, "fox " * 500
+    positions = model.config.text_config.max_position_embeddings
+    monkeypatch.setattr(processor, "max_length", positions)
+    answer = handler({"inputs": [text], "parameters": {"k": 60}})
+    assert cosine(answer, model.generate_embedding(**processor(text, max_length=positions - 60), k=60)) > 0.99999
+
+
+def test_an_adapter_without_its_backbone_is_refused(served, folder, tmp_path):
+    _, module = served
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"adapter": "adapter"}))
+    with pytest.raises(ValueError, match="holds an adapter.*without --save_adapter"):
+        module.EndpointHandler(str(tmp_path))
+
+
 def test_a_request_is_left_as_it_was(handler):
     data = {"inputs": ["a"], "parameters": {"k": 2}}
     handler(data)

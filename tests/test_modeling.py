@@ -409,6 +409,7 @@ def test_bad_ids_and_masks(make_model, batch):
             model.generate_embedding(outside, mask, k=1)
     with pytest.raises(ValueError, match=r"\(B, N\)"):
         model.generate_embedding(ids, mask[:, :4], k=1)
+    assert model.max_input_length(3) == 125 and model.max_input_length() == 128 - model.config.num_steps
     with pytest.raises(ValueError, match="exceeds the backbone's 128 positions"):
         model.generate_embedding(torch.ones(1, 120, dtype=torch.long), k=9)
     model.generate_embedding(torch.ones(1, 120, dtype=torch.long), k=8)

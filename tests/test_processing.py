@@ -184,6 +184,13 @@ def test_text_of_wrong_type(processor, text, index, kind):
         processor(text)
 
 
+def test_half_a_character_is_named(processor):
+    with pytest.raises(ValueError, match=r"text\[1\] is 'b\\ud83d' and holds half a character"):
+        processor(["a", "b\ud83d"])
+    with pytest.raises(ValueError, match=r"instruction\[0\] is .* half a character"):
+        processor("a", instruction="\ud83d")
+
+
 def test_instruction_and_prompt_errors(processor):
     with pytest.raises(ValueError, match="are both given"):
         processor("cat", instruction="go", prompt="x: ")

@@ -131,17 +131,6 @@ def test_root_model_encodes_as_auto_model_does():
     assert model.similarity_fn_name == "cosine" and model.prompts["STS12"] == PROMPT
 
 
-def test_example_of_the_readme_runs_as_written(monkeypatch):
-    if not (ROOT / "model.safetensors").exists():
-        pytest.skip("the repo root holds no model.safetensors, so there is no published model to load")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    [block] = [block for block in blocks if "sentence_transformers" in block]
-    monkeypatch.chdir(ROOT)
-    names = {}
-    exec(block, names)
-    assert names["documents"].shape == (2, 256) and names["intents"].shape == (1, 64)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_and_batch_size_change_nothing(folder, side):
     model = load(folder, **{PROCESSOR_ARGUMENT: {"padding_side": side}})
@@ -249,6 +238,18 @@ def test_max_seq_length_cuts_the_text_and_keeps_the_suffix(model):
     model.max_seq_length = len(suffix)
     with pytest.raises(ValueError, match=f"max_length must be an int greater than the suffix's {len(suffix)} tokens"):
         model.encode(text)
+
+
+@pytest.mark.skipif(PROCESSOR_ARGUMENT == "tokenizer_kwargs", reason="a module gets no k with the texts before 5.4")
+def test_more_steps_leave_less_room_for_the_text(model):
+    text, positions = "how do I renew the card? " * 50, model[0].model.config.text_config.max_position_embeddings
+    with Inputs(model) as inputs:
+        model.encode(text, k=positions - 10)
+    assert [len(ids) for ids in inputs.ids] == [10]
+
+
+def test_arguments_of_the_library_may_be_given_twice(folder):
+    load(folder, model_kwargs={"trust_remote_code": True}, config_kwargs={"trust_remote_code": True})
 
 
 def test_max_seq_length_at_loading_and_saving(folder, tmp_path):
