@@ -1,11 +1,10 @@
-"""Make the root model's backbone from nothing: a BPE tokenizer and a Qwen2-shaped causal LM, from plain text.
+"""Make the root model's backbone from nothing: a BPE tokenizer and a Qwen2-shaped causal LM, from plain text files.
 
-    python recipes/pretrain_backbone.py --text 'text/*.txt.gz' 'train/*.jsonl.gz' --output_dir runs/backbone
+    python recipes/pretrain_backbone.py --text 'text/*.txt.gz' --output_dir runs/backbone
 
-Each line of a text file is one document, as is each text of a file of training pairs. The tokenizer is a byte-level BPE
-trained on them. Documents are joined with the end-of-text token and cut into blocks of `--block_size` tokens; every
-200th is held out and its loss is reported during training. A run that was interrupted goes on from its last checkpoint
-when the command is repeated. `pretraining.json` has the held-out loss by tokens seen, and a few continuations.
+Each input line is one document. The tokenizer is a byte-level BPE trained on the same lines. Documents are joined with
+the end-of-text token and cut into blocks of `--block_size` tokens; every 200th document is held out and its loss is
+reported during training. A run that was interrupted goes on from its last checkpoint when the command is repeated.
 """
 
 from __future__ import annotations
@@ -13,18 +12,15 @@ from __future__ import annotations
 import argparse
 import glob
 import gzip
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Trainer,
@@ -34,11 +30,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 END_OF_TEXT = "<|endoftext|>"
 HOLD_OUT_EVERY = 200
-# How Qwen2's tokenizer cuts text before its merges, so that tools that know that tokenizer cut this one's alike.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-BEGINNINGS = ("The old man looked at the", "Diabetes is a disease in which", "I want to", "A small bird that")
 
 
 def documents(patterns: list[str]) -> Iterator[str]:
@@ -47,21 +38,12 @@ def documents(patterns: list[str]) -> Iterator[str]:
         raise ValueError(f"--text {patterns} matches no file; give the path of at least one text file")
     for path in paths:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
-            if ".jsonl" in path:
-                rows = map(json.loads, lines)
-                yield from dict.fromkeys(t for row in rows for t in (row["query"], *row["pos"], *row["neg"]) if t)
-            else:
-                yield from (line.strip() for line in lines if line.strip())
+            yield from (line.strip() for line in lines if line.strip())
 
 
 def train_tokenizer(patterns: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -110,26 +92,20 @@ class Blocks(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    ids = tokenizer(text, return_tensors="pt").to(model.device)
-    torch.manual_seed(0)
-    return tokenizer.decode(model.generate(**ids, max_new_tokens=24, do_sample=True, temperature=0.7, top_p=0.9)[0])
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", required=True, help="files or glob patterns, .gz or plain")
+    parser.add_argument("--text", nargs="+", required=True, help="text files or glob patterns, .gz or plain")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--vocab_size", type=int, default=8192)
-    parser.add_argument("--hidden_size", type=int, default=384)
-    parser.add_argument("--intermediate_size", type=int, default=1024)
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--intermediate_size", type=int, default=768)
     parser.add_argument("--num_layers", type=int, default=6)
-    parser.add_argument("--num_heads", type=int, default=6)
+    parser.add_argument("--num_heads", type=int, default=4)
     parser.add_argument("--num_key_value_heads", type=int, default=2)
     parser.add_argument("--block_size", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--max_steps", type=int, default=2600)
+    parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -173,14 +149,14 @@ def main() -> None:
             warmup_steps=100,
             weight_decay=0.1,
             adam_beta2=0.95,
-            max_steps=args.max_steps,
+            num_train_epochs=args.epochs,
             bf16=True,
             torch_compile=True,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=50,
             eval_strategy="steps",
-            eval_steps=200,
-            save_steps=200,
+            eval_steps=500,
+            save_steps=500,
             save_total_limit=1,
             report_to="none",
             seed=args.seed,
@@ -189,23 +165,9 @@ def main() -> None:
         eval_dataset=Blocks(held_out),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
-    trainer.evaluate()
-    model = model.to(torch.bfloat16).eval()
-    model.save_pretrained(output)
-    report = {
-        "command": "python " + " ".join(sys.argv),
-        "parameters": model.num_parameters(),
-        "training_tokens": train.size,
-        "held_out_tokens": held_out.size,
-        "held_out_loss": [
-            {"tokens": line["step"] * args.batch_size * args.block_size, "loss": line["eval_loss"]}
-            for line in trainer.state.log_history
-            if "eval_loss" in line
-        ],
-        "continuations": [continuation(model, tokenizer, text) for text in BEGINNINGS],
-    }
-    (output / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report, indent=1))
+    trainer.save_model(str(output))
+    trainer.save_state()
+    print(trainer.evaluate())
 
 
 if __name__ == "__main__":
