@@ -240,6 +240,10 @@ def content_hash(folder: Path) -> str:
     listed = folder / "modules.json"
     modules = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
     folders = {folder} | {folder / module["path"] for module in modules}
+    config = folder / "config.json"  # names the folder of an adapter that takes the weights' place
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    if settings.get("model_type") == "gircse" and settings.get("adapter"):
+        folders.add(folder / settings["adapter"])
     paths = {p for f in folders if f.is_dir() for p in f.iterdir() if p.suffix in (".safetensors", ".bin", ".json")}
     digest = hashlib.sha256()
     for path in sorted(paths):

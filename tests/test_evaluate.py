@@ -612,3 +612,16 @@ def test_revision_of_a_folder_is_its_content(folder, tmp_path):
     settings["prompts"]["STS12"] = "other"
     (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
     assert evaluate_gircse.content_hash(copy) != evaluate_gircse.content_hash(folder)
+
+
+def test_revision_of_an_adapter_only_folder_is_its_adapter_too(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "adapter": "lora"}))
+    (copy / "lora").mkdir()
+    hashes = set()
+    for weights in (b"one", b"two"):
+        (copy / "lora" / "adapter_model.safetensors").write_bytes(weights)
+        hashes.add(evaluate_gircse.content_hash(copy))
+    assert len(hashes) == 2
