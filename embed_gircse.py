@@ -319,6 +319,12 @@ class Embedder:
         with FileLock(Path(HF_MODULES_CACHE) / "embed_gircse.lock"):
             self.model, self.processor = load_model(self.settings, trust_remote_code)
         self.model.to(device)
+        k, self.max_length = self.settings["k"], self.processor.max_length
+        room = self.model.max_input_length(k)
+        if room is not None:
+            if room < 1:
+                raise ValueError(f"k={k or self.model.config.num_steps} takes all positions of the backbone: lower it")
+            self.max_length = min(self.max_length, room)
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, int]:
         """Embeds and writes a shard; returns how many rows it has and how many of them are bad."""
@@ -356,7 +362,8 @@ class Embedder:
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
         for start in range(0, len(texts), self.batch_size):
             rows = order[start : start + self.batch_size]
-            inputs = self.processor([texts[row] for row in rows], instruction=self.settings["instruction"])
+            part, instruction = [texts[row] for row in rows], self.settings["instruction"]
+            inputs = self.processor(part, instruction=instruction, max_length=self.max_length)
             vectors = self.model.generate_embedding(**inputs.to(self.device), k=self.settings["k"])
             embeddings[rows] = vectors.cpu()
         return embeddings

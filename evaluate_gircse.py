@@ -142,6 +142,12 @@ def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
         steps = sorted({k for k in args.k or STEPS if args.k or k <= most})
         if steps[0] < 1 or steps[-1] > most:
             raise ValueError(f"k={steps} must be from 1 to {most} for this model")
+    room = model.max_input_length(steps[-1])
+    if room is not None and room < 1:
+        raise ValueError(f"k={steps[-1]} takes all positions of the backbone: choose k below {room + steps[-1]}")
+    if room is not None and room < processor.max_length:
+        # A setting, since the scores of a smaller k depend on what the largest one leaves of a text.
+        args.max_length = processor.max_length = room
 
     def embed(texts: list[str], prompt: str, side: str | None, steps: list[int | None]) -> np.ndarray:
         inputs = processor(texts, prompt=prompt).to(device)

@@ -165,6 +165,31 @@ def test_rows_of_any_part_of_a_parquet_file(tmp_path):
         assert rows == [(n, {"n": n}) for n in range(start, stop)]
 
 
+def finished(tmp_path: Path, lines: list[dict], *more: str) -> list[str]:
+    """The call of a job whose one shard is there, made without Ray."""
+    call = arguments(write_lines(tmp_path / "a.jsonl", lines), tmp_path / "out", *more)
+    embedder = embed_gircse.Embedder(make_plan(parse(call)), str(tmp_path / "out"), 4, "cpu", False)
+    assert embedder({"name": "000000.parquet", "file": 0, "start": 0, "stop": len(lines)})["bad"] == 0
+    return call
+
+
+def test_a_large_k_truncates_long_texts(tmp_path):
+    """They and the steps share the backbone's 512 positions."""
+    texts = ["x " * 2000, "short"]
+    call = finished(tmp_path, [{"text": text} for text in texts], "--k", "30")
+    assert main(call) == 0
+    settings = {"model": str(ROOT), "revision": None, "dtype": "float32"}
+    model, processor = embed_gircse.load_model(settings, trust_remote_code=False)
+    vectors = model.generate_embedding(**processor(texts, max_length=512 - 30), k=30)
+    found = torch.stack(list(read(tmp_path / "out").values()))
+    assert F.cosine_similarity(found, vectors).min() > 0.9999
+
+
+def test_a_k_that_leaves_no_room_for_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="k=512 takes all positions"):
+        finished(tmp_path, [{"text": "x"}], "--k", "512")
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 

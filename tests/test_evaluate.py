@@ -509,6 +509,26 @@ def test_k_below_one_is_refused(folder, data, tmp_path):
         run(folder, tmp_path, "--k", "0", "1", data=data, tasks=["sts_pairs"])
 
 
+def test_a_large_k_truncates_long_texts(folder):
+    """They and the steps share the backbone's 128 positions; results of such a k are filed under that length."""
+
+    def load(*k: str) -> Subject:
+        return evaluate_gircse.load_subject(
+            evaluate_gircse.parse(["--model", str(folder), "--tasks", "STS12", "--device", "cpu", "--k", *k])
+        )
+
+    assert load("1", "64").settings == {}  # the processor's 64 tokens fit
+    subject = load("1", "100")
+    assert subject.settings == {"max_length": 28} and subject.meta.max_tokens == 28
+    vectors = subject.embed(["x " * 500, "short"], "", None, subject.steps)
+    model, processor = load_model(ModelArguments(model_name_or_path=str(folder)))
+    for column, k in enumerate((1, 100)):
+        expected = model.eval().generate_embedding(**processor(["x " * 500, "short"], max_length=28), k=k)
+        np.testing.assert_allclose(vectors[:, column], expected.numpy(), atol=2e-6)
+    with pytest.raises(ValueError, match="k=128 takes all positions of the backbone: choose k below 128"):
+        load("128")
+
+
 # Prompts ------------------------------------------------------------------------------------------------------------
 
 
