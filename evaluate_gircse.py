@@ -10,7 +10,8 @@ Sentence Transformers loads. Only a GIRCSE model with steps has several k, z_1..
 
 Texts go under the prompts of the model's `config_sentence_transformers.json`, by mteb's name of the task: the paper's
 instructions. A task without one there takes that of the task it was adapted from, then mteb's own; documents of a
-search are embedded bare. A run that is started again with the same output_dir does what is missing.
+search are embedded bare. A model of others that has no prompts gets those of mteb's registry. A run that is started
+again with the same output_dir does what is missing.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     subject = (gircse_subject if is_gircse(args.model) else sentence_transformers_subject)(args, device)
     # What is at its default leaves no trace, so that defaults can be written out without an evaluation of its own.
     options = {"dtype": "float32", "max_length": None, "prompt_template": None}
-    subject.settings = {
+    subject.settings |= {
         name: getattr(args, name) for name, default in options.items() if getattr(args, name) != default
     }
     return subject
@@ -170,6 +171,7 @@ def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
         "memory_usage_mb": round(size * model.dtype.itemsize / 2**20),
         "use_instructions": True,
         "similarity_fn_name": ScoringFunction.COSINE,
+        "loader_kwargs": {"trust_remote_code": True},  # its code comes with it
         "framework": ["Sentence Transformers", "PyTorch", "Transformers", "safetensors"],
     }
     revision = getattr(config, "_commit_hash", None)
@@ -192,12 +194,37 @@ def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subj
         encode = {"query": model.encode_query, "document": model.encode_document, None: model.encode}[side]
         return encode(texts, prompt=prompt, batch_size=len(texts), show_progress_bar=False)[:, None].astype(np.float32)
 
-    prompts = repo_prompts(args.prompt_template) if args.prompt_template else model.prompts
+    prompts, settings, loader_kwargs = model.prompts, {}, {}
+    if args.prompt_template:
+        prompts = repo_prompts(args.prompt_template)
+    elif not any(prompts.values()):
+        prompts = registry_prompts(args.model_name or args.model)
+        if any(prompts.values()):
+            settings, loader_kwargs = {"prompts": "mteb"}, {"model_prompts": prompts}
+        else:
+            print(
+                f"{args.model} has no prompts, nor has mteb's registry any prefixes for it: texts are embedded bare. "
+                "If it was trained with prompts, give --prompt_template, or the --model_name that mteb knows it by."
+            )
+    if args.trust_remote_code:
+        loader_kwargs["trust_remote_code"] = True
     known = ModelMeta.from_sentence_transformer_model(model)
     facts = {name: value for name in type(known).model_fields if (value := getattr(known, name)) is not None}
     facts["use_instructions"] = bool(args.prompt_template or any(prompts.values()))
+    facts["loader_kwargs"] = known.loader_kwargs | loader_kwargs
     meta = model_meta(args, model.model_card_data.base_model_revision, facts)
-    return Subject(meta, {}, [None], embed, prompts, args.prompt_template, None)
+    return Subject(meta, settings, [None], embed, prompts, args.prompt_template, None)
+
+
+def registry_prompts(name: str) -> dict[str, str]:
+    """The prompts that mteb's registry has for a model whose repo has none, such as those of E5."""
+    try:
+        meta = mteb.get_model_meta(name, fetch_from_hf=False)
+    except KeyError:
+        return {}
+    # To a loader of its own they may be anything, such as names of adapters (Jina) or templates (UAE).
+    prefixes = meta.loader is SentenceTransformerEncoderWrapper
+    return meta.loader_kwargs.get("model_prompts") or {} if prefixes else {}
 
 
 def repo_prompts(template: str) -> dict[str, str]:

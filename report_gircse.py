@@ -7,6 +7,7 @@ model without steps), `dataset`, `revision`, `splits`, `subsets`, `prompts`.
 from __future__ import annotations
 
 import json
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,10 @@ def card_metadata(rows: list[dict[str, Any]], meta: ModelMeta, shown: int | None
 
 
 def registry_entry(meta: ModelMeta) -> str:
-    """Python source of a `ModelMeta` for mteb's registry. mteb gives such models the trust that their code needs."""
-    meta = meta.model_copy(update={"loader_kwargs": {"trust_remote_code": True}})
+    """Python source of a `ModelMeta` for mteb's registry."""
+    infinite = "from math import inf\n\n" if meta.max_tokens == inf else ""  # static embeddings take any length
     imports = "from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper\n"
-    return f"{imports}from mteb.models.model_meta import ScoringFunction\n\nmodel = {meta.to_python()}\n"
+    return f"{infinite}{imports}from mteb.models.model_meta import ScoringFunction\n\nmodel = {meta.to_python()}\n"
 
 
 def write_report(

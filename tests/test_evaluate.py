@@ -480,6 +480,30 @@ def test_any_sentence_transformers_model(static, data, tmp_path):
     assert scores(report)["sts_pairs"]["None"] != pytest.approx(expected, abs=0.01)
 
 
+def test_prompts_that_only_the_registry_of_mteb_has(static, data, tmp_path, monkeypatch, capsys):
+    """As it has those of E5; a model's own go before them, and having none at all is said."""
+    name, own = "intfloat/e5-base-v2", json.loads((static / "config_sentence_transformers.json").read_text())
+    bare = shutil.copytree(static, tmp_path / "bare")
+    empty = {**own, "prompts": {"query": "", "document": ""}}
+    (bare / "config_sentence_transformers.json").write_text(json.dumps(empty))
+
+    def prompts(model: Path, *options: str) -> tuple[dict, bool]:
+        report = run(model, tmp_path / "out", *options, data=data, tasks=["retrieval_little"])
+        [row] = report["tasks"]
+        return row["prompts"], "has no prompts, nor has mteb's registry any" in capsys.readouterr().out
+
+    passes = Passes(monkeypatch)
+    assert prompts(bare) == ({"query": "", "document": ""}, True)
+    assert prompts(bare, "--model_name", name) == ({"query": "query: ", "document": "passage: "}, False)
+    assert registered(tmp_path / "out").loader_kwargs["model_prompts"] == {"query": "query: ", "document": "passage: "}
+    assert passes.texts == 2 * (len(DOCUMENTS) + len(QUERIES))
+    assert prompts(bare, "--prompt_template", "{instruction} ")[0]["query"] == INSTRUCTIONS["retrieval"] + " "
+    assert evaluate_gircse.registry_prompts("jinaai/jina-embeddings-v3") == {}  # there they are names, not prefixes
+    own["prompts"]["query"] = "ask: "
+    (bare / "config_sentence_transformers.json").write_text(json.dumps(own))
+    assert prompts(bare, "--model_name", name) == ({"query": "ask: ", "document": "passage: "}, False)
+
+
 @pytest.mark.parametrize(
     ("axes", "suffix"),
     [({"pooling": "last"}, "<|endoftext|>"), ({"attention": "bidirectional"}, "")],
@@ -582,9 +606,7 @@ def test_report(evaluated, folder):
 
 def test_registry_entry_of_mteb(evaluated, folder, data, embed):
     """It is valid to mteb, and mteb's own loader makes of it the model that was evaluated."""
-    names = {}
-    exec((evaluated.out / "model_meta.py").read_text(), names)
-    meta = names["model"]
+    meta = registered(evaluated.out)
     assert isinstance(meta, ModelMeta) and meta.name == "local/tiny" and meta.experiment_kwargs is None
     assert (meta.embed_dim, meta.max_tokens, meta.license, meta.languages) == (32, 64, "mit", ["eng-Latn"])
     assert meta.n_parameters == sum(p.numel() for p in load_model(ModelArguments(str(folder)))[0].parameters())
@@ -615,6 +637,19 @@ def test_table_9_rows_of_followir(tmp_path, monkeypatch):
     rows = evaluate_gircse.collect([task], subject, cache)
     assert [(row["metric"], row["scores"]) for row in rows] == [("p-MRR", {"1": 5.0}), ("map_at_1000", {"1": 21.0})]
     assert report_gircse.means(rows) == {"InstructionReranking (1)": {"1": 5.0}}
+
+
+def registered(out: Path) -> ModelMeta:
+    names = {}
+    exec((out / "model_meta.py").read_text(), names)
+    return names["model"]
+
+
+def test_registry_entry_trusts_what_needs_it(evaluated, static, data, tmp_path):
+    assert registered(evaluated.out).loader_kwargs == {"trust_remote_code": True}
+    for options, expected in [((), {}), (("--trust_remote_code",), {"trust_remote_code": True})]:
+        run(static, tmp_path / str(len(options)), *options, data=data, tasks=["sts_pairs"])
+        assert registered(tmp_path / str(len(options))).loader_kwargs == expected
 
 
 def test_nothing_is_trusted_unasked():
