@@ -159,8 +159,9 @@ def identify_model(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"model={model!r} is no GIRCSE model but of type {config.get('model_type')!r}; train one first"
         )
-    files = [file for file in Path(model).glob("*") if file.suffix in (".json", ".safetensors", ".bin")]
-    stamps = {f"model file {file.name}": stamp(file) for file in files}
+    folders = {Path(model), Path(model, config.get("adapter") or "")}  # an adapter may take the weights' place
+    files = [f for path in folders for f in path.glob("*") if f.suffix in (".json", ".safetensors", ".bin")]
+    stamps = {f"model file {file.relative_to(model).as_posix()}": stamp(file) for file in files}
     return {"model": model, "revision": config.get("_commit_hash")} | stamps
 
 

@@ -258,6 +258,28 @@ def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_mo
         assert error.value.code == 2
 
 
+def test_columns_of_lines_may_come_late_or_not_at_all(tmp_path):
+    late = write_lines(tmp_path / "late.jsonl", [b"broken", {"m": 1}, {"n": None, "text": "x"}, {"n": 3}])
+    assert embed_gircse.measure(late, "text", None) == (4, None)
+    assert embed_gircse.measure(late, "text", "n") == (4, "int")
+    for lines in ([], [b"", b"broken", b"[3]"]):  # no row, so that the report says what is wrong with each line
+        file = write_lines(tmp_path / "broken.jsonl", lines)
+        assert embed_gircse.measure(file, "text", "n") == (len(lines), None)
+
+
+def test_another_adapter_for_the_same_output_is_refused(tmp_path):
+    """An adapter-only model keeps its weights in a folder of their own."""
+    model, data = tmp_path / "model", write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    (model / "lora").mkdir(parents=True)
+    (model / "config.json").write_text('{"model_type": "gircse", "adapter": "lora"}')
+    (model / "lora" / "adapter_model.safetensors").write_bytes(b"1")
+    call = arguments(data, tmp_path / "out", "--model", str(model), "--trust_remote_code")
+    assert make_plan(parse(call)) == make_plan(parse(call))
+    (model / "lora" / "adapter_model.safetensors").write_bytes(b"12")
+    with pytest.raises(ValueError, match="model file lora/adapter_model.safetensors was "):
+        make_plan(parse(call))
+
+
 def test_more_actors_than_fit_are_refused(cluster, tmp_path):
     file = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     for more in (["--num_actors", "64"], ["--num_gpus", "8"]):
