@@ -26,7 +26,7 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
@@ -90,8 +90,8 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if a pattern of `options.input` matches no file.
-        ValueError: if the folder is in use for anything else, a file can't be read or has another ending, a Parquet
-            file lacks a column, ids are of several types, or the model is no GIRCSE model or not trusted.
+        ValueError: if the folder is in use for anything else, a file can't be read, has another ending or lacks a
+            column, ids are of several types, or the model is no GIRCSE model or not trusted.
     """
     files = find_files(options.input)
     names = ("text_column", "id_column", "k", "instruction", "dtype", "rows_per_shard")
@@ -172,13 +172,12 @@ def stamp(file: Path) -> list[int]:
 
 def measure(file: Path, text_column: str, id_column: str | None) -> tuple[int, str | None]:
     """The number of rows (of JSONL: lines), and the type of the ids, "int" or "str"; None if no row has one."""
+    columns = [text_column] if id_column is None else [text_column, id_column]
     try:
         if file.suffix == ".parquet":
             with pyarrow.parquet.ParquetFile(file) as table:
                 rows, schema = table.metadata.num_rows, table.schema_arrow
-            lacking = [name for name in (text_column, id_column) if name is not None and name not in schema.names]
-            if lacking:
-                raise ValueError(f"{file} has no column {lacking[0]!r}, only {', '.join(map(repr, schema.names))}")
+            check_columns(file, columns, schema.names)
             if id_column is None:
                 return rows, None
             kind = schema.field(id_column).type
@@ -193,11 +192,23 @@ def measure(file: Path, text_column: str, id_column: str | None) -> tuple[int, s
                 rows += 1
                 if kind is None and id_column is not None:
                     with suppress(ValueError):
-                        value = line_to_row(line).get(id_column)
-                        kind = type(value).__name__ if type(value) in (int, str) else None
+                        row = line_to_row(line)
+                        fields = {**(fields or {}), **dict.fromkeys(row)}
+                        if kind is None and type(value := row.get(id_column)) in (int, str):
+                            kind = type(value).__name__
+                        searching = not fields.keys() >= set(columns) or (id_column is not None and kind is None)
+        if fields is not None:  # else no line is a row, and the report will say so of each
+            check_columns(file, columns, fields)
         return rows, kind
     except (EOFError, OSError, zlib.error, pyarrow.ArrowException) as error:
         raise ValueError(f"{file} can't be read to its end ({error}): write or download it again") from error
+
+
+def check_columns(file: Path, columns: Sequence[str], names: Collection[str]) -> None:
+    lacking = [name for name in columns if name not in names]
+    if lacking:
+        found = ", ".join(map(repr, names)) or "empty rows"
+        raise ValueError(f"{file} has no column {lacking[0]!r}, only {found:.500}")
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

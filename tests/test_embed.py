@@ -233,6 +233,7 @@ def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_mo
     pq.write_table(pa.table({"text": ["x"], "n": ["a"], "real": [1.5]}), tmp_path / "b.parquet")
     write_lines(tmp_path / "a.txt", [b"x"])
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
+    write_lines(tmp_path / "sparse.jsonl.gz", [b"", b'{"body"', b"[3]", {"m": 1}, {"text": "x"}])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     make_model().save_pretrained(tmp_path / "model")
@@ -244,6 +245,9 @@ def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_mo
         ("cut.jsonl.gz", "", "can't be read to its end"),
         ("b.parquet", "--text_column body", "no column 'body', only 'text', 'n'"),
         ("b.parquet", "--id_column real", "of type double"),
+        (good.name, "--text_column body", "no column 'body', only 'text', 'n', 'list'"),
+        (good.name, "--id_column key", "no column 'key', only 'text', 'n', 'list'"),
+        ("sparse.jsonl.gz", "--text_column body", "no column 'body', only 'm', 'text'"),
         ("[gb]*", "--id_column n", "several types"),
         (good.name, f"--output {tmp_path / 'full'}", "holds other files"),
         (good.name, f"--model {tmp_path / 'model'}", "add --trust_remote_code"),
