@@ -24,7 +24,9 @@ import gzip
 import json
 import logging
 import os
+import re
 import sys
+import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +51,7 @@ ROOT = Path(__file__).resolve().parent
 PLAN, BAD_ROWS = "_plan.json", "_bad_rows.jsonl"
 BAD_ROWS_KEY = b"gircse_bad_rows"
 EXIT_BAD_ROWS = 3
+A_DAY = 24 * 60 * 60
 DTYPES = ("float32", "bfloat16", "float16")
 ID_TYPES = {"int": pyarrow.int64(), "str": pyarrow.string()}
 
@@ -186,11 +189,11 @@ def measure(file: Path, text_column: str, id_column: str | None) -> tuple[int, s
             if _is_text(kind):
                 return rows, "str"
             raise ValueError(f"{file}: id_column={id_column!r} is of type {kind}; int and str can be ids")
-        rows, kind = 0, None
+        rows, kind, fields, searching = 0, None, None, True
         with open_lines(file) as lines:
             for line in lines:
                 rows += 1
-                if kind is None and id_column is not None:
+                if searching:
                     with suppress(ValueError):
                         row = line_to_row(line)
                         fields = {**(fields or {}), **dict.fromkeys(row)}
@@ -217,6 +220,23 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     write(temporary)
     temporary.replace(path)
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Whether nobody is writing a file of [`write_whole`] any more: its process, of this machine, is gone, or it has
+    not changed for a day. Another run may be at work on the same shards, on any machine."""
+    own = re.fullmatch(rf"\.\w+\.\w+\.{re.escape(os.uname().nodename)}-([1-9]\d*)\.tmp", temporary.name)
+    try:
+        old = time.time() - temporary.stat().st_mtime > A_DAY
+        if own:
+            os.kill(int(own[1]), 0)  # sends nothing, and fails if there is no such process
+    except ProcessLookupError:
+        return True
+    except FileNotFoundError:  # it has just got its name
+        return False
+    except PermissionError:  # the process is there, of another user
+        pass
+    return old
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -461,7 +481,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.update(done["rows"])
 
     embedded, bad = report(options.output, [shard["name"] for shard in shards])
-    for leftover in options.output.glob(".*.tmp"):  # of killed runs
+    for leftover in filter(is_abandoned, options.output.glob(".*.tmp")):  # of killed runs
         leftover.unlink(missing_ok=True)
     print(f"{embedded} rows embedded in {options.output}, {len(shards)} shards, {len(shards) - len(waiting)} of before")
     if bad:

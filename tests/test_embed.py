@@ -190,6 +190,23 @@ def test_a_k_that_leaves_no_room_for_text_is_refused(tmp_path):
         finished(tmp_path, [{"text": "x"}], "--k", "512")
 
 
+def test_what_others_write_is_left_to_them(tmp_path):
+    """Another run of the same job, here or on another machine that shares the folder."""
+    call, output = finished(tmp_path, [{"text": "x"}], "--k", "1"), tmp_path / "out"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here = os.uname().nodename
+    kept = [f".000001.parquet.{here}-{os.getpid()}.tmp", ".000002.parquet.elsewhere-1.tmp"]
+    kept += [f".000003.parquet.domain.{here}-{gone.pid}.tmp"]  # a longer name of another machine
+    old = [f".000004.parquet.{here}-{os.getpid()}.tmp", ".000005.parquet.elsewhere-1.tmp"]
+    for name in (*kept, *old, f"._bad_rows.jsonl.{here}-{gone.pid}.tmp"):
+        (output / name).write_text("half")
+    for name in old:
+        os.utime(output / name, (time.time() - 2 * 24 * 3600,) * 2)
+    assert main(call) == 0
+    assert sorted(file.name for file in output.glob(".*")) == sorted(kept)
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +377,7 @@ def test_a_killed_job_and_a_killed_worker_lose_and_repeat_no_row(tmp_path):
     wait_for(lambda: not any(map(alive, below)), log)  # Ray's processes end with the job that started them
     before = stamps(output)
     assert 2 <= len(before) < 24 and not (output / BAD_ROWS).exists()
-    (output / ".000023.parquet.node-1.tmp").write_text("half of a shard")
+    (output / f".000023.parquet.{os.uname().nodename}-{job.pid}.tmp").write_text("half of a shard")
 
     job = start(call, log)
     try:

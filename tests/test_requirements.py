@@ -6,9 +6,9 @@ import ast
 import sys
 
 import pytest
-from test_handler import requirements
 
 from conftest import ROOT
+from test_handler import requirements
 
 
 def installed_by(name: str) -> set[str]:
