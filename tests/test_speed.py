@@ -154,6 +154,23 @@ def test_cache_grows_by_one_position_a_step(make_model, batch):
     assert lengths == [12, 13, 14, 15] and len({id(cache) for cache in caches}) == 1
 
 
+def test_five_hundred_calls_leave_nothing_behind(make_model):
+    model = make_model(text_changes={"num_hidden_layers": 1})
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    counts = []
+    for call in range(501):
+        length = 9 + call % 5
+        ids = torch.arange(2 * length).reshape(2, length)
+        model.generate_embedding(ids, k=2 + call % 3)
+        if call % 250 == 0:
+            counts.append(tensors())
+    assert counts[0] == counts[1] == counts[2]
+
+
 def test_texts_that_have_settled_run_no_further_steps(make_model, batch):
     model = make_model()
     embeds = decoder_calls(model, "inputs_embeds")
