@@ -555,7 +555,7 @@ class GircseModel(GircsePreTrainedModel):
     def _fixed_cache(self, cache: DynamicCache, batch: int, slots: int) -> StaticCache:
         """The prefill's cache, moved into one whose memory stays where it is, as CUDA graphs want it, from call to
         call: the model keeps the last one, for as long as the shape stays the same."""
-        key = (batch, slots, self.language_model.dtype, str(self.device))
+        key = (batch, slots, self.language_model.dtype, str(self.device), torch.is_inference_mode_enabled())
         kept, fixed = _static_caches().get(self, (None, None))
         if kept != key:
             _static_caches().pop(self, None)

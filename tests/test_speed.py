@@ -245,6 +245,14 @@ def test_static_cache_is_kept_for_its_shape_and_not_with_the_weights(make_model,
     assert len(kept) == count - 1
 
 
+def test_static_cache_of_inference_mode_is_not_written_to_outside_of_it(make_model, batch, uncompiled):
+    model = make_model()
+    with torch.inference_mode():
+        first = model.generate_embedding(*batch, k=4, cache_implementation="static")
+    second = model.generate_embedding(*batch, k=4, cache_implementation="static")
+    torch.testing.assert_close(second, first)
+
+
 def test_static_steps_are_refused_where_they_cannot_be(make_model, gircse, batch):
     with pytest.raises(ValueError, match="cache_implementation='paged' is unknown"):
         make_model().generate_embedding(*batch, k=2, cache_implementation="paged")
