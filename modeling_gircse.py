@@ -871,6 +871,10 @@ def _check_structure(language_model: PreTrainedModel) -> None:
         reason = "it is multimodal"
     elif getattr(language_model, "_is_stateful", False) or layer_types - ATTENTION_LAYERS:
         reason = "its layers keep another state than keys and values"
+    elif getattr(config, "attention_chunk_size", None):  # Llama 4
+        reason = "its layers count their chunks of attention from the padding on, not from the text"
+    elif getattr(config, "alibi", False):  # Falcon
+        reason = "its positions (ALiBi) are read from the mask"
     elif getattr(config, "hidden_size_per_layer_input", None):
         reason = "its layers read the token ids again, and a soft token has none"
     elif lacking:

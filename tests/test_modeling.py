@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from conftest import BACKBONES, text_config
+from conftest import BACKBONES, SMALL, text_config
 
 
 def algorithm_1(model, ids, mask, k):
@@ -443,23 +443,27 @@ def test_bad_config(gircse, settings, message):
         gircse.GircseConfig(text_config=3)
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "bart"])
-def test_backbones_that_cannot_be_supported_are_refused_by_name(gircse, model_type):
+@pytest.mark.parametrize(
+    "model_type, settings, reason",
+    [
+        ("mamba", {"hidden_size": 16, "num_hidden_layers": 1}, "another state"),
+        (
+            "bart",
+            {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2},
+            "takes no position_ids",
+        ),
+        ("llama4_text", {**SMALL, "intermediate_size_mlp": 48, "attention_chunk_size": 6}, "chunks of attention"),
+        ("falcon", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "alibi": True}, "ALiBi"),
+        ("bloom", {"hidden_size": 16, "n_layer": 1, "n_head": 2}, "takes no position_ids"),
+        ("mpt", {"d_model": 16, "n_layers": 1, "n_heads": 2}, "takes no position_ids"),
+    ],
+)
+def test_backbones_that_cannot_be_supported_are_refused_by_name(gircse, model_type, settings, reason):
     from transformers import AutoConfig
 
-    small = {
-        "mamba": {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 20},
-        "bart": {
-            "d_model": 16,
-            "encoder_layers": 1,
-            "decoder_layers": 1,
-            "vocab_size": 20,
-            "encoder_attention_heads": 2,
-            "decoder_attention_heads": 2,
-        },
-    }[model_type]
-    config = gircse.GircseConfig(text_config=AutoConfig.for_model(model_type, **small))
-    with pytest.raises(ValueError, match=rf"(?i){model_type}ForCausalLM can't be a GIRCSE backbone"):
+    config = gircse.GircseConfig(text_config=AutoConfig.for_model(model_type, **{"vocab_size": 20, **settings}))
+    name = model_type.removesuffix("_text")
+    with pytest.raises(ValueError, match=rf"(?i){name}ForCausalLM can't be a GIRCSE backbone: .*{reason}"):
         gircse.GircseModel(config)
 
 
