@@ -54,6 +54,8 @@ CHUNK_ON_CPU, CHUNK = 2048, 16384
 # Where a file is found on the Hub: arguments of `from_pretrained` that hold for more than one repo, or for one alone.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 REPO_ARGUMENTS = ("revision", "subfolder")
+# How far layers that don't see all positions see: most backbones' name for it, and GPT-Neo's.
+WINDOWS = ("sliding_window", "window_size")
 # Layer types whose whole state is a key-value cache.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -519,8 +521,8 @@ class GircseModel(GircsePreTrainedModel):
         return _additive_mask(mask, self.language_model.dtype)[:, None, None]  # (B, 1, 1, N + K)
 
     def _exceeds_window(self, length: int) -> bool:
-        window = getattr(self.config.text_config, "sliding_window", None)
-        return window is not None and length > window
+        windows = (getattr(self.config.text_config, name, None) for name in WINDOWS)
+        return any(window is not None and length > window for window in windows)
 
     def _static_states(self, input_ids: Tensor, attention_mask: Tensor, k: int) -> Tensor:
         """g_1..g_K, (B, K, d), by a compiled step over a cache of fixed size."""

@@ -279,6 +279,18 @@ def test_prefix_is_not_shared_across_a_sliding_window_or_by_short_prefixes(make_
     assert make_model("qwen2")._shared_prefix(same, torch.ones_like(same), 3) == 11  # each row runs its last token
 
 
+@pytest.mark.parametrize("backbone", ["mistral", "gpt_neo"])
+def test_texts_with_one_prefix_that_exceed_a_window_equal_algorithm_1(make_model, backbone):
+    """Of different lengths, so that padding between the prefix and the rest would be counted."""
+    model = make_model(backbone)
+    ids = torch.arange(10, 25).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, 11:] = 0
+    with torch.no_grad():
+        expected = F.normalize(algorithm_1(model, ids, mask, 4), dim=-1)
+        assert relative(model(ids, mask, k=4).step_embeddings, expected) < 1e-5
+
+
 def test_steps_enter_the_decoder_in_the_dtype_of_the_prompt_under_autocast(make_model, batch):
     model = make_model()
     dtypes = []

@@ -260,10 +260,11 @@ def test_static_steps_are_refused_where_they_cannot_be(make_model, gircse, batch
         make_model().generate_embedding(*batch, k=2, tolerance=0.1, cache_implementation="static")
     with pytest.raises(ValueError, match="step_token='learned' has no loop"):
         make_model(step_token="learned").generate_embedding(*batch, k=2, cache_implementation="static")
-    model = make_model("mistral", text_changes={"sliding_window": 63})
-    supported = module_of(model)._static_caches_count(model.config.text_config)
-    remedy = "sliding window" if supported else "update transformers"
-    with pytest.raises(ValueError, match=remedy):
-        model.generate_embedding(*batch, k=2, cache_implementation="static")  # 64 positions hold 11 + 2 tokens
+    for backbone, window in (("mistral", "sliding_window"), ("gpt_neo", "window_size")):
+        model = make_model(backbone, text_changes={window: 63})
+        supported = module_of(model)._static_caches_count(model.config.text_config)
+        remedy = "sliding window" if supported else "update transformers"
+        with pytest.raises(ValueError, match=remedy):
+            model.generate_embedding(*batch, k=2, cache_implementation="static")  # 64 positions hold 11 + 2 tokens
     empty = torch.zeros(0, 5, dtype=torch.long)
     assert make_model().generate_embedding(empty, k=2, cache_implementation="static").shape == (0, 32)
