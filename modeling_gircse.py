@@ -694,7 +694,9 @@ class GircseModel(GircsePreTrainedModel):
         """Compares the parts that the step loop relies on with the backbone's own forward pass."""
         name = type(self.language_model).__name__
         embed, decoder = self.get_input_embeddings(), _decoder(self.language_model)
-        ids = torch.arange(4, device=self.device)[None] % embed.num_embeddings
+        # A device map may offload the first weights, which `self.device` tells of, to the meta device.
+        device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
+        ids = torch.arange(4, device=device)[None] % embed.num_embeddings
         ones = torch.ones_like(ids)
         if self.config.attention == "bidirectional":
             changed = ids.clone()
@@ -708,10 +710,10 @@ class GircseModel(GircsePreTrainedModel):
         cache = DynamicCache() if _takes_cache(self.language_model) else None
         inputs, state = embed(ids), None
         for part, end in ((slice(0, 3), 3), (slice(3, 4), 4)) if cache is not None else ((slice(0, 4), 4),):
-            position = torch.arange(4, device=self.device)[None, part]
+            position = torch.arange(4, device=device)[None, part]
             state = _decode(decoder, inputs[:, part], ones[:, :end], position, cache)
         pairs = [("logits", self._after_head(self.get_output_embeddings()(state)), expected)]
-        if self.config.step_token == "soft":
+        if self.config.step_token == "soft" and not embed.weight.is_meta:  # else the loop calls the module, too
             one_hot = F.one_hot(ids[0], embed.num_embeddings).to(embed.weight.dtype)
             scale = torch.as_tensor(getattr(embed, "embed_scale", 1.0)).to(embed.weight)
             pairs.append(("token embeddings", one_hot @ embed.weight * scale, inputs[0]))

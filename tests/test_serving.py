@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 
@@ -102,9 +103,14 @@ def test_root_model_under_device_map_auto(processor, exact, tmp_path, settings):
     # Tied weights are kept from the disk: transformers itself can't offload them.
     [("qwen2-tied", "layers"), ("qwen2", "layers"), ("qwen2", "head"), ("qwen2", "embedding"), ("qwen2", "both")],
 )
-def test_any_part_may_be_offloaded(gircse, make_model, tmp_path, backbone, offloaded):
-    make_model(backbone, num_steps=3).save_pretrained(tmp_path / "model")
-    expected = gircse.GircseModel.from_pretrained(tmp_path / "model").generate_embedding(**BATCH)
+@pytest.mark.parametrize("route", ["from_pretrained", "from_causal_lm"])
+def test_any_part_may_be_offloaded(gircse, make_model, tmp_path, backbone, offloaded, route):
+    made, prefix, settings = make_model(backbone, num_steps=3), "", {}
+    if route == "from_causal_lm":
+        made, prefix, settings = made.language_model, "language_model.", {"num_steps": 3}
+    made.save_pretrained(tmp_path / "model")
+    load = functools.partial(getattr(gircse.GircseModel, route), str(tmp_path / "model"), **settings)
+    expected = load().generate_embedding(**BATCH)
     parts = {
         "layers": [f"{DECODER}.layers.1", f"{DECODER}.layers.2"],
         "head": ["language_model.lm_head"],
@@ -112,9 +118,8 @@ def test_any_part_may_be_offloaded(gircse, make_model, tmp_path, backbone, offlo
         "both": ["language_model.lm_head", f"{DECODER}.embed_tokens"],
     }[offloaded]
     places = dict.fromkeys(PARTS, "cpu") | dict.fromkeys(parts, "disk")
-    model = gircse.GircseModel.from_pretrained(
-        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload")
-    )
+    places = {name.removeprefix(prefix): place for name, place in places.items()}
+    model = load(device_map=places, offload_folder=str(tmp_path / "offload"))
     assert any(parameter.is_meta for parameter in model.parameters())
     for found in (model.generate_embedding(**BATCH), model(**BATCH).embeddings.detach()):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
