@@ -166,10 +166,10 @@ class GircseTrainingArguments(TrainingArguments):
         # Without this, Trainer refuses bf16 where there is only a CPU.
         accelerated = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
         self.use_cpu = self.use_cpu or not accelerated
+        warmup_steps = self.warmup_steps
+        super().__post_init__()  # which also reads a command line's JSON
         if self.gradient_checkpointing:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
-        warmup_steps = self.warmup_steps
-        super().__post_init__()
         self.warmup_steps = warmup_steps  # transformers 5.0 puts the ratio there, over an explicit number
         for name, value in (("k", self.k), ("sub_batch_size", self.sub_batch_size)):
             if value is not None and value < 1:

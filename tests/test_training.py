@@ -589,6 +589,14 @@ def test_command_line_lists_choices(capsys):
         assert wrong[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given, reentrant", [([], False), (['{"use_reentrant": true}'], True), (["{}"], False)])
+def test_gradient_checkpointing_settings_of_the_command_line(tmp_path, given, reentrant):
+    argv = f"--output_dir {tmp_path} --use_cpu True --report_to none --gradient_checkpointing True".split()
+    argv += ["--gradient_checkpointing_kwargs", *given] if given else []
+    (training,) = HfArgumentParser(GircseTrainingArguments).parse_args_into_dataclasses(argv)
+    assert training.gradient_checkpointing_kwargs == {"use_reentrant": reentrant}
+
+
 @pytest.mark.parametrize("sub_batch_size", [None, 3])
 def test_objective_settings_reach_the_loss(processor, tmp_path, sub_batch_size):
     rows = make_rows(4)
