@@ -186,26 +186,30 @@ class GircseTrainingArguments(TrainingArguments):
 
 
 class RandomState:
-    """The random state of CPU and GPU at construction; inside `replay()` it holds again (dropout draws the same)."""
+    """The random state of CPU and accelerator at construction; inside `replay()` it holds again (dropout draws the
+    same)."""
 
     def __init__(self, device: torch.device) -> None:
-        self.devices = [device] if device.type == "cuda" else []
-        self.cpu = torch.get_rng_state()
-        self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
+        self.devices = [] if device.type == "cpu" else [device]
+        self.type, self.module = device.type, torch.get_device_module(device)
+        self.states = self._now()
+
+    def _now(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(self.module.get_rng_state(device) for device in self.devices)]
 
     def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        for device, state in zip(self.devices, self.cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
+        cpu, *others = self.states
+        torch.set_rng_state(cpu)
+        for device, state in zip(self.devices, others, strict=True):
+            self.module.set_rng_state(state, device)
 
     def holds(self) -> bool:
         """Whether no random number has been drawn since."""
-        now = [torch.cuda.get_rng_state(device) for device in self.devices]
-        return all(map(torch.equal, [self.cpu, *self.cuda], [torch.get_rng_state(), *now]))
+        return all(map(torch.equal, self.states, self._now()))
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        with torch.random.fork_rng(devices=self.devices):
+        with torch.random.fork_rng(self.devices, device_type=self.type):
             self.restore()
             yield
 

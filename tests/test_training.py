@@ -35,6 +35,7 @@ from train_gircse import (
     GircseTrainer,
     GircseTrainingArguments,
     ModelArguments,
+    RandomState,
     add_lora,
     export,
     load_model,
@@ -267,6 +268,22 @@ def test_cached_passes_drop_the_same(processor, tmp_path):
     expected_loss.backward()
     assert loss == pytest.approx(expected_loss.item(), rel=1e-10)
     assert_same_gradients(actual, gradients_of(model))
+
+
+def test_random_state_of_any_accelerator(monkeypatch):
+    """MPS stands for those that aren't CUDA; its generator is one of the CPU here."""
+    generator = torch.Generator().manual_seed(3)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device: generator.get_state())
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, device: generator.set_state(state))
+    state = RandomState(torch.device("mps"))
+    first = torch.rand(3, generator=generator)
+    assert not state.holds()
+    after = generator.get_state()
+    with state.replay():
+        assert state.holds() and torch.equal(torch.rand(3, generator=generator), first)
+    assert torch.equal(generator.get_state(), after)
+    state.restore()
+    assert state.holds()
 
 
 @pytest.fixture
