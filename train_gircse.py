@@ -41,6 +41,7 @@ from transformers import (
     set_seed,
 )
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+from transformers.integrations import deepspeed
 from transformers.utils import logging
 
 from data_gircse import PairCollator, SourceBatches, TrainingPairs, load_pairs, split_held_out
@@ -212,6 +213,21 @@ class RandomState:
         with torch.random.fork_rng(self.devices, device_type=self.type):
             self.restore()
             yield
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Models made inside have all of their weights. With ZeRO-3, transformers would make them in empty shards, whatever
+    `zero3_init_flag` says, which can be neither checked nor evaluated nor filled before training shards them itself."""
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(config)
 
 
 class LogFile(TrainerCallback):
@@ -549,6 +565,7 @@ class GircseTrainer(Trainer):
         )
         return commit
 
+    @whole_weights()
     def _whole_model(self) -> nn.Module | None:
         """A copy of the model, as training may go on, on the first process. Sharded weights come from all of them."""
         model, base = self.accelerator.unwrap_model(self.model), self._base_model()
@@ -629,6 +646,7 @@ def retrieval_accuracy(model: Any, pairs: Any, collator: PairCollator, batch_siz
     return accuracy
 
 
+@whole_weights()
 def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
     """The model and its processor, from a GIRCSE model or a plain causal LM. The code is this repo's own."""
     model_class = get_class_from_dynamic_module("modeling_gircse.GircseModel", str(ROOT))
