@@ -614,10 +614,7 @@ def retrieval_accuracy(model: Any, pairs: Any, collator: PairCollator, batch_siz
     """How often the positive is a query's nearest document, among all positives and one hard negative each of `pairs`
     less false negatives, for each k of ACCURACY_STEPS: {k: share}. One pass gives all k; {1: share} for a model
     without generation."""
-    generates = model.config.step_token != "none"
-    steps = ACCURACY_STEPS if generates else (1,)
-    if model.config.step_token == "learned":
-        steps = tuple(k for k in steps if k <= model.config.num_steps)
+    generates, steps = model.config.step_token != "none", accuracy_steps(model.config)
     rows = TrainingPairs(pairs, num_negatives=1, seed=0)
     batch = collator([rows[i] for i in range(len(rows))])
     was_training = model.training
@@ -644,6 +641,13 @@ def retrieval_accuracy(model: Any, pairs: Any, collator: PairCollator, batch_siz
         scores = (queries @ documents.T).masked_fill(~candidates, -2.0)
         accuracy[k] = (scores.argmax(1) == torch.arange(len(queries))).float().mean().item()
     return accuracy
+
+
+def accuracy_steps(config: PretrainedConfig) -> tuple[int, ...]:
+    """The k's at which accuracy is measured."""
+    if config.step_token == "none":
+        return (1,)
+    return tuple(k for k in ACCURACY_STEPS if config.step_token != "learned" or k <= config.num_steps)
 
 
 @whole_weights()
@@ -951,7 +955,11 @@ def show_neighbours(folder: str, pairs: Any) -> None:
 
 
 def check_settings(
-    model: PreTrainedModel, arguments: ModelArguments, data: DataArguments, training: GircseTrainingArguments
+    model: PreTrainedModel,
+    processor: Any,
+    arguments: ModelArguments,
+    data: DataArguments,
+    training: GircseTrainingArguments,
 ) -> None:
     """Raises a ValueError for settings that don't go together, before anything is trained."""
     config = model.config
@@ -961,6 +969,14 @@ def check_settings(
         raise ValueError(f"dtype={arguments.dtype!r} loses small updates of the weights; with full tuning use float32")
     if training.eval_strategy != "no" and not data.held_out:
         raise ValueError("eval_strategy needs pairs to evaluate on: held_out must be > 0")
+    k = max(training.k, *accuracy_steps(config)) if data.held_out else training.k
+    longest, most = data.max_length or processor.max_length, model.max_input_length(k)
+    if most is not None and longest > most:
+        steps = "" if config.step_token == "none" else f" less k={k} steps, the most of training and evaluation"
+        raise ValueError(
+            f"max_length={longest} exceeds the backbone's {config.text_config.max_position_embeddings} positions{steps}: "
+            + (f"use --max_length {most}" if most > 0 else "use a smaller k")
+        )
     if Path(training.output_dir).resolve() == ROOT:
         raise ValueError(f"output_dir={training.output_dir!r} is this repo itself; choose another folder")
 
@@ -1012,7 +1028,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_seed(training.seed)
 
     model, processor = load_model(arguments)
-    check_settings(model, arguments, data, training)
+    check_settings(model, processor, arguments, data, training)
     pairs = load_pairs(data.train_data, symmetric_sources=data.symmetric_sources, limit=data.limit)
     pairs, held_out = split_held_out(pairs, data.held_out, training.seed)
     if arguments.tuning == "lora":

@@ -3,6 +3,7 @@ on as if nothing had happened; what is exported loads elsewhere."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import logging
@@ -37,6 +38,7 @@ from train_gircse import (
     ModelArguments,
     RandomState,
     add_lora,
+    check_settings,
     export,
     load_model,
     main,
@@ -202,7 +204,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processor():
-    return processor_class()(make_tokenizer())
+    return processor_class()(make_tokenizer(), max_length=100)  # and 20 steps fit the backbone's 128 positions
 
 
 # Gradient caching
@@ -735,6 +737,33 @@ def test_longest_text_leaves_room_for_all_steps(lora):
     assert processor.max_length == 128 - 20
     with torch.no_grad():
         assert model(**processor(["red " * 200]), k=20).embeddings.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "axes, options, longest",
+    [
+        ({}, "--k 2", 108),  # the accuracy is measured at k = 20
+        ({}, "--k 30", 98),
+        ({}, "--k 2 --held_out 0", 126),
+        ({"step_token": "learned", "num_steps": 4}, "--k 4", 124),
+        ({"step_token": "learned", "num_steps": 4}, "--k 4 --max_length 125", 124),
+        ({"step_token": "none"}, "", 128),
+    ],
+)
+def test_a_length_that_leaves_no_room_for_the_steps_is_refused(processor, tmp_path, axes, options, longest):
+    model, processor = tiny_model(**axes), copy.copy(processor)
+    processor.max_length = 512
+    parser = HfArgumentParser((ModelArguments, DataArguments, GircseTrainingArguments))
+
+    def check(*more: str) -> None:
+        argv = [*f"--output_dir {tmp_path} --use_cpu True --report_to none {options}".split(), *more]
+        check_settings(model, processor, *parser.parse_args_into_dataclasses(argv))
+
+    with pytest.raises(ValueError, match=rf"max_length=\d+ exceeds .*128 positions.*: use --max_length {longest}$"):
+        check()
+    with pytest.raises(ValueError, match="max_length="):
+        check("--max_length", str(longest + 1))
+    check("--max_length", str(longest))
 
 
 def test_untrained_adapter_is_not_exported(processor, tmp_path):
