@@ -106,7 +106,8 @@ def _as_config(text_config: PretrainedConfig | dict[str, Any] | None) -> Pretrai
         raise TypeError(f"text_config must be a configuration or a dict, not {type(text_config).__name__}")
     if "model_type" not in text_config:
         raise ValueError("text_config has no 'model_type'; give the backbone's own configuration (its config.json)")
-    config = AutoConfig.for_model(**text_config)
+    # transformers 4 saves that an attention has been chosen, but not which: it would read that as "eager".
+    config = AutoConfig.for_model(**{k: v for k, v in text_config.items() if k != "_attn_implementation_autoset"})
     _read_rope_parameters(config)
     return config
 

@@ -132,7 +132,9 @@ class GircsePreTrainedModel(PreTrainedModel):
             config, kwargs = cls.config_class.from_pretrained(
                 config or repo, return_unused_kwargs=True, **where, **kwargs
             )
-        kwargs.setdefault("attn_implementation", getattr(config.text_config, "_attn_implementation_internal", None))
+        # transformers 4 keeps the caller's choice in the outer configuration, 5 hands it down.
+        chosen = [getattr(part, "_attn_implementation_internal", None) for part in (config.text_config, config)]
+        kwargs.setdefault("attn_implementation", chosen[0] or chosen[1])
         where["subfolder"] = "/".join(filter(None, (where.get("subfolder"), config.adapter)))
         folder = _adapter_folder(repo, **where)
         source = _peft(repo).PeftConfig.from_pretrained(folder)
@@ -143,6 +145,8 @@ class GircsePreTrainedModel(PreTrainedModel):
             language_model = AutoModelForCausalLM.from_pretrained(base, **common, **kwargs)
         language_model = _merge_adapter(language_model, folder)
         config.text_config, config.adapter = language_model.config, None  # as saved from now on, it has weights
+        # Left open, transformers 4 would take the backbone's from it.
+        config._attn_implementation = language_model.config._attn_implementation
         return cls(config, language_model).eval()
 
 

@@ -75,8 +75,18 @@ def test_adapter_only_folder_loads_in_one_call(plain, trained, inputs, gircse):
     torch.testing.assert_close(embed(gircse.GircseModel.from_pretrained(folder), inputs), expected, rtol=0, atol=1e-6)
     assert distance(expected, embed(gircse.GircseModel.from_causal_lm(str(plain)), inputs)) > 1e-3
     assert model.config.num_steps == 3
-    few = AutoModel.from_pretrained(folder, trust_remote_code=True, num_steps=1, attn_implementation="eager")
-    assert few.config.num_steps == 1 and few.language_model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("chosen", [None, "sdpa", "eager"])
+def test_adapter_only_folder_takes_arguments(trained, gircse, chosen):
+    settings = {"num_steps": 1} if chosen is None else {"num_steps": 1, "attn_implementation": chosen}
+    for few in (
+        AutoModel.from_pretrained(trained / "adapter_only", trust_remote_code=True, **settings),
+        gircse.GircseModel.from_pretrained(trained / "adapter_only", **settings),
+    ):
+        assert few.config.num_steps == 1
+        found = {part._attn_implementation for part in (few.config, few.config.text_config, few.language_model.config)}
+        assert found == {chosen or "sdpa"}
 
 
 def test_adapter_only_folder_becomes_a_whole_one(trained, inputs, tmp_path):

@@ -316,6 +316,12 @@ def test_a_backbone_that_exists_keeps_its_attention(gircse, make_plain, ids_and_
     assert torch.equal(plain(*ids_and_mask).logits, before)
 
 
+def test_the_default_attention_outlives_saving(gircse, make_plain, tmp_path):
+    gircse.GircseModel.from_causal_lm(make_plain()[1]).save_pretrained(tmp_path / "gircse")
+    again = gircse.GircseModel.from_pretrained(tmp_path / "gircse")
+    assert again.config._attn_implementation == again.language_model.config._attn_implementation == "sdpa"
+
+
 def test_rope_settings_are_read_in_either_spelling(gircse):
     """transformers 5 writes `rope_parameters`, which 4.x would ignore and rotate by its default theta of 10000."""
     settings = {**text_config("qwen2").to_dict(), "model_type": "qwen2"}
