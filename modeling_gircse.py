@@ -128,10 +128,13 @@ class GircsePreTrainedModel(PreTrainedModel):
         # Nothing but this repo's own code is run, whatever the backbone's repo holds.
         for name in ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash"):
             kwargs.pop(name, None)
+        # A configuration would take the dtype for itself; it is for the weights, and those are the backbone's.
+        dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         if not isinstance(config, PretrainedConfig):
             config, kwargs = cls.config_class.from_pretrained(
                 config or repo, return_unused_kwargs=True, **where, **kwargs
             )
+        kwargs |= dtype
         # transformers 4 keeps the caller's choice in the outer configuration, 5 hands it down.
         chosen = [getattr(part, "_attn_implementation_internal", None) for part in (config.text_config, config)]
         kwargs.setdefault("attn_implementation", chosen[0] or chosen[1])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
-from test_loading import LORA_TARGETS, save_adapter
+from test_loading import DTYPE_ARGUMENTS, LORA_TARGETS, save_adapter
 from test_training import make_rows, make_tokenizer, tiny_text_config
 from train_gircse import main
 
@@ -87,6 +87,25 @@ def test_adapter_only_folder_takes_arguments(trained, gircse, chosen):
         assert few.config.num_steps == 1
         found = {part._attn_implementation for part in (few.config, few.config.text_config, few.language_model.config)}
         assert found == {chosen or "sdpa"}
+
+
+@pytest.mark.parametrize("argument", DTYPE_ARGUMENTS)
+@pytest.mark.parametrize("dtype, other", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_adapter_only_folder_loads_in_the_dtype_asked_for(trained, inputs, gircse, tmp_path, dtype, other, argument):
+    """Whatever the backbone was saved in."""
+    adapter = json.loads((trained / "adapter_only" / "adapter" / "adapter_config.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(adapter["base_model_name_or_path"]).to(other)
+    base.save_pretrained(tmp_path / "base")
+    folder = edited(tmp_path, trained / "adapter_only", lambda weights: weights)
+    (folder / "adapter" / "adapter_config.json").write_text(
+        json.dumps({**adapter, "base_model_name_or_path": str(tmp_path / "base")})
+    )
+    for model in (
+        gircse.GircseModel.from_pretrained(folder, **{argument: dtype}),
+        AutoModel.from_pretrained(folder, trust_remote_code=True, **{argument: dtype}),
+    ):
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype} == {model.dtype}
+        assert torch.isfinite(embed(model, inputs)).all()
 
 
 def test_adapter_only_folder_becomes_a_whole_one(trained, inputs, tmp_path):
