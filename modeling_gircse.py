@@ -904,8 +904,15 @@ def _merge_adapter(language_model: PreTrainedModel, adapter: str) -> PreTrainedM
     """The causal LM with a PEFT adapter of that causal LM merged into its weights."""
     peft = _peft(adapter)
     config = peft.PeftConfig.from_pretrained(adapter)
+    tied = _is_tied(language_model)
     try:
         model = peft.PeftModel(language_model, config)
+        ends = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
+        if tied and any(isinstance(end, peft.tuners.tuners_utils.BaseTunerLayer) for end in ends):
+            raise ValueError(
+                "it changes the token embeddings or the LM head, which are one weight there, by themselves; train it "
+                "without these among its target_modules (modules_to_save may hold them)"
+            )
         result = model.load_adapter(adapter, "default")
         # The adapter's own weights carry its name, whatever its kind (LoRA, IA3, ...).
         lost = [key for key in result.missing_keys if ".default" in key] + list(result.unexpected_keys)
@@ -914,7 +921,16 @@ def _merge_adapter(language_model: PreTrainedModel, adapter: str) -> PreTrainedM
     except (KeyError, RuntimeError, ValueError) as error:
         raise _misfit(adapter, language_model, error) from error
     _check_changes(adapter, dict(model.named_parameters()))
-    return model.merge_and_unload()
+    merged = model.merge_and_unload()
+    if tied and not _is_tied(merged):  # the adapter brought its own; nothing may tie them again
+        merged.config.tie_word_embeddings = False
+        merged.all_tied_weights_keys = {}
+    return merged
+
+
+def _is_tied(language_model: PreTrainedModel) -> bool:
+    head = language_model.get_output_embeddings()
+    return head is not None and head.weight is language_model.get_input_embeddings().weight
 
 
 def _adapter_folder(adapter: str, subfolder: str, **where: Any) -> str:

@@ -484,6 +484,61 @@ def test_adapter_without_a_module_it_should_have_replaced_is_refused(gircse, mak
         gircse.GircseModel.from_causal_lm(folder, adapter=adapter)
 
 
+def tied_with(folder: str, adapter_folder: Path, modules: list[str], **settings) -> str:
+    """An adapter of the plain causal LM in `folder` that brings other weights for `modules`."""
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    adapter = save_adapter(plain, adapter_folder, modules_to_save=modules, **settings)
+
+    def other(weights: dict) -> None:
+        for name in weights:
+            if name.rpartition(".")[0].endswith(tuple(modules)):
+                weights[name] += 0.1 * torch.randn_like(weights[name])
+
+    edit_weights(Path(adapter) / "adapter_model.safetensors", other)
+    return adapter
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_adapter_that_unties_head_and_embedding(gircse, make_plain, ids_and_mask, tmp_path, modules):
+    peft = pytest.importorskip("peft")
+    folder = make_plain(tie_word_embeddings=True)[1]
+    adapter = tied_with(folder, tmp_path / "adapter", modules)
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter).eval()
+    expected = adapted(*ids_and_mask).logits
+    model = gircse.GircseModel.from_causal_lm(folder, adapter=adapter)
+    torch.testing.assert_close(model.language_model(*ids_and_mask).logits, expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    again = gircse.GircseModel.from_pretrained(tmp_path / "saved")
+    assert_same_weights(again.state_dict(), model.state_dict())
+    assert torch.equal(again.generate_embedding(*ids_and_mask), model.generate_embedding(*ids_and_mask))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapter_that_adds_to_a_tied_weight_is_refused(gircse, make_plain, tmp_path, target):
+    for tied in (False, True):
+        plain, folder = make_plain(tie_word_embeddings=tied)
+        adapter = save_adapter(plain, tmp_path / str(tied), targets=["q_proj", target])
+        if not tied:
+            gircse.GircseModel.from_causal_lm(folder, adapter=adapter)
+    with pytest.raises(ValueError, match=f"{re.escape(repr(adapter))} does not fit Qwen2ForCausalLM: .* one weight"):
+        gircse.GircseModel.from_causal_lm(folder, adapter=adapter)
+
+
+def test_adapter_of_single_token_embeddings(gircse, make_plain, ids_and_mask, tmp_path):
+    peft = pytest.importorskip("peft")
+    for tied in (False, True):
+        plain, folder = make_plain(tie_word_embeddings=tied)
+        adapter = save_adapter(plain, tmp_path / str(tied), trainable_token_indices=IDS[0])
+        edit_weights(
+            Path(adapter) / "adapter_model.safetensors",
+            lambda weights: {k: v + 0.1 * torch.randn_like(v) * ("tokens" in k) for k, v in weights.items()},
+        )
+        adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter).eval()
+        expected = adapted(*ids_and_mask).logits
+        model = gircse.GircseModel.from_causal_lm(folder, adapter=adapter)
+        torch.testing.assert_close(model.language_model(*ids_and_mask).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_adapter_of_another_kind_with_missing_keys_is_refused(gircse, make_plain, ids_and_mask, tmp_path):
     """IA3, whose keys have no "lora_" in them."""
     peft = pytest.importorskip("peft")
