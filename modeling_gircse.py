@@ -248,6 +248,7 @@ class GircseModel(GircsePreTrainedModel):
         _check_changes(peft_model_id, weights)
         if self._hf_peft_config_loaded and name in self.peft_config:
             raise ValueError(f"adapter_name={name!r} is taken; choose another, or free it by delete_adapter({name!r})")
+        active = self.active_adapters() if self._hf_peft_config_loaded else None
         try:
             info = super().load_adapter(peft_config=config, adapter_state_dict=weights, adapter_name=name, **kwargs)
             if lost := sorted(weights.keys() ^ self.get_adapter_state_dict(name).keys()):
@@ -255,8 +256,18 @@ class GircseModel(GircsePreTrainedModel):
         except (KeyError, RuntimeError, ValueError) as error:
             if self._hf_peft_config_loaded and name in self.peft_config:
                 self.delete_adapter(name)
+            elif not hasattr(self, "peft_config"):  # it failed half-way
+                _unwrap(self)
+            if active:
+                self.set_adapter(active)
             raise _misfit(peft_model_id, self.language_model, error) from error
         return info
+
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """As the method of all models of transformers; without any adapter left, the model is a plain one again."""
+        super().delete_adapter(adapter_names)
+        if not self._hf_peft_config_loaded:
+            _unwrap(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -937,6 +948,15 @@ def _adapter_folder(adapter: str, subfolder: str, **where: Any) -> str:
     """The local copy of an adapter in a subfolder; offline, PEFT looks for its weights in the wrong place there."""
     names = ("adapter_config.json", "adapter_model.safetensors")
     return str(Path([cached_file(adapter, name, subfolder=subfolder, **where) for name in names][0]).parent)
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Puts the layers back that PEFT has wrapped; their weights' names would be saved with the wrappers'."""
+    for name, module in reversed(list(model.named_modules())):  # inner wrappers first
+        inner = dict(module.named_children())
+        if plain := inner.get("base_layer", inner.get("original_module")):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain)
 
 
 def _peft(adapter: str) -> Any:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
+from conftest import text_config
 from test_loading import DTYPE_ARGUMENTS, LORA_TARGETS, save_adapter
 from test_training import make_rows, make_tokenizer, tiny_text_config
 from train_gircse import main
@@ -240,14 +241,50 @@ def test_own_adapters_and_checkpoints_are_loaded(plain, trained, inputs, gircse,
     torch.testing.assert_close(embed(model, inputs), embed(other.get_base_model(), inputs), rtol=0, atol=1e-5)
 
 
+def assert_plain(model, start: torch.Tensor, inputs: dict, folder: Path) -> None:
+    """No trace of an adapter: what is saved loads, and gives the vectors from before."""
+    assert not any("base_layer" in key or "original_module" in key for key in model.state_dict())
+    model.save_pretrained(folder)
+    again = type(model).from_pretrained(folder)
+    assert torch.equal(embed(model, inputs), start) and torch.equal(embed(again, inputs), start)
+
+
 @pytest.mark.parametrize("reason", EDITS)
 def test_adapter_that_does_not_fit_is_not_kept(plain, trained, adapters, inputs, gircse, tmp_path, reason):
     folder = edited(tmp_path, trained / "adapter_only", EDITS[reason])
     model = gircse.GircseModel.from_causal_lm(str(plain))
+    start = embed(model, inputs)
     with pytest.raises(ValueError, match=f"adapter=.*{reason}"):
         model.load_adapter(str(folder / "adapter"), "wrong")
+    assert_plain(model, start, inputs, tmp_path / "saved")
     model.load_adapter(adapters.first, "wrong")  # the name is free
     with pytest.raises(ValueError, match="'wrong' is taken"):
         model.load_adapter(adapters.second, "wrong")
     merged = gircse.GircseModel.from_causal_lm(str(plain), adapter=adapters.first)
     torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-5)
+    model.load_adapter(adapters.second, "second")
+    model.set_adapter("wrong")
+    with pytest.raises(ValueError, match=f"adapter=.*{reason}"):
+        model.load_adapter(str(folder / "adapter"), "third")
+    assert model.active_adapters() == ["wrong"]
+    torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-5)
+
+
+def test_adapter_of_another_architecture_is_not_kept(plain, inputs, gircse, tmp_path):
+    model = gircse.GircseModel.from_causal_lm(str(plain))
+    start = embed(model, inputs)
+    gpt2 = save_adapter(AutoModelForCausalLM.from_config(text_config("gpt2")), tmp_path / "gpt2", targets=["c_attn"])
+    with pytest.raises(ValueError, match="adapter=.*c_attn"):
+        model.load_adapter(gpt2)
+    assert_plain(model, start, inputs, tmp_path / "saved")
+
+
+def test_deleted_adapters_leave_the_model_plain(plain, adapters, inputs, gircse, tmp_path):
+    model = gircse.GircseModel.from_causal_lm(str(plain))
+    start = embed(model, inputs)
+    saves = save_adapter(AutoModelForCausalLM.from_pretrained(plain), tmp_path / "saves", modules_to_save=["norm"])
+    for name, adapter in {"first": adapters.first, "second": adapters.second, "saves": saves}.items():
+        model.load_adapter(adapter, name)
+    model.delete_adapter("second")
+    model.delete_adapter(["first", "saves"])
+    assert_plain(model, start, inputs, tmp_path / "saved")
