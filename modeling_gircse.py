@@ -251,8 +251,12 @@ class GircseModel(GircsePreTrainedModel):
         active = self.active_adapters() if self._hf_peft_config_loaded else None
         try:
             info = super().load_adapter(peft_config=config, adapter_state_dict=weights, adapter_name=name, **kwargs)
-            if lost := sorted(weights.keys() ^ self.get_adapter_state_dict(name).keys()):
-                raise ValueError(f"unmatched {lost[:3]}")
+            kept = self.get_adapter_state_dict(name)
+            lost = weights.keys() ^ kept.keys()
+            # transformers 5 leaves out some of what it does not know (DoRA), so that a key alone says nothing.
+            lost |= {key for key in weights.keys() - lost if not torch.equal(weights[key].to(kept[key]), kept[key])}
+            if lost:
+                raise ValueError(f"unmatched {sorted(lost)[:3]}; GircseModel.from_causal_lm(adapter=...) may take it")
         except (KeyError, RuntimeError, ValueError) as error:
             if self._hf_peft_config_loaded and name in self.peft_config:
                 self.delete_adapter(name)

@@ -288,3 +288,26 @@ def test_deleted_adapters_leave_the_model_plain(plain, adapters, inputs, gircse,
     model.delete_adapter("second")
     model.delete_adapter(["first", "saves"])
     assert_plain(model, start, inputs, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dora", "norm"])
+def test_adapter_is_loaded_in_every_part_or_refused(plain, inputs, gircse, tmp_path, kind, dtype):
+    """transformers 5 drops what DoRA multiplies by, without an error."""
+    settings = {"use_dora": True} if kind == "dora" else {"modules_to_save": ["norm"]}
+    adapter = save_adapter(AutoModelForCausalLM.from_pretrained(plain), tmp_path / "adapter", **settings)
+    file = Path(adapter) / "adapter_model.safetensors"
+    weights = {k: v * 1.5 if "magnitude" in k or "norm" in k else v for k, v in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    model = gircse.GircseModel.from_causal_lm(str(plain), torch_dtype=dtype)
+    start = embed(model, inputs)
+    try:
+        model.load_adapter(adapter)
+    except ValueError as error:
+        assert kind == "dora" and "magnitude" in str(error) and "from_causal_lm" in str(error)
+        assert torch.equal(embed(model, inputs), start)
+    else:
+        assert distance(embed(model, inputs), start) > 1e-2
+        if dtype == torch.float32:
+            merged = gircse.GircseModel.from_causal_lm(str(plain), adapter=adapter)
+            torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-4)
