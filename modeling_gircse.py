@@ -251,6 +251,11 @@ class GircseModel(GircsePreTrainedModel):
         active = self.active_adapters() if self._hf_peft_config_loaded else None
         try:
             info = super().load_adapter(peft_config=config, adapter_state_dict=weights, adapter_name=name, **kwargs)
+            if not isinstance(self.get_input_embeddings(), (nn.Embedding, peft.utils.ModulesToSaveWrapper)):
+                raise ValueError(
+                    "it adds to the token embeddings, whose weight the steps read as it is; merge it by "
+                    "GircseModel.from_causal_lm(adapter=...)"
+                )
             kept = self.get_adapter_state_dict(name)
             lost = weights.keys() ^ kept.keys()
             # transformers 5 leaves out some of what it does not know (DoRA), so that a key alone says nothing.
@@ -268,10 +273,9 @@ class GircseModel(GircsePreTrainedModel):
         return info
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
-        """As the method of all models of transformers; without any adapter left, the model is a plain one again."""
+        """As the method of all models of transformers; layers that no adapter is left for are plain ones again."""
         super().delete_adapter(adapter_names)
-        if not self._hf_peft_config_loaded:
-            _unwrap(self)
+        _unwrap(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -954,13 +958,16 @@ def _adapter_folder(adapter: str, subfolder: str, **where: Any) -> str:
     return str(Path([cached_file(adapter, name, subfolder=subfolder, **where) for name in names][0]).parent)
 
 
-def _unwrap(model: nn.Module) -> None:
-    """Puts the layers back that PEFT has wrapped; their weights' names would be saved with the wrappers'."""
-    for name, module in reversed(list(model.named_modules())):  # inner wrappers first
-        inner = dict(module.named_children())
-        if plain := inner.get("base_layer", inner.get("original_module")):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
+def _unwrap(model: PreTrainedModel) -> None:
+    """Puts the layers back that PEFT wraps for no adapter any more, as the wrappers change the names of weights."""
+    wrapped = []
+    for name, module in model.named_modules():
+        plain = getattr(module, "base_layer", getattr(module, "original_module", None))
+        if plain is not None and not (hasattr(model, "peft_config") and {*module.parameters()} - {*plain.parameters()}):
+            wrapped.append((name, plain))
+    for name, plain in reversed(wrapped):  # inner wrappers first
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
 
 
 def _peft(adapter: str) -> Any:

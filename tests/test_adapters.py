@@ -311,3 +311,38 @@ def test_adapter_is_loaded_in_every_part_or_refused(plain, inputs, gircse, tmp_p
         if dtype == torch.float32:
             merged = gircse.GircseModel.from_causal_lm(str(plain), adapter=adapter)
             torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"targets": ["q_proj", "embed_tokens"]}, {"trainable_token_indices": [5, 6]}], ids=["lora", "tokens"]
+)
+def test_adapter_that_adds_to_the_token_embeddings_is_not_kept(
+    plain, adapters, inputs, gircse, tmp_path, settings, tied
+):
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_config(tiny_text_config(tie_word_embeddings=tied))
+    base.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", **settings)
+    model = gircse.GircseModel.from_causal_lm(str(tmp_path / "base"))
+    start = embed(model, inputs)
+    with pytest.raises(ValueError, match=r"adapter=.*token embeddings.*from_causal_lm\(adapter=...\)"):
+        model.load_adapter(adapter)
+    assert_plain(model, start, inputs, tmp_path / "saved")
+    model.load_adapter(adapters.first, "first")
+    expected = embed(model, inputs)
+    with pytest.raises(ValueError, match="adapter=.*token embeddings"):
+        model.load_adapter(adapter)
+    assert torch.equal(embed(model, inputs), expected)
+
+
+def test_adapter_with_token_embeddings_of_its_own(inputs, gircse, tmp_path):
+    base = AutoModelForCausalLM.from_config(tiny_text_config())
+    base.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
+    file = Path(adapter) / "adapter_model.safetensors"
+    save_file({k: v * 1.1 for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    model = gircse.GircseModel.from_causal_lm(str(tmp_path / "base"))
+    model.load_adapter(adapter)
+    merged = gircse.GircseModel.from_causal_lm(str(tmp_path / "base"), adapter=adapter)
+    torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-5)
