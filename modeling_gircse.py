@@ -239,29 +239,17 @@ class GircseModel(GircsePreTrainedModel):
         where |= {key: value for key, value in (kwargs.pop("adapter_kwargs", None) or {}).items() if key[0] != "_"}
         if where.get("subfolder"):
             peft_model_id, where = _adapter_folder(peft_model_id, **where), {}
-        config = peft.PeftConfig.from_pretrained(peft_model_id, **where)
+        config = _config_here(peft.PeftConfig.from_pretrained(peft_model_id, **where))
         weights = {
             _key_here(key): value for key, value in peft.load_peft_weights(peft_model_id, "cpu", **where).items()
         }
-        if isinstance(config.target_modules, str):  # a regular expression of whole names
-            config.target_modules = rf"(language_model\.)?({config.target_modules})"
         _check_changes(peft_model_id, weights)
         if self._hf_peft_config_loaded and name in self.peft_config:
             raise ValueError(f"adapter_name={name!r} is taken; choose another, or free it by delete_adapter({name!r})")
         active = self.active_adapters() if self._hf_peft_config_loaded else None
         try:
             info = super().load_adapter(peft_config=config, adapter_state_dict=weights, adapter_name=name, **kwargs)
-            if not isinstance(self.get_input_embeddings(), (nn.Embedding, peft.utils.ModulesToSaveWrapper)):
-                raise ValueError(
-                    "it adds to the token embeddings, whose weight the steps read as it is; merge it by "
-                    "GircseModel.from_causal_lm(adapter=...)"
-                )
-            kept = self.get_adapter_state_dict(name)
-            lost = weights.keys() ^ kept.keys()
-            # transformers 5 leaves out some of what it does not know (DoRA), so that a key alone says nothing.
-            lost |= {key for key in weights.keys() - lost if not torch.equal(weights[key].to(kept[key]), kept[key])}
-            if lost:
-                raise ValueError(f"unmatched {sorted(lost)[:3]}; GircseModel.from_causal_lm(adapter=...) may take it")
+            self._check_kept(name, weights, peft.utils.ModulesToSaveWrapper)
         except (KeyError, RuntimeError, ValueError) as error:
             if self._hf_peft_config_loaded and name in self.peft_config:
                 self.delete_adapter(name)
@@ -271,6 +259,20 @@ class GircseModel(GircsePreTrainedModel):
                 self.set_adapter(active)
             raise _misfit(peft_model_id, self.language_model, error) from error
         return info
+
+    def _check_kept(self, name: str, weights: dict[str, Tensor], replacement: type) -> None:
+        """Raises a ValueError unless all of an adapter is loaded, and the steps see what it does."""
+        if not isinstance(self.get_input_embeddings(), (nn.Embedding, replacement)):
+            raise ValueError(
+                "it adds to the token embeddings, whose weight the steps read as it is; merge it by "
+                "GircseModel.from_causal_lm(adapter=...)"
+            )
+        kept = self.get_adapter_state_dict(name)
+        lost = weights.keys() ^ kept.keys()
+        # transformers 5 leaves out some of what it does not know (DoRA), so that a key alone says nothing.
+        lost |= {key for key in weights.keys() - lost if not torch.equal(weights[key].to(kept[key]), kept[key])}
+        if lost:
+            raise ValueError(f"unmatched {sorted(lost)[:3]}; GircseModel.from_causal_lm(adapter=...) may take it")
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
         """As the method of all models of transformers; layers that no adapter is left for are plain ones again."""
@@ -992,6 +994,22 @@ def _key_here(key: str) -> str:
     """A key of an adapter's file, of the plain causal LM or of a `GircseModel`, as a key of a `GircseModel`."""
     key = key.removeprefix("base_model.model.")
     return key if key.startswith(("language_model.", "learned_tokens.")) else f"language_model.{key}"
+
+
+def _config_here(config: Any) -> Any:
+    """A PEFT configuration whose regular expressions of names hold in a `GircseModel`, too."""
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(value := getattr(config, field, None), str):  # a regular expression of whole names
+            setattr(config, field, _pattern_here(value))
+    for field in ("alpha_pattern", "rank_pattern"):
+        if value := getattr(config, field, None):
+            setattr(config, field, {_pattern_here(key): number for key, number in value.items()})
+    return config
+
+
+def _pattern_here(pattern: str) -> str:
+    """A regular expression of names of the plain causal LM or of a `GircseModel`, as one of a `GircseModel`."""
+    return rf"(language_model\.)?({pattern.removeprefix('^')})"
 
 
 GircseModel.register_for_auto_class("AutoModel")

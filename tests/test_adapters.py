@@ -223,6 +223,24 @@ def test_adapters_are_switched(plain, adapters, inputs, gircse):
     torch.testing.assert_close(embed(model, inputs), start, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": r"^model\.layers\.\d\..*\.(q_proj|v_proj)"},
+        {"exclude_modules": r"model\.layers\.1\..*"},
+        {"alpha_pattern": {r"^model\.layers\.0\..*": 64, "v_proj": 32}},
+        {"rank_pattern": {r"^model\.layers\.0\..*": 2, r"model\.layers\.1\.self_attn\.q_proj": 3}},
+    ],
+    ids=["target_modules", "exclude_modules", "alpha_pattern", "rank_pattern"],
+)
+def test_adapter_with_patterns_of_names(plain, inputs, gircse, tmp_path, settings):
+    adapter = save_adapter(AutoModelForCausalLM.from_pretrained(plain), tmp_path, **settings)
+    merged = gircse.GircseModel.from_causal_lm(str(plain), adapter=adapter)
+    model = gircse.GircseModel.from_causal_lm(str(plain))
+    model.load_adapter(adapter)
+    torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-4)
+
+
 def test_own_adapters_and_checkpoints_are_loaded(plain, trained, inputs, gircse, tmp_path):
     """An adapter-only repo's adapter, and PEFT's layout of a `GircseModel`, as checkpoints have it."""
     expected = embed(AutoModel.from_pretrained(trained / "merged", trust_remote_code=True), inputs)
