@@ -741,7 +741,9 @@ def save_adapter(model: Any, folder: Path, dtype: torch.dtype, adapter_of: str) 
     from peft import get_peft_model_state_dict
 
     base, config = model.get_base_model(), copy.deepcopy(model.active_peft_config)
-    config.base_model_name_or_path, config.revision = adapter_of, _commit_of(adapter_of)
+    # A folder is named so that it is found from elsewhere, too.
+    place = str(Path(adapter_of).resolve()) if Path(adapter_of).exists() else adapter_of
+    config.base_model_name_or_path, config.revision = place, _commit_of(adapter_of)
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     if not isinstance(config.target_modules, str):
         config.target_modules = {_plain_name(name) for name in config.target_modules}

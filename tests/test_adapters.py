@@ -109,6 +109,17 @@ def test_adapter_only_folder_loads_in_the_dtype_asked_for(trained, inputs, gircs
         assert torch.isfinite(embed(model, inputs)).all()
 
 
+def test_adapter_of_a_relative_path_loads_from_anywhere(plain, trained, inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(plain.parent)
+    train(Path(plain.name), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    found, expected = (
+        embed(AutoModel.from_pretrained(folder / "adapter_only", trust_remote_code=True), inputs)
+        for folder in (tmp_path, trained)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_adapter_only_folder_becomes_a_whole_one(trained, inputs, tmp_path):
     model = AutoModel.from_pretrained(trained / "adapter_only", trust_remote_code=True)
     model.save_pretrained(tmp_path)
