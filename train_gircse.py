@@ -975,10 +975,9 @@ def check_settings(
     longest, most = data.max_length or processor.max_length, model.max_input_length(k)
     if most is not None and longest > most:
         steps = "" if config.step_token == "none" else f" less k={k} steps, the most of training and evaluation"
-        raise ValueError(
-            f"max_length={longest} exceeds the backbone's {config.text_config.max_position_embeddings} positions{steps}: "
-            + (f"use --max_length {most}" if most > 0 else "use a smaller k")
-        )
+        remedy = f"use --max_length {most}" if most > 0 else "use a smaller k"
+        positions = config.text_config.max_position_embeddings
+        raise ValueError(f"max_length={longest} exceeds the backbone's {positions} positions{steps}: {remedy}")
     if Path(training.output_dir).resolve() == ROOT:
         raise ValueError(f"output_dir={training.output_dir!r} is this repo itself; choose another folder")
 
