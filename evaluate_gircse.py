@@ -47,7 +47,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
-from report_gircse import markdown, write_report
+from report_gircse import CODE_OF_ITS_OWN, markdown, write_report
 from tasks_gircse import local_tasks
 from train_gircse import ROOT, ModelArguments, load_model, sentence_transformers_settings
 
@@ -171,7 +171,7 @@ def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
         "memory_usage_mb": round(size * model.dtype.itemsize / 2**20),
         "use_instructions": True,
         "similarity_fn_name": ScoringFunction.COSINE,
-        "loader_kwargs": {"trust_remote_code": True},  # its code comes with it
+        "loader_kwargs": CODE_OF_ITS_OWN,
         "framework": ["Sentence Transformers", "PyTorch", "Transformers", "safetensors"],
     }
     revision = getattr(config, "_commit_hash", None)
@@ -207,7 +207,7 @@ def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subj
                 "If it was trained with prompts, give --prompt_template, or the --model_name that mteb knows it by."
             )
     if args.trust_remote_code:
-        loader_kwargs["trust_remote_code"] = True
+        loader_kwargs["trust_remote_code"] = args.trust_remote_code
     known = ModelMeta.from_sentence_transformer_model(model)
     facts = {name: value for name in type(known).model_fields if (value := getattr(known, name)) is not None}
     facts["use_instructions"] = bool(args.prompt_template or any(prompts.values()))

@@ -22,6 +22,9 @@ from mteb.models import ModelMeta
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+# What an entry of mteb's registry says of a model whose code comes with it.
+CODE_OF_ITS_OWN = {"trust_remote_code": True}
+
 
 def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """The mean of each group of tasks, and of all tasks, by each task's main score."""
