@@ -542,7 +542,8 @@ class GircseTrainer(Trainer):
         """
         if self.args.save_adapter:
             check_adapter(self.accelerator.unwrap_model(self.model), self.base_models, publishes=True)
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if hasattr(self.callback_handler, "on_push_begin"):  # not in transformers 4.51
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
         revision = revision or getattr(self.args, "hub_revision", None)
         if self.hub_model_id is None:

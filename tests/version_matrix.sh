@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs the tests of loading, embedding, serving, Sentence Transformers and training on several versions of transformers,
-# each in a virtual environment of its own with the versions of the other packages that pip matches to it, and prints a
-# table. Usage: tests/version_matrix.sh [VERSION ...]     (default: 4.51.3 4.57.* 5.0.* and the newest 5.x)
+# Runs the tests of loading, embedding, serving, Sentence Transformers, training and publishing on several versions of
+# transformers, each in a virtual environment of its own with the versions of the other packages that pip matches to it,
+# and prints a table. Usage: tests/version_matrix.sh [VERSION ...]     (default: 4.51.3 4.57.* 5.0.* and the newest 5.x)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 versions=("$@")
 [ ${#versions[@]} -gt 0 ] || versions=("4.51.3" "4.57.*" "5.0.*" "5.*")
-tests=(modeling speed processing losses loading handler serving sentence_transformers adapters data training)
+tests=(modeling speed processing losses loading handler serving sentence_transformers adapters hub data training)
 files=("${tests[@]/#/tests/test_}") && files=("${files[@]/%/.py}")
 packages=(torch transformers sentence-transformers peft huggingface-hub)
 work=$(mktemp -d)
