@@ -247,6 +247,7 @@ class GircseModel(GircsePreTrainedModel):
         if self._hf_peft_config_loaded and name in self.peft_config:
             raise ValueError(f"adapter_name={name!r} is taken; choose another, or free it by delete_adapter({name!r})")
         active = self.active_adapters() if self._hf_peft_config_loaded else None
+        conversions = getattr(self, "_weight_conversions", None)
         try:
             info = super().load_adapter(peft_config=config, adapter_state_dict=weights, adapter_name=name, **kwargs)
             self._check_kept(name, weights, peft.utils.ModulesToSaveWrapper)
@@ -258,6 +259,8 @@ class GircseModel(GircsePreTrainedModel):
             if active:
                 self.set_adapter(active)
             raise _misfit(peft_model_id, self.language_model, error) from error
+        finally:
+            self._weight_conversions = conversions  # transformers 5.0 would save the model under the adapter's names
         return info
 
     def _check_kept(self, name: str, weights: dict[str, Tensor], replacement: type) -> None:
