@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
-from test_training import environment, make_rows, make_tokenizer, tiny_text_config
+from test_training import environment, make_rows, make_tokenizer, outputs_of, tiny_text_config
 from train_gircse import main
 
 STEPS = 2
@@ -107,14 +107,7 @@ def run(count: int, script: list[str], folder: Path, **variables: str) -> list[s
         )
         for rank in range(count)
     ]
-    try:
-        outputs = [process.communicate(timeout=400)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
-    return outputs
+    return outputs_of(processes)
 
 
 def log_of(folder: Path) -> list[dict]:
