@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1019,7 +1019,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTrainer] = GircseTrainer) -> None:
+    """The command line. `make_trainer` may be a subclass of [`GircseTrainer`] with a loss of its own."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv:
         argv = SAMPLE_RUN
@@ -1037,7 +1038,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = add_lora(model, arguments)
     base_models = [name for name in (arguments.model_name_or_path, arguments.adapter) if name]
     # With --push_to_hub, Trainer makes the Hub repo here, so that a missing permission shows before training.
-    trainer = GircseTrainer(
+    trainer = make_trainer(
         model,
         training,
         processor,

@@ -1,0 +1,171 @@
+"""Teach a causal LM, as a GIRCSE model, the embeddings that a stronger encoder has for plain texts.
+
+    python recipes/distil.py --model_name_or_path runs/backbone --vectors runs/teacher --output_dir runs/distilled
+
+`--vectors` is a folder of recipes/teacher_vectors.py, with vectors of the backbone's hidden size. The loss is
+1 - cos(z_k, vector), mean over the texts and over z_1..z_K. K is drawn anew for each batch, so that an embedding is
+good after any number of steps; so is whether its texts go bare or under one of a few instructions that ask for nothing
+but the meaning. A run that was interrupted goes on from its last checkpoint when the command is repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train_gircse import ModelArguments, export, load_model
+
+INSTRUCTIONS = [
+    None,
+    "Retrieve semantically similar text.",
+    None,
+    "Identify the topic or theme of the given text.",
+    "Given a question, retrieve passages that answer the question.",
+]
+STEPS = (1, 2, 3, 5, 8)
+
+
+def distillation_loss(step_embeddings: Tensor, vectors: Tensor) -> Tensor:
+    """Mean of 1 - cos over texts and steps: (): float32.
+
+    Args:
+        step_embeddings: (B, K, d), unit norm.
+        vectors: (B, d), the teacher's, unit norm.
+    """
+    return 1 - torch.einsum("bkd,bd->bk", step_embeddings.float(), vectors.float()).mean()
+
+
+class TeacherTexts(torch.utils.data.Dataset):
+    """Texts of a folder of teacher_vectors.py with their vectors, (d,) float32."""
+
+    def __init__(self, folder: str) -> None:
+        self.texts = json.loads(Path(folder, "texts.json").read_text(encoding="utf-8"))
+        self.vectors = np.load(Path(folder, "vectors.npy"), mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor]:
+        return self.texts[index], torch.from_numpy(self.vectors[index].astype(np.float32))
+
+
+class LengthBatches(torch.utils.data.Sampler[list[int]]):
+    """Batches of texts of like length, in random order; each text once an epoch."""
+
+    pool = 50  # batches whose texts are sorted together
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths) // self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = random.Random(f"{self.seed}/{self.epoch}")
+        order = rng.sample(range(len(self.lengths)), len(self) * self.batch_size)
+        size = self.pool * self.batch_size
+        batches = []
+        for start in range(0, len(order), size):
+            rows = sorted(order[start : start + size], key=self.lengths.__getitem__)
+            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        rng.shuffle(batches)
+        return iter(batches)
+
+
+class TeacherCollator:
+    """Texts and vectors to the inputs of one step, under an instruction drawn for the batch."""
+
+    def __init__(self, processor: Any, max_length: int) -> None:
+        self.processor, self.max_length = processor, max_length
+
+    def __call__(self, rows: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        texts, vectors = zip(*rows, strict=True)
+        instruction = random.choice(INSTRUCTIONS)
+        inputs = self.processor(list(texts), instruction=instruction, max_length=self.max_length)
+        return {**inputs, "vectors": torch.stack(vectors)}
+
+
+def teacher_loader(texts: TeacherTexts, processor: Any, batch_size: int, max_length: int, seed: int) -> Any:
+    batches = LengthBatches(list(map(len, texts.texts)), batch_size, seed)
+    return torch.utils.data.DataLoader(texts, batch_sampler=batches, collate_fn=TeacherCollator(processor, max_length))
+
+
+class DistillingTrainer(Trainer):
+    def __init__(self, *args: Any, loader: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loader = loader
+
+    def get_train_dataloader(self) -> Any:
+        return self.accelerator.prepare(self.loader)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # Trainer's estimate knows token batches only
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Tensor:
+        vectors = inputs.pop("vectors")
+        return distillation_loss(model(**inputs, k=random.choice(STEPS)).step_embeddings, vectors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="a causal LM or a GIRCSE model")
+    parser.add_argument("--vectors", required=True, help="folder of teacher_vectors.py")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--max_length", type=int, default=96, help="longest text in tokens")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    set_seed(args.seed)
+    model, processor = load_model(ModelArguments(model_name_or_path=args.model_name_or_path, num_steps=20))
+    texts = TeacherTexts(args.vectors)
+    if texts.vectors.shape[1] != model.config.hidden_size:
+        raise ValueError(
+            f"vectors of {texts.vectors.shape[1]} dimensions, but the model has {model.config.hidden_size}"
+        )
+    trainer = DistillingTrainer(
+        model,
+        TrainingArguments(
+            output_dir=args.output_dir,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=100,
+            weight_decay=0.01,
+            num_train_epochs=args.epochs,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=50,
+            save_steps=500,
+            save_total_limit=1,
+            report_to="none",
+            remove_unused_columns=False,
+            seed=args.seed,
+        ),
+        train_dataset=texts,
+        loader=teacher_loader(texts, processor, args.batch_size, args.max_length, args.seed),
+    )
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    )
+    export(model, processor, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The paper's comparisons from one backbone: trains each variant, evaluates it, and keeps what came out.
+
+    python recipes/experiments.py --data DATA --backbone runs/small --runs runs/all --results results/experiments
+
+DATA has train/*.jsonl.gz (pairs) and eval/ (tasks_gircse.py). First each method's learning rate is chosen, by the mean
+of held-out accuracy and STS-Benchmark's development split after a short run; then follow, with the same data, steps and
+batch for all methods:
+
+    gircse, causal_eos, bidirectional_avg    three seeds, and one larger number of samples with the first seed
+    last_step, no_refinement                 Table 3's rows between Causal-EOS and GIRCSE: the loss on the last step
+                                             alone; on every step, without the penalty
+    mean                                     the steps' losses averaged, as in the released code, instead of summed
+    mixed_steps                              queries' and documents' embeddings of different steps contrasted
+    causal_eos_generating                    Causal-EOS as trained, made to generate (Figure 2, bottom)
+
+One JSON a run: the commands, what was trained, and evaluate_gircse.py's scores. Runs whose JSON is there are not
+repeated. `--jobs 2` has two run at once, with half of the cores each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH = 64
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+GENERATING = "--k 5 --num_steps 5"
+BASELINES = {
+    "causal_eos": "--step_token none --pooling last --suffix <|endoftext|>",
+    "bidirectional_avg": "--step_token none --attention bidirectional",
+}
+METHODS = {"gircse": GENERATING, **BASELINES}
+VARIANTS = {
+    "last_step": f"{GENERATING} --objective last_step",
+    "no_refinement": f"{GENERATING} --refinement_weight 0",
+    "mean": f"{GENERATING} --reduction mean",
+    "mixed_steps": f"{GENERATING} --objective mixed_steps",
+}
+SHARED = f"""--tuning full --temperature 0.05 --num_negatives 1 --max_length 96 --held_out 512 --mix_sources --bf16
+    --per_device_train_batch_size {BATCH} --sub_batch_size 64 --save_strategy no --report_to none --symmetric_sources
+    goemotions cad_imdb_sentiment cad_imdb_content clinc150_domain banking77 clinc150_intent snips stsb snli cad_nli"""
+
+
+@dataclass
+class Run:
+    name: str
+    method: str
+    samples: int
+    seed: int
+    settings: str
+    k: str = ""  # of the evaluation
+
+
+def plan(samples: int, more_samples: int, seeds: int) -> list[Run]:
+    """All runs, those that most depends on first."""
+    runs = []
+    for seed in range(seeds):
+        runs += [Run(f"{m}-{samples}-seed{seed}", m, samples, seed, METHODS[m]) for m in METHODS]
+        if seed == 0:
+            runs += [Run(f"{m}-{samples}-seed0", m, samples, 0, VARIANTS[m]) for m in VARIANTS]
+            runs += [Run(f"{m}-{more_samples}-seed0", m, more_samples, 0, METHODS[m]) for m in METHODS]
+    return runs
+
+
+def call(command: list[str], log: Path, threads: int) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("a", encoding="utf-8") as file:
+        file.write(shlex.join(command) + "\n")
+        file.flush()
+        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=True, cwd=ROOT, env=environment)
+
+
+def train(run: Run, learning_rate: float, args: argparse.Namespace, folder: Path) -> list[str]:
+    """Trains into `folder`; returns the command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["python", "recipes/train_objective.py", "--model_name_or_path", str(args.backbone)]
+    command += ["--train_data", str(args.data / "train"), "--output_dir", str(folder), *run.settings.split()]
+    command += ["--learning_rate", str(learning_rate), "--max_steps", str(run.samples // BATCH)]
+    command += ["--seed", str(run.seed), "--logging_steps", "20", *SHARED.split()]
+    call([sys.executable, *command[1:]], folder / "run.log", args.threads)
+    return command
+
+
+def evaluate(model: Path, out: Path, args: argparse.Namespace, tasks: tuple[str, ...] = ("local",)) -> list[str]:
+    command = ["python", "evaluate_gircse.py", "--model", str(model), "--tasks", *tasks]
+    command += [
+        "--data",
+        str(args.data / "eval"),
+        "--max_length",
+        "256",
+        "--output_dir",
+        str(out),
+        "--batch_size",
+        "64",
+    ]
+    call([sys.executable, *command[1:]], model / "run.log", args.threads)
+    return command
+
+
+def scores(out: Path) -> dict[str, dict[str, float]]:
+    """Task to k to score."""
+    found = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    if found["not_evaluated"]:
+        raise RuntimeError(f"{out}: not evaluated: {found['not_evaluated']}")
+    return {row["task"]: row["scores"] for row in found["tasks"]}
+
+
+def held_out_accuracy(folder: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [line for line in lines if any(name.startswith("eval_accuracy") for name in line)][-1]
+    return {name.removeprefix("eval_accuracy_k"): 100 * v for name, v in last.items() if "accuracy" in name}
+
+
+def choose_rate(method: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Learning rate to scores of a short run."""
+    found = {}
+    for rate in LEARNING_RATES:
+        folder = args.runs / f"{method}-rate{rate}"
+        run = Run(folder.name, method, args.tuning_samples, 0, METHODS[method])
+        if not (folder / "eval/results.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            train(run, rate, args, folder)
+            evaluate(folder, folder / "eval", args, ("sts_stsbenchmark_dev",))
+        k = "5" if method == "gircse" else None
+        accuracy, dev = held_out_accuracy(folder)[k or "1"], scores(folder / "eval")["sts_stsbenchmark_dev"][str(k)]
+        found[str(rate)] = {"held_out_accuracy": round(accuracy, 2), "sts_dev": dev}
+    return found
+
+
+def best_rate(found: dict[str, dict[str, float]]) -> float:
+    return float(max(found, key=lambda rate: sum(found[rate].values())))
+
+
+def perform(run: Run, rates: dict[str, float], args: argparse.Namespace) -> None:
+    result, folder = args.results / f"{run.name}.json", args.runs / run.name
+    if result.exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    rate = rates[run.method if run.method in METHODS else "gircse"]
+    commands = [train(run, rate, args, folder), evaluate(folder, folder / "eval", args)]
+    keep(result, run, rate, commands, folder, folder / "eval")
+    if run.method == "causal_eos" and run.seed == 0:
+        generating = make_generate(folder, args.runs / f"{run.name}-generating")
+        commands.append(evaluate(generating, generating / "eval", args))
+        name = f"causal_eos_generating-{run.samples}-seed0"
+        keep(args.results / f"{name}.json", run, rate, commands[::2], folder, generating / "eval")
+    print(f"{run.name} done", flush=True)
+
+
+def make_generate(folder: Path, copy: Path) -> Path:
+    """A model trained without generation, with soft tokens generated and averaged."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("eval", "run.log"), dirs_exist_ok=True)
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config |= {"step_token": "soft", "pooling": "mean"}
+    (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return copy
+
+
+def keep(result: Path, run: Run, rate: float, commands: list[list[str]], folder: Path, out: Path) -> None:
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    content = {
+        "commands": [shlex.join(command) for command in commands],
+        "method": result.name.split("-")[0],
+        "samples": run.samples,
+        "seed": run.seed,
+        "learning_rate": rate,
+        "held_out_accuracy": held_out_accuracy(folder),
+        "last_log_line": [line for line in log if "loss" in line][-1],
+        "scores": scores(out),
+    }
+    result.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "backbone", "runs", "results"):
+        parser.add_argument(f"--{name}", type=lambda text: Path(text).absolute(), required=True)
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--more_samples", type=int, default=50_000)
+    parser.add_argument("--tuning_samples", type=int, default=6_400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    args.results.mkdir(parents=True, exist_ok=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        tuned = dict(zip(METHODS, pool.map(lambda method: choose_rate(method, args), METHODS), strict=True))
+        (args.results / "learning_rates.json").write_text(json.dumps(tuned, indent=1) + "\n", encoding="utf-8")
+        rates = {method: best_rate(found) for method, found in tuned.items()}
+        print(rates, flush=True)
+        list(pool.map(lambda run: perform(run, rates, args), plan(args.samples, args.more_samples, args.seeds)))
+
+
+if __name__ == "__main__":
+    main()

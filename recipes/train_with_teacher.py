@@ -1,0 +1,64 @@
+"""`train_gircse.py` with a stronger encoder's embeddings of plain texts as an extra loss.
+
+    python recipes/train_with_teacher.py --vectors runs/teacher --model_name_or_path runs/distilled ...
+
+with any arguments of train_gircse.py. Each step adds `--teacher_weight` x distillation_loss (recipes/distil.py) on a
+batch of its own, so that what the contrastive pairs don't teach is not forgotten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from distil import STEPS, TeacherTexts, distillation_loss, teacher_loader
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gircse
+
+
+class TeacherTrainer(train_gircse.GircseTrainer):
+    """ICR and distillation; `loader` gives the batches of the latter."""
+
+    def __init__(self, *args: Any, vectors: str, weight: float, batch_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        texts, processor = TeacherTexts(vectors), self.processing_class
+        self.teacher_weight = weight
+        self.teacher_batches = self._endless(
+            teacher_loader(texts, processor, batch_size, self.data_collator.max_length, self.args.seed)
+        )
+
+    @staticmethod
+    def _endless(loader: Any) -> Iterator[dict[str, Tensor]]:
+        epoch = 0
+        while True:
+            loader.batch_sampler.set_epoch(epoch)
+            yield from loader
+            epoch += 1
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        batch = {name: tensor.to(self.args.device) for name, tensor in next(self.teacher_batches).items()}
+        vectors = batch.pop("vectors")
+        k = random.choice(STEPS)
+        distillation = distillation_loss(model(**batch, k=k).step_embeddings, vectors)
+        return super().compute_loss(model, inputs, *args, **kwargs) + self.teacher_weight * distillation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vectors", required=True, help="folder of teacher_vectors.py")
+    parser.add_argument("--teacher_weight", type=float, default=1.0)
+    parser.add_argument("--teacher_batch_size", type=int, default=64)
+    args, rest = parser.parse_known_args()
+    make = partial(TeacherTrainer, vectors=args.vectors, weight=args.teacher_weight, batch_size=args.teacher_batch_size)
+    train_gircse.main(rest, make)
+
+
+if __name__ == "__main__":
+    main()
