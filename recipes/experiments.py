@@ -106,12 +106,12 @@ def evaluate(model: Path, out: Path, args: argparse.Namespace, tasks: tuple[str,
     return command
 
 
-def scores(out: Path) -> dict[str, dict[str, float]]:
-    """Task to k to score."""
+def scores(out: Path) -> list[dict]:
+    """The tasks' rows of an evaluation: task, group, metric, and k to score."""
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))
     if found["not_evaluated"]:
         raise RuntimeError(f"{out}: not evaluated: {found['not_evaluated']}")
-    return {row["task"]: row["scores"] for row in found["tasks"]}
+    return [{name: row[name] for name in ("task", "group", "metric", "scores")} for row in found["tasks"]]
 
 
 def held_out_accuracy(folder: Path) -> dict[str, float]:
@@ -131,7 +131,7 @@ def choose_rate(method: str, args: argparse.Namespace) -> dict[str, dict[str, fl
             train(run, rate, args, folder)
             evaluate(folder, folder / "eval", args, ("sts_stsbenchmark_dev",))
         k = "5" if method == "gircse" else None
-        accuracy, dev = held_out_accuracy(folder)[k or "1"], scores(folder / "eval")["sts_stsbenchmark_dev"][str(k)]
+        accuracy, dev = held_out_accuracy(folder)[k or "1"], scores(folder / "eval")[0]["scores"][str(k)]
         found[str(rate)] = {"held_out_accuracy": round(accuracy, 2), "sts_dev": dev}
     return found
 
@@ -175,7 +175,7 @@ def keep(result: Path, run: Run, rate: float, commands: list[list[str]], folder:
         "learning_rate": rate,
         "held_out_accuracy": held_out_accuracy(folder),
         "last_log_line": [line for line in log if "loss" in line][-1],
-        "scores": scores(out),
+        "tasks": scores(out),
     }
     result.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -1,0 +1,207 @@
+"""Write the README's tables and draw its pictures from results/: python recipes/report_results.py
+
+Replaces what stands between `<!-- table NAME -->` and `<!-- end -->` in README.md, and the pictures in assets/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, ASSETS = ROOT / "results", ROOT / "assets"
+CHOSEN_ON = "sts_stsbenchmark_dev"  # settings were fitted to it: in no mean
+NAMES = {
+    "causal_eos": "Causal-EOS",
+    "bidirectional_avg": "Bidirectional-Avg",
+    "gircse": "GIRCSE",
+    "last_step": "generation, loss on the last step",
+    "no_refinement": "+ loss on every step",
+    "mean": "steps averaged",
+    "mixed_steps": "mixed steps",
+    "causal_eos_generating": "Causal-EOS made to generate",
+}
+COLORS = {"gircse": "tab:green", "causal_eos": "tab:blue", "bidirectional_avg": "tab:orange"}
+STEPS = [1, 3, 5, 10, 15, 20]
+ALL = "All"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def group_means(rows: list[dict], k: int | None) -> dict[str, float]:
+    """Group of tasks to the mean of its scores, and "All": the mean over the tasks. A model without steps has one
+    column, which holds for every k."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        if row["task"] != CHOSEN_ON:
+            score = row["scores"].get("None", row["scores"].get(str(k)))
+            groups.setdefault(row["group"], []).append(score)
+    return {name: mean(values) for name, values in sorted(groups.items())} | {ALL: mean(sum(groups.values(), []))}
+
+
+def experiments() -> list[dict]:
+    paths = sorted((RESULTS / "experiments").glob("*-seed*.json"))
+    return [read(path) for path in paths]
+
+
+def runs_of(runs: list[dict], method: str, samples: int, seed: int | None = None) -> list[dict]:
+    return [r for r in runs if (r["method"], r["samples"]) == (method, samples) and seed in (None, r["seed"])]
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def line(name: str, runs: list[dict], k: int | None) -> list[str]:
+    means = [group_means(run["tasks"], k) for run in runs]
+    return [name, *(spread([found[group] for found in means]) for group in means[0])]
+
+
+def comparison(runs: list[dict], samples: int) -> str:
+    head = ["", *group_means(runs[0]["tasks"], 1)]
+    lines = [line(NAMES[m], runs_of(runs, m, samples), None) for m in ("causal_eos", "bidirectional_avg")]
+    lines += [line(f"GIRCSE, k = {k}", runs_of(runs, "gircse", samples), k) for k in (1, 5, 20)]
+    return table(head, lines)
+
+
+def ablation(runs: list[dict], samples: int) -> str:
+    head = ["k = 5", *group_means(runs[0]["tasks"], 1)]
+    lines = [line("no generation (Causal-EOS)", runs_of(runs, "causal_eos", samples, 0), None)]
+    lines += [line(NAMES[m], runs_of(runs, m, samples, 0), 5) for m in ("last_step", "no_refinement")]
+    lines.append(line("+ refinement penalty (GIRCSE)", runs_of(runs, "gircse", samples, 0), 5))
+    lines += [line(f"GIRCSE, {NAMES[m]}", runs_of(runs, m, samples, 0), 5) for m in ("mean", "mixed_steps")]
+    return table(head, lines)
+
+
+def root_by_group(models: dict[str, dict]) -> str:
+    root, teacher = models["root"]["tasks"], models["minilm"]["tasks"]
+    columns = {f"root, k = {k}": group_means(root, k) for k in STEPS} | {"all-MiniLM-L6-v2": group_means(teacher, None)}
+    groups = list(group_means(root, 1))
+    head = ["mean of", *columns]
+    return table(head, [[group, *(f"{column[group]:.1f}" for column in columns.values())] for group in groups])
+
+
+def root_by_task(models: dict[str, dict]) -> str:
+    teacher = {row["task"]: row["scores"]["None"] for row in models["minilm"]["tasks"]}
+    lines = []
+    for row in sorted(models["root"]["tasks"], key=lambda row: (row["group"], row["task"])):
+        scores = [f"{row['scores'][str(k)]:.1f}" for k in STEPS]
+        lines.append([row["task"], row["metric"], *scores, f"{teacher[row['task']]:.1f}"])
+    return table(["task", "metric", *(f"k = {k}" for k in STEPS), "MiniLM"], lines)
+
+
+def curve(rows: list[dict]) -> list[float]:
+    return [group_means(rows, k)[ALL] for k in STEPS]
+
+
+def style(axes, **labels: str) -> None:
+    axes.set(**labels)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure, name: str) -> None:
+    figure.savefig(ASSETS / name, dpi=160)
+    pyplot.close(figure)
+
+
+def draw_root_curves(models: dict[str, dict]) -> None:
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    rows = models["root"]["tasks"]
+    for group in group_means(rows, 1):
+        values = [group_means(rows, k)[group] for k in STEPS]
+        bold = {"color": "black", "linewidth": 2.2} if group == ALL else {"linewidth": 1.2}
+        axes.plot(STEPS, [v - values[0] for v in values], marker="o", markersize=3, label=group, **bold)
+    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    axes.set_xticks(STEPS)
+    style(axes, xlabel="k, generated tokens", ylabel="score x 100, against k = 1")
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, "k_curve.png")
+
+
+def draw_curves(runs: list[dict], samples: int) -> None:
+    """Figure 2: GIRCSE against its own k = 1, Causal-EOS made to generate against itself without."""
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
+    for run in runs_of(runs, "gircse", samples):
+        values = curve(run["tasks"])
+        label = "GIRCSE, against k = 1 (a line a seed)" if run["seed"] == 0 else None
+        axes.plot(STEPS, [v - values[0] for v in values], color=COLORS["gircse"], marker="o", markersize=3, label=label)
+    plain = group_means(runs_of(runs, "causal_eos", samples, 0)[0]["tasks"], None)[ALL]
+    values = curve(runs_of(runs, "causal_eos_generating", samples, 0)[0]["tasks"])
+    label = "Causal-EOS made to generate, against no generation"
+    axes.plot(STEPS, [v - plain for v in values], color=COLORS["causal_eos"], marker="o", markersize=3, label=label)
+    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    axes.axvspan(5.5, 20.5, color="0.95", zorder=0)
+    axes.set_xticks(STEPS)
+    style(axes, xlabel="k, generated tokens (trained with 5)", ylabel="mean of all tasks x 100, difference")
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, "experiments_k_curves.png")
+
+
+def draw_ablation(runs: list[dict], samples: int) -> None:
+    rows = [("no generation", "causal_eos", None), ("generation", "last_step", 5)]
+    rows += [("+ stepwise loss", "no_refinement", 5), ("+ refinement", "gircse", 5)]
+    figure, axes = pyplot.subplots(1, 2, figsize=(7.6, 2.6), layout="constrained", sharey=True)
+    for panel, group in zip(axes, (ALL, "Instruction following"), strict=True):
+        values = [group_means(runs_of(runs, m, samples, 0)[0]["tasks"], k)[group] for _, m, k in rows]
+        bars = panel.barh([name for name, _, _ in rows], values, color=["0.75", "#bcdcc2", "#82c091", "tab:green"])
+        panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        panel.set_xlim(0, 1.15 * max(values))
+        panel.invert_yaxis() if group == ALL else None
+        style(panel, title=f"{group} tasks" if group == ALL else group, xlabel="score x 100")
+    save(figure, "ablation.png")
+
+
+def draw_sizes(runs: list[dict]) -> None:
+    """Figure 3: the mean of all tasks over the number of training samples."""
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
+    for method, color in COLORS.items():
+        sizes = sorted({run["samples"] for run in runs if run["method"] == method})
+        values = [[group_means(r["tasks"], 5)[ALL] for r in runs_of(runs, method, size)] for size in sizes]
+        axes.plot(sizes, list(map(mean, values)), marker="o", color=color, label=NAMES[method])
+        for size, found in zip(sizes, values, strict=True):
+            axes.plot([size] * len(found), found, ".", color=color, markersize=4, alpha=0.6)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    style(axes, xlabel="training samples", ylabel="mean of all tasks x 100")
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, "data_size.png")
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    for name, content in tables.items():
+        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md has no place for table {name!r}")
+        text = pattern.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)
+    return text
+
+
+def main() -> None:
+    models = {name: read(RESULTS / f"{name}.json") for name in ("root", "minilm")}
+    tables = {"root_by_group": root_by_group(models), "root_by_task": root_by_task(models)}
+    draw_root_curves(models)
+    if runs := experiments():
+        samples = min(run["samples"] for run in runs)
+        tables |= {"comparison": comparison(runs, samples), "ablation": ablation(runs, samples)}
+        draw_curves(runs, samples)
+        draw_ablation(runs, samples)
+        draw_sizes(runs)
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
