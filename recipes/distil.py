@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", required=True, help="a causal LM or a GIRCSE model")
     parser.add_argument("--vectors", required=True, help="folder of teacher_vectors.py")
     parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--num_steps", type=int, default=20, help="K at inference, written to the config")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--max_length", type=int, default=96, help="longest text in tokens")
@@ -134,7 +135,7 @@ def main() -> None:
     args = parser.parse_args()
 
     set_seed(args.seed)
-    model, processor = load_model(ModelArguments(model_name_or_path=args.model_name_or_path, num_steps=20))
+    model, processor = load_model(ModelArguments(model_name_or_path=args.model_name_or_path, num_steps=args.num_steps))
     texts = TeacherTexts(args.vectors)
     if texts.vectors.shape[1] != model.config.hidden_size:
         raise ValueError(

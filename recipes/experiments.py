@@ -14,7 +14,7 @@ batch for all methods:
     causal_eos_generating                    Causal-EOS as trained, made to generate (Figure 2, bottom)
 
 One JSON a run: the commands, what was trained, and evaluate_gircse.py's scores. Runs whose JSON is there are not
-repeated. `--jobs 2` has two run at once, with half of the cores each.
+repeated. Paths are relative to the repo's root. `--jobs 2` has two run at once, with half of the cores each.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def call(command: list[str], log: Path, threads: int) -> None:
     with log.open("a", encoding="utf-8") as file:
         file.write(shlex.join(command) + "\n")
         file.flush()
-        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=True, cwd=ROOT, env=environment)
+        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=True, env=environment)
 
 
 def train(run: Run, learning_rate: float, args: argparse.Namespace, folder: Path) -> list[str]:
@@ -183,13 +183,14 @@ def keep(result: Path, run: Run, rate: float, commands: list[list[str]], folder:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "backbone", "runs", "results"):
-        parser.add_argument(f"--{name}", type=lambda text: Path(text).absolute(), required=True)
+        parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--more_samples", type=int, default=50_000)
     parser.add_argument("--tuning_samples", type=int, default=6_400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
+    os.chdir(ROOT)
     args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
     args.results.mkdir(parents=True, exist_ok=True)
 

@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distil import STEPS, TeacherTexts, distillation_loss, teacher_loader
 from torch import Tensor
+
+from distil import STEPS, TeacherTexts, distillation_loss, teacher_loader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gircse

@@ -59,10 +59,10 @@ def test_pipeline_gives_the_embedding(processor):
     embed = pipeline("feature-extraction", model=str(ROOT), trust_remote_code=True, device="cpu")
     expected = embed.model.generate_embedding(**processor(TEXTS))
     found = embed(TEXTS)
-    assert torch.tensor(found).shape == (3, 1, 256)
+    assert torch.tensor(found).shape == (3, 1, 384)
     assert F.cosine_similarity(torch.tensor(found)[:, 0], expected).min() > 0.9999
     assert F.cosine_similarity(torch.tensor(found)[:, 0], expected.roll(1, 0)).max() < 0.9999
-    assert torch.tensor(embed("rain")).shape == (1, 256)
+    assert torch.tensor(embed("rain")).shape == (1, 384)
 
 
 @needs_root

@@ -1,0 +1,155 @@
+"""The recipes on a few made texts and tiny models: each runs as its head says, and does what it says there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "recipes"))
+import distil
+import report_results
+from train_gircse import ModelArguments, load_model
+
+SAMPLE = ROOT / "sample_pairs.jsonl"
+
+
+def recipe(name: str, *arguments: object) -> str:
+    command = [sys.executable, f"recipes/{name}.py", *map(str, arguments)]
+    environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a pretrained backbone, texts with vectors of a made teacher, and a model distilled from these."""
+    folder = tmp_path_factory.mktemp("recipes")
+    rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    (folder / "plain.txt").write_text("\n".join(row["query"] for row in rows), encoding="utf-8")
+    sizes = "--vocab_size 400 --hidden_size 32 --intermediate_size 48 --num_layers 2 --num_heads 4 --block_size 64"
+    sizes += " --batch_size 8 --max_steps 40 --learning_rate 5e-3"
+    recipe("pretrain_backbone", "--text", folder / "*.txt", SAMPLE, *sizes.split(), "--output_dir", folder / "backbone")
+
+    texts = list(dict.fromkeys(row["query"] for row in rows))[:128]
+    # the teacher knows a text by its first letter, which a student has to learn
+    letters = torch.nn.functional.normalize(torch.randn(256, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    vectors = np.stack([letters[ord(text[0]) % 256].numpy() for text in texts]).astype(np.float16)
+    (folder / "teacher").mkdir()
+    (folder / "teacher/texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    np.save(folder / "teacher/vectors.npy", vectors)
+    settings = "--batch_size 16 --learning_rate 1e-2 --epochs 12 --max_length 40"
+    where = ("--vectors", folder / "teacher", "--output_dir", folder / "distilled")
+    recipe("distil", "--model_name_or_path", folder / "backbone", *where, *settings.split())
+    return SimpleNamespace(folder=folder, texts=texts, vectors=torch.from_numpy(vectors).float())
+
+
+def test_pretraining_reports_and_its_tokenizer_is_what_autotokenizer_loads(made):
+    backbone = made.folder / "backbone"
+    report = json.loads((backbone / "pretraining.json").read_text(encoding="utf-8"))
+    assert report["command"].startswith("python recipes/pretrain_backbone.py --text")
+    assert report["parameters"] == AutoModelForCausalLM.from_pretrained(backbone).num_parameters()
+    assert len(report["continuations"]) == 4
+    assert report["held_out_loss"][-1]["tokens_seen"] == 40 * 8 * 64
+    assert 0 < report["held_out_loss"][-1]["nats_per_token"] < np.log(400)
+
+    from tokenizers import Tokenizer
+
+    written, loaded = Tokenizer.from_file(str(backbone / "tokenizer.json")), AutoTokenizer.from_pretrained(backbone)
+    for text in ["It's 2026, isn't it?", "a  b\n\nc\t1,234.5", "naïve café – 日本", "I'LL pay $30!!"]:
+        assert written.encode(text).ids == loaded(text)["input_ids"]
+        assert loaded.decode(written.encode(text).ids) == text
+
+
+@torch.no_grad()
+def cosines(path, made, k: int) -> float:
+    model, processor = load_model(ModelArguments(model_name_or_path=str(path)))
+    z = model.eval()(**processor(made.texts), k=k).step_embeddings
+    return 1 - distil.distillation_loss(z, made.vectors).item()
+
+
+@pytest.mark.parametrize("k", [1, 12])
+def test_distillation_teaches_every_number_of_steps(made, k):
+    before, after = (cosines(made.folder / name, made, k) for name in ("backbone", "distilled"))
+    assert before < 0.2 and after > before + 0.3
+
+
+def test_distillation_loss_is_one_minus_the_mean_cosine():
+    z = torch.eye(3)[None, :2]  # (1, 2, 3)
+    assert distil.distillation_loss(z, torch.eye(3)[:1]).item() == pytest.approx(0.5)
+
+
+def test_length_batches_take_each_text_once_an_epoch():
+    lengths = [len(str(i * i)) for i in range(103)]
+    batches = distil.LengthBatches(lengths, 10, seed=0)
+    first = list(batches)
+    assert len(first) == len(batches) == 10
+    assert len({row for batch in first for row in batch}) == 100
+    assert all(lengths[batch[0]] <= lengths[batch[-1]] for batch in first)
+    batches.set_epoch(1)
+    assert list(batches) != first
+
+
+def test_vectors_of_another_size_are_refused(made, tmp_path):
+    np.save(tmp_path / "vectors.npy", np.zeros((1, 5), np.float16))
+    (tmp_path / "texts.json").write_text('["a text"]')
+    command = ["--model_name_or_path", made.folder / "backbone", "--vectors", tmp_path, "--output_dir", tmp_path / "o"]
+    with pytest.raises(AssertionError, match="5 dimensions, but the model has 32"):
+        recipe("distil", *command)
+
+
+def logged(folder) -> list[dict]:
+    lines = (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+def train(name: str, made, folder, *arguments: str) -> list[dict]:
+    """The log of two steps from the distilled model."""
+    settings = "--tuning full --max_steps 2 --logging_steps 1 --k 3 --held_out 16 --report_to none --max_length 60"
+    settings += " --per_device_train_batch_size 8 --save_strategy no --mix_sources"
+    where = ("--model_name_or_path", made.folder / "distilled", "--output_dir", folder)
+    recipe(name, *where, *settings.split(), *arguments)
+    assert (folder / "model.safetensors").exists()
+    return logged(folder)
+
+
+@pytest.mark.parametrize("objective", ["icr", "last_step", "mixed_steps"])
+def test_objectives(made, tmp_path, objective):
+    line = train("train_objective", made, tmp_path, "--objective", objective)[0]
+    steps = [line[name] for name in line if name.startswith("L_") and name != "L_reg"]
+    assert len(steps) == (1 if objective == "last_step" else 3)
+    assert line["loss"] == pytest.approx(sum(steps) + line["L_reg"], rel=1e-3)
+    assert (line["L_reg"] == 0) >= (objective == "last_step")
+
+
+def test_a_teacher_adds_its_loss(made, tmp_path):
+    teacher = ("--vectors", str(made.folder / "teacher"), "--teacher_batch_size", "16")
+    line = train("train_with_teacher", made, tmp_path, *teacher, "--teacher_weight", "10")[0]
+    icr = sum(value for name, value in line.items() if name.startswith("L_"))
+    assert 0 < line["loss"] - icr < 10  # 10 x (1 - cos) of a distilled model
+
+
+def test_report_leaves_out_what_settings_were_chosen_on():
+    rows = [{"task": task, "group": "STS", "scores": {"1": score}} for task, score in (("a", 10), ("b", 20))]
+    rows.append({"task": report_results.CHOSEN_ON, "group": "STS", "scores": {"1": 99}})
+    rows.append({"task": "c", "group": "Clustering", "scores": {"None": 60}})
+    assert report_results.group_means(rows, 1) == {"Clustering": 60, "STS": 15, "All": 30}
+
+
+def test_report_fills_a_table_in_and_again():
+    text = "before\n<!-- table one -->\nold\n<!-- end -->\nafter"
+    once = report_results.fill(text, {"one": "| new |"})
+    assert once == "before\n<!-- table one -->\n| new |\n<!-- end -->\nafter"
+    assert report_results.fill(once, {"one": "| new |"}) == once
+    with pytest.raises(ValueError, match="no place for table 'two'"):
+        report_results.fill(text, {"two": ""})
