@@ -43,18 +43,17 @@ class Watched(train_gircse.GircseTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         made.append(self)
-train_gircse.GircseTrainer = Watched
 argv = f"--model_name_or_path me/base --train_data {folder / 'pairs.jsonl'} --output_dir {folder / 'out'} "
 argv += "--push_to_hub --hub_model_id me/tiny --lora_r 2 --max_steps 2 --learning_rate 0.05 --warmup_steps 1 --k 2 "
 argv += "--num_steps 3 --per_device_train_batch_size 4 --held_out 4 --save_strategy steps --save_steps 1 "
 argv += "--report_to none --use_cpu True --disable_tqdm True --dataloader_pin_memory False"
 try:
     refused = argv.replace(str(folder / "out"), str(folder / "refused")).replace("me/tiny", "me/refused")
-    train_gircse.main([*refused.split(), "--hub_token", "hf_of_another"])
+    train_gircse.main([*refused.split(), "--hub_token", "hf_of_another"], Watched)
 except Exception as error:
     result = {"refused": repr(error)}
 made.clear()
-train_gircse.main(argv.split())
+train_gircse.main(argv.split(), Watched)
 
 def embed(model):
     inputs = trainer.processing_class(["a red thing", "cold"], instruction="find the answer")
@@ -73,7 +72,7 @@ result["second"] = embed(second)
 second.push_to_hub("me/by-hand")
 trainer.processing_class.push_to_hub("me/by-hand")
 argv = argv.replace(str(folder / "out"), str(folder / "adapter")).replace("me/tiny", "me/adapter")
-train_gircse.main([*argv.split(), "--save_adapter"])
+train_gircse.main([*argv.split(), "--save_adapter"], Watched)
 result["adapter"] = embed(model_class.from_pretrained(folder / "adapter"))
 torch.save(result, folder / "pushed.pt")
 """

@@ -439,17 +439,21 @@ def test_module_only_computes():
 
 def test_training_with_a_loss_of_the_library(folder, tmp_path):
     model = load(folder)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(0.1)  # to the usual size of fresh weights, with which training is steady
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     anchors, positives = ["red", "cold", "round", "loud"], ["a rose", "ice", "a ball", "thunder"]
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(tmp_path / "run"),
-        max_steps=6,
+        max_steps=30,
         per_device_train_batch_size=4,
-        learning_rate=5e-4,
+        learning_rate=2e-4,
         lr_scheduler_type="constant",
         logging_steps=1,
         prompts={"anchor": PROMPT},
-        save_steps=6,
+        save_steps=30,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
@@ -465,5 +469,5 @@ def test_training_with_a_loss_of_the_library(folder, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
     # All of them: the LM head learns through the soft tokens alone.
     assert [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])] == []
-    again = load(tmp_path / "run" / "checkpoint-6")
+    again = load(tmp_path / "run" / "checkpoint-30")
     assert cosines(again.encode(TEXTS), model.encode(TEXTS)).min() > 0.9999
