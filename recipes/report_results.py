@@ -88,20 +88,23 @@ def ablation(runs: list[dict], samples: int) -> str:
 
 
 def root_by_group(models: dict[str, dict]) -> str:
-    root, teacher = models["root"]["tasks"], models["minilm"]["tasks"]
-    columns = {f"root, k = {k}": group_means(root, k) for k in STEPS} | {"all-MiniLM-L6-v2": group_means(teacher, None)}
+    root = models["root"]["tasks"]
+    columns = {f"k = {k}": group_means(root, k) for k in STEPS}
+    if "minilm" in models:
+        columns["MiniLM"] = group_means(models["minilm"]["tasks"], None)
     groups = list(group_means(root, 1))
     head = ["mean of", *columns]
     return table(head, [[group, *(f"{column[group]:.1f}" for column in columns.values())] for group in groups])
 
 
 def root_by_task(models: dict[str, dict]) -> str:
-    teacher = {row["task"]: row["scores"]["None"] for row in models["minilm"]["tasks"]}
+    others = {name: {row["task"]: row["scores"] for row in models[name]["tasks"]} for name in models if name != "root"}
     lines = []
     for row in sorted(models["root"]["tasks"], key=lambda row: (row["group"], row["task"])):
         scores = [f"{row['scores'][str(k)]:.1f}" for k in STEPS]
-        lines.append([row["task"], row["metric"], *scores, f"{teacher[row['task']]:.1f}"])
-    return table(["task", "metric", *(f"k = {k}" for k in STEPS), "MiniLM"], lines)
+        scores += [f"{tasks[row['task']]['None']:.1f}" for tasks in others.values()]
+        lines.append([row["task"], row["metric"], *scores])
+    return table(["task", "metric", *(f"k = {k}" for k in STEPS), *("MiniLM" for _ in others)], lines)
 
 
 def curve(rows: list[dict]) -> list[float]:
@@ -128,7 +131,7 @@ def draw_root_curves(models: dict[str, dict]) -> None:
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axes.set_xticks(STEPS)
     style(axes, xlabel="k, generated tokens", ylabel="score x 100, against k = 1")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, "k_curve.png")
 
 
@@ -190,7 +193,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 
 def main() -> None:
-    models = {name: read(RESULTS / f"{name}.json") for name in ("root", "minilm")}
+    models = {name: read(path) for name in ("root", "minilm") if (path := RESULTS / f"{name}.json").exists()}
     tables = {"root_by_group": root_by_group(models), "root_by_task": root_by_task(models)}
     draw_root_curves(models)
     if runs := experiments():
