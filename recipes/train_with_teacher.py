@@ -25,7 +25,7 @@ import train_gircse
 
 
 class TeacherTrainer(train_gircse.GircseTrainer):
-    """ICR and distillation; `loader` gives the batches of the latter."""
+    """ICR, and `weight` times distillation on batches of `batch_size` texts of the folder `vectors`."""
 
     def __init__(self, *args: Any, vectors: str, weight: float, batch_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
