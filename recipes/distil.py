@@ -14,7 +14,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -61,32 +62,6 @@ class TeacherTexts(torch.utils.data.Dataset):
         return self.texts[index], torch.from_numpy(self.vectors[index].astype(np.float32))
 
 
-class LengthBatches(torch.utils.data.Sampler[list[int]]):
-    """Batches of texts of like length, in random order; each text once an epoch."""
-
-    pool = 50  # batches whose texts are sorted together
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths) // self.batch_size
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = random.Random(f"{self.seed}/{self.epoch}")
-        order = rng.sample(range(len(self.lengths)), len(self) * self.batch_size)
-        size = self.pool * self.batch_size
-        batches = []
-        for start in range(0, len(order), size):
-            rows = sorted(order[start : start + size], key=self.lengths.__getitem__)
-            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        rng.shuffle(batches)
-        return iter(batches)
-
-
 class TeacherCollator:
     """Texts and vectors to the inputs of one step, under an instruction drawn for the batch."""
 
@@ -101,8 +76,11 @@ class TeacherCollator:
 
 
 def teacher_loader(texts: TeacherTexts, processor: Any, batch_size: int, max_length: int, seed: int) -> Any:
-    batches = LengthBatches(list(map(len, texts.texts)), batch_size, seed)
-    return torch.utils.data.DataLoader(texts, batch_sampler=batches, collate_fn=TeacherCollator(processor, max_length))
+    """Batches of texts of like length; each text once an epoch, in another order each time."""
+    order = torch.Generator().manual_seed(seed)
+    sampler = LengthGroupedSampler(batch_size, lengths=list(map(len, texts.texts)), generator=order)
+    collator = TeacherCollator(processor, max_length)
+    return torch.utils.data.DataLoader(texts, batch_size, sampler=sampler, collate_fn=collator, drop_last=True)
 
 
 class DistillingTrainer(Trainer):
@@ -126,7 +104,9 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", required=True, help="a causal LM or a GIRCSE model")
     parser.add_argument("--vectors", required=True, help="folder of teacher_vectors.py")
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--num_steps", type=int, default=20, help="K at inference, written to the config")
+    parser.add_argument(
+        "--num_steps", type=int, help="K at inference, written to the config (the model's, 20 of a new one)"
+    )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--max_length", type=int, default=96, help="longest text in tokens")
@@ -135,7 +115,9 @@ def main() -> None:
     args = parser.parse_args()
 
     set_seed(args.seed)
-    model, processor = load_model(ModelArguments(model_name_or_path=args.model_name_or_path, num_steps=args.num_steps))
+    model, processor = load_model(ModelArguments(model_name_or_path=args.model_name_or_path))
+    if args.num_steps:
+        model.config.num_steps = args.num_steps
     texts = TeacherTexts(args.vectors)
     if texts.vectors.shape[1] != model.config.hidden_size:
         raise ValueError(

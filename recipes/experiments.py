@@ -13,8 +13,9 @@ batch for all methods:
     mixed_steps                              queries' and documents' embeddings of different steps contrasted
     causal_eos_generating                    Causal-EOS as trained, made to generate (Figure 2, bottom)
 
-One JSON a run: the commands, what was trained, and evaluate_gircse.py's scores. Runs whose JSON is there are not
-repeated. Paths are relative to the repo's root. `--jobs 2` has two run at once, with half of the cores each.
+One JSON a run: the commands, what was trained, and evaluate_gircse.py's scores. What was done before is not repeated:
+runs whose JSON is there, models that were saved, tasks that were evaluated. Paths are relative to the repo's root.
+`--jobs 2` has two run at once, with half of the cores each.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 64
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 GENERATING = "--k 5 --num_steps 5"
 BASELINES = {
     "causal_eos": "--step_token none --pooling last --suffix <|endoftext|>",
@@ -45,9 +46,10 @@ VARIANTS = {
     "mean": f"{GENERATING} --reduction mean",
     "mixed_steps": f"{GENERATING} --objective mixed_steps",
 }
-SHARED = f"""--tuning full --temperature 0.05 --num_negatives 1 --max_length 96 --held_out 512 --mix_sources --bf16
-    --per_device_train_batch_size {BATCH} --sub_batch_size 64 --save_strategy no --report_to none --symmetric_sources
+SHARED = f"""--tuning full --temperature 0.05 --num_negatives 1 --max_length 64 --held_out 512 --mix_sources --bf16
+    --per_device_train_batch_size {BATCH} --save_strategy no --report_to none --symmetric_sources
     goemotions cad_imdb_sentiment cad_imdb_content clinc150_domain banking77 clinc150_intent snips stsb snli cad_nli"""
+EVALUATION = "--max_length 128 --batch_size 64 --dtype bfloat16"
 
 
 @dataclass
@@ -57,17 +59,18 @@ class Run:
     samples: int
     seed: int
     settings: str
-    k: str = ""  # of the evaluation
+    k: str  # of the evaluation
 
 
 def plan(samples: int, more_samples: int, seeds: int) -> list[Run]:
     """All runs, those that most depends on first."""
     runs = []
     for seed in range(seeds):
-        runs += [Run(f"{m}-{samples}-seed{seed}", m, samples, seed, METHODS[m]) for m in METHODS]
+        k = "1 5 20" if seed else "1 3 5 10 15 20"
+        runs += [Run(f"{m}-{samples}-seed{seed}", m, samples, seed, METHODS[m], k) for m in METHODS]
         if seed == 0:
-            runs += [Run(f"{m}-{samples}-seed0", m, samples, 0, VARIANTS[m]) for m in VARIANTS]
-            runs += [Run(f"{m}-{more_samples}-seed0", m, more_samples, 0, METHODS[m]) for m in METHODS]
+            runs += [Run(f"{m}-{samples}-seed0", m, samples, 0, VARIANTS[m], "1 5") for m in VARIANTS]
+            runs += [Run(f"{m}-{more_samples}-seed0", m, more_samples, 0, METHODS[m], "1 5") for m in METHODS]
     return runs
 
 
@@ -80,28 +83,21 @@ def call(command: list[str], log: Path, threads: int) -> None:
 
 
 def train(run: Run, learning_rate: float, args: argparse.Namespace, folder: Path) -> list[str]:
-    """Trains into `folder`; returns the command."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Trains into `folder`, unless that was done before; returns the command."""
     command = ["python", "recipes/train_objective.py", "--model_name_or_path", str(args.backbone)]
     command += ["--train_data", str(args.data / "train"), "--output_dir", str(folder), *run.settings.split()]
     command += ["--learning_rate", str(learning_rate), "--max_steps", str(run.samples // BATCH)]
     command += ["--seed", str(run.seed), "--logging_steps", "20", *SHARED.split()]
-    call([sys.executable, *command[1:]], folder / "run.log", args.threads)
+    if not (folder / "model.safetensors").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        call([sys.executable, *command[1:]], folder / "run.log", args.threads)
     return command
 
 
-def evaluate(model: Path, out: Path, args: argparse.Namespace, tasks: tuple[str, ...] = ("local",)) -> list[str]:
-    command = ["python", "evaluate_gircse.py", "--model", str(model), "--tasks", *tasks]
-    command += [
-        "--data",
-        str(args.data / "eval"),
-        "--max_length",
-        "256",
-        "--output_dir",
-        str(out),
-        "--batch_size",
-        "64",
-    ]
+def evaluate(model: Path, out: Path, args: argparse.Namespace, task: str, k: str) -> list[str]:
+    command = ["python", "evaluate_gircse.py", "--model", str(model), "--tasks", task, *EVALUATION.split()]
+    command += ["--k", *k.split(), "--data", str(args.data / "eval"), "--output_dir", str(out)]
     call([sys.executable, *command[1:]], model / "run.log", args.threads)
     return command
 
@@ -125,11 +121,9 @@ def choose_rate(method: str, args: argparse.Namespace) -> dict[str, dict[str, fl
     found = {}
     for rate in LEARNING_RATES:
         folder = args.runs / f"{method}-rate{rate}"
-        run = Run(folder.name, method, args.tuning_samples, 0, METHODS[method])
-        if not (folder / "eval/results.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            train(run, rate, args, folder)
-            evaluate(folder, folder / "eval", args, ("sts_stsbenchmark_dev",))
+        run = Run(folder.name, method, args.tuning_samples, 0, METHODS[method], "1 5")
+        train(run, rate, args, folder)
+        evaluate(folder, folder / "eval", args, "sts_stsbenchmark_dev", run.k)
         k = "5" if method == "gircse" else None
         accuracy, dev = held_out_accuracy(folder)[k or "1"], scores(folder / "eval")[0]["scores"][str(k)]
         found[str(rate)] = {"held_out_accuracy": round(accuracy, 2), "sts_dev": dev}
@@ -144,15 +138,15 @@ def perform(run: Run, rates: dict[str, float], args: argparse.Namespace) -> None
     result, folder = args.results / f"{run.name}.json", args.runs / run.name
     if result.exists():
         return
-    shutil.rmtree(folder, ignore_errors=True)
     rate = rates[run.method if run.method in METHODS else "gircse"]
-    commands = [train(run, rate, args, folder), evaluate(folder, folder / "eval", args)]
+    trained = train(run, rate, args, folder)
+    if run.name == f"causal_eos-{args.samples}-seed0":
+        name = run.name.replace("causal_eos", "causal_eos_generating")
+        copy = make_generate(folder, args.runs / name)
+        commands = [trained, evaluate(copy, copy / "eval", args, "local", run.k)]
+        keep(args.results / f"{name}.json", run, rate, commands, folder, copy / "eval")
+    commands = [trained, evaluate(folder, folder / "eval", args, "local", run.k)]
     keep(result, run, rate, commands, folder, folder / "eval")
-    if run.method == "causal_eos" and run.seed == 0:
-        generating = make_generate(folder, args.runs / f"{run.name}-generating")
-        commands.append(evaluate(generating, generating / "eval", args))
-        name = f"causal_eos_generating-{run.samples}-seed0"
-        keep(args.results / f"{name}.json", run, rate, commands[::2], folder, generating / "eval")
     print(f"{run.name} done", flush=True)
 
 
@@ -185,8 +179,8 @@ def main() -> None:
     for name in ("data", "backbone", "runs", "results"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=20_000)
-    parser.add_argument("--more_samples", type=int, default=50_000)
-    parser.add_argument("--tuning_samples", type=int, default=6_400)
+    parser.add_argument("--more_samples", type=int, default=40_000)
+    parser.add_argument("--tuning_samples", type=int, default=5_120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -14,6 +15,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import report_gircse
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, ASSETS = ROOT / "results", ROOT / "assets"
@@ -28,9 +32,10 @@ NAMES = {
     "mixed_steps": "mixed steps",
     "causal_eos_generating": "Causal-EOS made to generate",
 }
+UNEQUAL = {"root": "root model", "gircse": "GIRCSE, 20k samples", "mixed_steps": "the same, mixed steps"}
 COLORS = {"gircse": "tab:green", "causal_eos": "tab:blue", "bidirectional_avg": "tab:orange"}
 STEPS = [1, 3, 5, 10, 15, 20]
-ALL = "All"
+ALL = "All tasks"
 
 
 def read(path: Path) -> dict:
@@ -38,14 +43,14 @@ def read(path: Path) -> dict:
 
 
 def group_means(rows: list[dict], k: int | None) -> dict[str, float]:
-    """Group of tasks to the mean of its scores, and "All": the mean over the tasks. A model without steps has one
-    column, which holds for every k."""
-    groups: dict[str, list[float]] = {}
-    for row in rows:
-        if row["task"] != CHOSEN_ON:
-            score = row["scores"].get("None", row["scores"].get(str(k)))
-            groups.setdefault(row["group"], []).append(score)
-    return {name: mean(values) for name, values in sorted(groups.items())} | {ALL: mean(sum(groups.values(), []))}
+    """Group of tasks to the mean of its scores, and of all tasks. A model without steps has one column, which holds for
+    every k."""
+    means = report_gircse.means(unseen(rows))
+    return {name.partition(" (")[0]: scores.get("None", scores.get(str(k))) for name, scores in means.items()}
+
+
+def unseen(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["task"] != CHOSEN_ON]
 
 
 def experiments() -> list[dict]:
@@ -78,6 +83,33 @@ def comparison(runs: list[dict], samples: int) -> str:
     return table(head, lines)
 
 
+def comparison_by_task(runs: list[dict], samples: int) -> str:
+    columns = [(NAMES["causal_eos"], "causal_eos", None), (NAMES["bidirectional_avg"], "bidirectional_avg", None)]
+    columns += [(f"GIRCSE, k = {k}", "gircse", k) for k in (1, 5, 20)]
+    found = []
+    for _, method, k in columns:
+        seeds = [{row["task"]: row["scores"][str(k)] for row in r["tasks"]} for r in runs_of(runs, method, samples)]
+        found.append({task: spread([scores[task] for scores in seeds]) for task in seeds[0]})
+    rows = sorted(runs[0]["tasks"], key=lambda row: (row["group"], row["task"]))
+    lines = [[row["task"], *(column[row["task"]] for column in found)] for row in rows]
+    return table(["task", *(name for name, _, _ in columns)], lines)
+
+
+def unequal_steps() -> str:
+    """nDCG@10, mean of the retrieval tasks."""
+    columns = ("1 in 1", "5 in 5", "20 in 20", "20 in 1", "1 in 20")
+    head = ["k of queries in k of documents", *columns, "1, then 20", "of all relevant listed", "rescored a query"]
+    lines = []
+    for path in sorted((RESULTS / "unequal_steps").glob("*.json")):
+        tasks = read(path)["tasks"].values()
+        values = [mean(task["ndcg_at_10"][column] for task in tasks) for column in columns]
+        values.append(mean(task["coarse_to_fine"]["ndcg_at_10"] for task in tasks))
+        shares = ("relevant_in_shortlist", "documents_rescored_a_query")
+        shares = [mean(task["coarse_to_fine"][name] for task in tasks) for name in shares]
+        lines.append([UNEQUAL[path.stem], *(f"{v:.1f}" for v in values), *(f"{v:.0f} %" for v in shares)])
+    return table(head, lines)
+
+
 def ablation(runs: list[dict], samples: int) -> str:
     head = ["k = 5", *group_means(runs[0]["tasks"], 1)]
     lines = [line("no generation (Causal-EOS)", runs_of(runs, "causal_eos", samples, 0), None)]
@@ -107,8 +139,9 @@ def root_by_task(models: dict[str, dict]) -> str:
     return table(["task", "metric", *(f"k = {k}" for k in STEPS), *("MiniLM" for _ in others)], lines)
 
 
-def curve(rows: list[dict]) -> list[float]:
-    return [group_means(rows, k)[ALL] for k in STEPS]
+def curve(rows: list[dict]) -> dict[int, float]:
+    """The mean over all tasks by k."""
+    return {k: group_means(rows, k)[ALL] for k in map(int, rows[0]["scores"])}
 
 
 def style(axes, **labels: str) -> None:
@@ -121,31 +154,19 @@ def save(figure, name: str) -> None:
     pyplot.close(figure)
 
 
-def draw_root_curves(models: dict[str, dict]) -> None:
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    rows = models["root"]["tasks"]
-    for group in group_means(rows, 1):
-        values = [group_means(rows, k)[group] for k in STEPS]
-        bold = {"color": "black", "linewidth": 2.2} if group == ALL else {"linewidth": 1.2}
-        axes.plot(STEPS, [v - values[0] for v in values], marker="o", markersize=3, label=group, **bold)
-    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.set_xticks(STEPS)
-    style(axes, xlabel="k, generated tokens", ylabel="score x 100, against k = 1")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    save(figure, "k_curve.png")
-
-
 def draw_curves(runs: list[dict], samples: int) -> None:
     """Figure 2: GIRCSE against its own k = 1, Causal-EOS made to generate against itself without."""
     figure, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
     for run in runs_of(runs, "gircse", samples):
-        values = curve(run["tasks"])
+        found = curve(run["tasks"])
         label = "GIRCSE, against k = 1 (a line a seed)" if run["seed"] == 0 else None
-        axes.plot(STEPS, [v - values[0] for v in values], color=COLORS["gircse"], marker="o", markersize=3, label=label)
+        gains = [value - found[1] for value in found.values()]
+        axes.plot(list(found), gains, color=COLORS["gircse"], marker="o", markersize=3, label=label)
     plain = group_means(runs_of(runs, "causal_eos", samples, 0)[0]["tasks"], None)[ALL]
-    values = curve(runs_of(runs, "causal_eos_generating", samples, 0)[0]["tasks"])
+    found = curve(runs_of(runs, "causal_eos_generating", samples, 0)[0]["tasks"])
     label = "Causal-EOS made to generate, against no generation"
-    axes.plot(STEPS, [v - plain for v in values], color=COLORS["causal_eos"], marker="o", markersize=3, label=label)
+    gains = [value - plain for value in found.values()]
+    axes.plot(list(found), gains, color=COLORS["causal_eos"], marker="o", markersize=3, label=label)
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axes.axvspan(5.5, 20.5, color="0.95", zorder=0)
     axes.set_xticks(STEPS)
@@ -164,7 +185,7 @@ def draw_ablation(runs: list[dict], samples: int) -> None:
         panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
         panel.set_xlim(0, 1.15 * max(values))
         panel.invert_yaxis() if group == ALL else None
-        style(panel, title=f"{group} tasks" if group == ALL else group, xlabel="score x 100")
+        style(panel, title=group, xlabel="score x 100")
     save(figure, "ablation.png")
 
 
@@ -195,10 +216,11 @@ def fill(text: str, tables: dict[str, str]) -> str:
 def main() -> None:
     models = {name: read(path) for name in ("root", "minilm") if (path := RESULTS / f"{name}.json").exists()}
     tables = {"root_by_group": root_by_group(models), "root_by_task": root_by_task(models)}
-    draw_root_curves(models)
+    report_gircse.plot(unseen(models["root"]["tasks"]), ASSETS / "k_curve.png")
     if runs := experiments():
         samples = min(run["samples"] for run in runs)
         tables |= {"comparison": comparison(runs, samples), "ablation": ablation(runs, samples)}
+        tables |= {"comparison_by_task": comparison_by_task(runs, samples), "unequal_steps": unequal_steps()}
         draw_curves(runs, samples)
         draw_ablation(runs, samples)
         draw_sizes(runs)

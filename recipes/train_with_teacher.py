@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Iterator
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,8 @@ class TeacherTrainer(train_gircse.GircseTrainer):
         super().__init__(*args, **kwargs)
         texts, processor = TeacherTexts(vectors), self.processing_class
         self.teacher_weight = weight
-        self.teacher_batches = self._endless(
-            teacher_loader(texts, processor, batch_size, self.data_collator.max_length, self.args.seed)
-        )
-
-    @staticmethod
-    def _endless(loader: Any) -> Iterator[dict[str, Tensor]]:
-        epoch = 0
-        while True:
-            loader.batch_sampler.set_epoch(epoch)
-            yield from loader
-            epoch += 1
+        loader = teacher_loader(texts, processor, batch_size, self.data_collator.max_length, self.args.seed)
+        self.teacher_batches = chain.from_iterable(repeat(loader))  # epoch after epoch
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         batch = {name: tensor.to(self.args.device) for name, tensor in next(self.teacher_batches).items()}

@@ -89,15 +89,17 @@ def test_distillation_loss_is_one_minus_the_mean_cosine():
     assert distil.distillation_loss(z, torch.eye(3)[:1]).item() == pytest.approx(0.5)
 
 
-def test_length_batches_take_each_text_once_an_epoch():
-    lengths = [len(str(i * i)) for i in range(103)]
-    batches = distil.LengthBatches(lengths, 10, seed=0)
-    first = list(batches)
-    assert len(first) == len(batches) == 10
-    assert len({row for batch in first for row in batch}) == 100
-    assert all(lengths[batch[0]] <= lengths[batch[-1]] for batch in first)
-    batches.set_epoch(1)
-    assert list(batches) != first
+def test_the_teachers_batches_are_of_like_length_and_take_each_text_once_an_epoch(made):
+    texts = distil.TeacherTexts(str(made.folder / "teacher"))
+    _, processor = load_model(ModelArguments(model_name_or_path=str(made.folder / "distilled")))
+    loader = distil.teacher_loader(texts, processor, 10, 40, seed=0)
+    first, second = list(loader.sampler), list(loader.sampler)
+    assert sorted(first) == sorted(second) == list(range(len(texts))) and first != second
+    lengths = [len(texts[row][0]) for row in first]
+    within = np.mean([max(lengths[i : i + 10]) - min(lengths[i : i + 10]) for i in range(0, 120, 10)])
+    assert within < (max(lengths) - min(lengths)) / 2
+    batch = next(iter(loader))
+    assert len(batch["input_ids"]) == len(batch["vectors"]) == 10 and len(loader) == len(texts) // 10
 
 
 def test_vectors_of_another_size_are_refused(made, tmp_path):
@@ -142,8 +144,9 @@ def test_a_teacher_adds_its_loss(made, tmp_path):
 def test_report_leaves_out_what_settings_were_chosen_on():
     rows = [{"task": task, "group": "STS", "scores": {"1": score}} for task, score in (("a", 10), ("b", 20))]
     rows.append({"task": report_results.CHOSEN_ON, "group": "STS", "scores": {"1": 99}})
-    rows.append({"task": "c", "group": "Clustering", "scores": {"None": 60}})
-    assert report_results.group_means(rows, 1) == {"Clustering": 60, "STS": 15, "All": 30}
+    rows.append({"task": "c", "group": "Clustering", "scores": {"1": 60}})
+    assert report_results.group_means(rows, 1) == {"Clustering": 60, "STS": 15, "All tasks": 30}
+    assert report_results.group_means([{"task": "a", "group": "STS", "scores": {"None": 7}}], 5) == {"STS": 7}
 
 
 def test_report_fills_a_table_in_and_again():
