@@ -65,7 +65,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axes.set(xlabel="k, generated tokens", ylabel=f"score x 100, against k = {steps[0]}", xticks=steps)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the lines
     figure.savefig(path, dpi=160)
     pyplot.close(figure)
 

@@ -143,7 +143,7 @@ def perform(run: Run, rates: dict[str, float], args: argparse.Namespace) -> None
     if run.name == f"causal_eos-{args.samples}-seed0":
         name = run.name.replace("causal_eos", "causal_eos_generating")
         copy = make_generate(folder, args.runs / name)
-        commands = [trained, evaluate(copy, copy / "eval", args, "local", run.k)]
+        commands = [trained, evaluate(copy, copy / "eval", args, "local", "1 5 20")]
         keep(args.results / f"{name}.json", run, rate, commands, folder, copy / "eval")
     commands = [trained, evaluate(folder, folder / "eval", args, "local", run.k)]
     keep(result, run, rate, commands, folder, folder / "eval")

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate_gircse
 from tasks_gircse import LocalRetrieval, local_tasks
 
-STEPS = [1, 3, 5, 10, 20]
+STEPS = [1, 5, 20]
 
 
 class UnequalEncoder(AbsEncoder):
