@@ -32,6 +32,8 @@ NAMES = {
     "mixed_steps": "mixed steps",
     "causal_eos_generating": "Causal-EOS made to generate",
 }
+COMPARED = [(NAMES[method], method, None) for method in ("causal_eos", "bidirectional_avg")]
+COMPARED += [(f"GIRCSE, k = {k}", "gircse", k) for k in (1, 5, 20)]
 UNEQUAL = {"root": "root model", "gircse": "GIRCSE, 20k samples", "mixed_steps": "the same, mixed steps"}
 COLORS = {"gircse": "tab:green", "causal_eos": "tab:blue", "bidirectional_avg": "tab:orange"}
 STEPS = [1, 3, 5, 10, 15, 20]
@@ -78,21 +80,17 @@ def line(name: str, runs: list[dict], k: int | None) -> list[str]:
 
 def comparison(runs: list[dict], samples: int) -> str:
     head = ["", *group_means(runs[0]["tasks"], 1)]
-    lines = [line(NAMES[m], runs_of(runs, m, samples), None) for m in ("causal_eos", "bidirectional_avg")]
-    lines += [line(f"GIRCSE, k = {k}", runs_of(runs, "gircse", samples), k) for k in (1, 5, 20)]
-    return table(head, lines)
+    return table(head, [line(name, runs_of(runs, method, samples), k) for name, method, k in COMPARED])
 
 
 def comparison_by_task(runs: list[dict], samples: int) -> str:
-    columns = [(NAMES["causal_eos"], "causal_eos", None), (NAMES["bidirectional_avg"], "bidirectional_avg", None)]
-    columns += [(f"GIRCSE, k = {k}", "gircse", k) for k in (1, 5, 20)]
     found = []
-    for _, method, k in columns:
+    for _, method, k in COMPARED:
         seeds = [{row["task"]: row["scores"][str(k)] for row in r["tasks"]} for r in runs_of(runs, method, samples)]
         found.append({task: spread([scores[task] for scores in seeds]) for task in seeds[0]})
     rows = sorted(runs[0]["tasks"], key=lambda row: (row["group"], row["task"]))
     lines = [[row["task"], *(column[row["task"]] for column in found)] for row in rows]
-    return table(["task", *(name for name, _, _ in columns)], lines)
+    return table(["task", *(name for name, _, _ in COMPARED)], lines)
 
 
 def unequal_steps() -> str:
