@@ -4,9 +4,10 @@
 
 Each line of a text file is one document, and so is each distinct text of the pairs (see data_gircse.py). The tokenizer
 is a byte-level BPE trained on the same documents. They are joined with the end-of-text token and cut into blocks of
-`--block_size` tokens; every 200th document is held out. A run that was interrupted goes on from its last checkpoint
-when the command is repeated. The folder ends with `pretraining.json`: the command, the held-out loss by tokens seen,
-and how the model continues a few beginnings.
+`--block_size` tokens; every 200th document is held out. With `--vectors`, a folder of recipes/teacher_vectors.py, the
+backbone starts from a bag of tokens fitted to them (recipes/bag_of_tokens.py), which pretraining leaves as it is. A run
+that was interrupted goes on from its last checkpoint when the command is repeated. The folder ends with
+`pretraining.json`: the command, the held-out loss by tokens seen, and how the model continues a few beginnings.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
+
+import bag_of_tokens
 
 END_OF_TEXT = "<|endoftext|>"
 HOLD_OUT_EVERY = 200
@@ -131,6 +134,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", nargs="+", required=True, help="files or glob patterns: .txt, .jsonl, either .gz")
     parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--vectors", help="folder of teacher_vectors.py; needs as many key/value heads as heads")
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument("--hidden_size", type=int, default=384)
     parser.add_argument("--intermediate_size", type=int, default=1024)
@@ -166,13 +170,18 @@ def main() -> None:
             num_attention_heads=args.num_heads,
             num_key_value_heads=args.num_key_value_heads,
             max_position_embeddings=2 * args.block_size,
-            tie_word_embeddings=True,
+            tie_word_embeddings=not args.vectors,
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
     print(f"{model.num_parameters():,} parameters")
+    if args.vectors:
+        texts = json.loads(Path(args.vectors, "texts.json").read_text(encoding="utf-8"))
+        vectors = torch.from_numpy(np.load(Path(args.vectors, "vectors.npy")))
+        for parameter in bag_of_tokens.install(bag_of_tokens.fit(texts, vectors, tokenizer), model):
+            parameter.requires_grad = False
     trainer = Trainer(
         model,
         TrainingArguments(

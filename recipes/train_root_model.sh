@@ -16,20 +16,21 @@ for file in "$data"/train/*.jsonl.gz; do
 done
 texts=("$data/text/*.txt.gz" "$runs/pairs/*.jsonl.gz")
 
-[ -f "$runs/backbone/pretraining.json" ] ||
-    python recipes/pretrain_backbone.py --text "${texts[@]}" --num_layers 5 --output_dir "$runs/backbone"
 [ -f "$runs/teacher/vectors.npy" ] ||
     python recipes/teacher_vectors.py --text "${texts[@]}" --teacher "$teacher" --output_dir "$runs/teacher"
+[ -f "$runs/backbone/pretraining.json" ] ||
+    python recipes/pretrain_backbone.py --text "${texts[@]}" --vectors "$runs/teacher" --num_layers 4 \
+        --num_key_value_heads 6 --max_steps 1500 --output_dir "$runs/backbone"
 [ -f "$runs/distilled/model.safetensors" ] ||
     python recipes/distil.py --model_name_or_path "$runs/backbone" --vectors "$runs/teacher" \
-        --num_steps 5 --output_dir "$runs/distilled"
+        --num_steps 5 --epochs 0.85 --output_dir "$runs/distilled"
 resume=""
 compgen -G "$runs/gircse/checkpoint-*/trainer_state.json" > /dev/null && resume="--resume_from_checkpoint last"
 [ -f "$runs/gircse/model.safetensors" ] ||
     python recipes/train_with_teacher.py --vectors "$runs/teacher" --teacher_weight 20 \
         --model_name_or_path "$runs/distilled" --train_data "$runs/pairs" --output_dir "$runs/gircse" --tuning full \
         --learning_rate 3e-4 --temperature 0.05 --k 5 --num_negatives 1 --max_length 96 --held_out 512 \
-        --per_device_train_batch_size 64 --sub_batch_size 64 --max_steps 200 --mix_sources --bf16 \
+        --per_device_train_batch_size 64 --sub_batch_size 64 --max_steps 220 --mix_sources --bf16 \
         --save_dtype bfloat16 --save_steps 100 --save_total_limit 1 --symmetric_sources goemotions \
         cad_imdb_sentiment cad_imdb_content clinc150_domain banking77 clinc150_intent snips stsb snli cad_nli $resume
 

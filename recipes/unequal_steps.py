@@ -3,8 +3,8 @@
     python recipes/unequal_steps.py --model . --data DATA/eval --output results/unequal_steps.json
 
 For every retrieval task of the folder (tasks_gircse.py): nDCG@10 of queries at k_q in an index of documents at k_d; and
-of a search that takes `--shortlist` documents by k = 1 on both sides, then orders these by k = 20 on both sides. Its
-cost is the share of the documents that any query ever asks k = 20 of.
+of a search that takes `--shortlist` documents by the least k on both sides, then orders these by the largest on both.
+Its cost is the share of the documents that any query ever asks the largest k of.
 """
 
 from __future__ import annotations
@@ -49,12 +49,16 @@ def search(encoder: UnequalEncoder, task: LocalRetrieval, folder: str | None = N
 def measure(task: LocalRetrieval, subject: evaluate_gircse.Subject, shortlist: int, batch_size: int) -> dict[str, Any]:
     task.load_data()
     with evaluate_gircse.Vectors(subject, STEPS, batch_size) as vectors, tempfile.TemporaryDirectory() as folder:
+        # mteb reads a task's predictions from one file, so one search alone may write there.
         grid = {
-            f"{k_query} in {k_document}": search(UnequalEncoder(vectors, k_query, k_document), task)
+            f"{k_query} in {k_document}": search(
+                UnequalEncoder(vectors, k_query, k_document),
+                task,
+                folder if k_query == k_document == STEPS[0] else None,
+            )
             for k_query in STEPS
             for k_document in STEPS
         }
-        search(UnequalEncoder(vectors, 1, 1), task, folder)
         task.convert_to_reranking(folder, top_k=shortlist)
         split = task.dataset["default"]["test"]
         lists = split["top_ranked"]
@@ -64,7 +68,7 @@ def measure(task: LocalRetrieval, subject: evaluate_gircse.Subject, shortlist: i
             for document, relevance in relevant.items()
             if relevance > 0
         ]
-        fine = search(UnequalEncoder(vectors, 20, 20), task)
+        fine = search(UnequalEncoder(vectors, STEPS[-1], STEPS[-1]), task)
     documents = len(split["corpus"])
     return {
         "queries": len(split["queries"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,11 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "recipes"))
+import bag_of_tokens
 import distil
 import report_results
 from train_gircse import ModelArguments, load_model
@@ -69,6 +71,62 @@ def test_pretraining_reports_and_its_tokenizer_is_what_autotokenizer_loads(made)
     for text in ["It's 2026, isn't it?", "a  b\n\nc\t1,234.5", "naïve café – 日本", "I'LL pay $30!!"]:
         assert written.encode(text).ids == loaded(text)["input_ids"]
         assert loaded.decode(written.encode(text).ids) == text
+
+
+def fitted_bag(made) -> bag_of_tokens.BagOfTokens:
+    tokenizer = AutoTokenizer.from_pretrained(made.folder / "backbone")
+    return bag_of_tokens.fit(made.texts, made.vectors, tokenizer, epochs=10, batch_size=32)
+
+
+def backbone_for_a_bag(**changes):
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    return AutoModelForCausalLM.from_config(Qwen2Config(**sizes | heads | changes))
+
+
+def test_every_position_of_the_first_layer_holds_the_bag_of_the_text_so_far(made):
+    bag, model = fitted_bag(made), backbone_for_a_bag()
+    tokenizer = AutoTokenizer.from_pretrained(made.folder / "backbone")
+    found = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *call: found.append(call[-1][0]))
+    bag_of_tokens.install(bag, model)
+    near = []
+    for text, vector in zip(made.texts[:16], made.vectors, strict=False):
+        ids = tokenizer(text)["input_ids"]
+        with torch.no_grad():
+            model(torch.tensor([ids]))
+            expected = bag([ids[: i + 1] for i in range(len(ids))])
+        torch.testing.assert_close(torch.nn.functional.normalize(found[-1][0], dim=-1), expected, atol=2e-3, rtol=0)
+        near.append(expected[-1] @ vector)
+    assert torch.stack(near).mean() > 0.5
+
+
+def test_pretraining_leaves_the_bag_as_it_is(made, tmp_path):
+    sizes = "--hidden_size 32 --intermediate_size 48 --num_layers 2 --num_heads 2 --num_key_value_heads 2"
+    sizes += " --block_size 64 --batch_size 8 --max_steps 3"
+    for file in (made.folder / "backbone").glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path)
+    texts = ("--text", made.folder / "*.txt", SAMPLE, "--vectors", made.folder / "teacher")
+    recipe("pretrain_backbone", *texts, *sizes.split(), "--output_dir", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    attention = model.model.layers[0].self_attn
+    torch.testing.assert_close(attention.v_proj.weight, torch.eye(32))
+    norms = model.get_input_embeddings().weight.square().mean(-1).sqrt()
+    torch.testing.assert_close(norms, torch.full((400,), 0.5), atol=5e-3, rtol=0)
+    assert model.get_output_embeddings().weight.std() < 0.1  # a head of its own
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tie_word_embeddings": True}, "untied embeddings"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
+        ({"hidden_size": 64}, "32 dimensions, but the model has 64"),
+    ],
+)
+def test_backbones_that_cannot_hold_a_bag_are_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        bag_of_tokens.install(bag_of_tokens.BagOfTokens(400, 32), backbone_for_a_bag(**changes))
 
 
 @torch.no_grad()
