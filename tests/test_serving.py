@@ -89,7 +89,7 @@ def test_config_names_a_tokenizer_class(gircse, tmp_path):
 
 
 @needs_root
-@pytest.mark.parametrize("settings", [{}, {"max_memory": {"cpu": "20MB"}}])
+@pytest.mark.parametrize("settings", [{}, {"max_memory": {"cpu": "40MB"}}])
 def test_root_model_under_device_map_auto(processor, exact, tmp_path, settings):
     model = load_root(device_map="auto", offload_folder=str(tmp_path), torch_dtype=torch.float32, **settings)
     if settings:  # the layers did not fit
@@ -142,10 +142,10 @@ def test_root_model_in_int8_by_torchao(processor, exact, dtype):
     model = load_root(quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), torch_dtype=dtype)
     kinds = {name: type(parameter) for name, parameter in model.named_parameters()}
     whole = {name for name, kind in kinds.items() if kind is torch.nn.Parameter}
-    # The linear layers are in int8; the token embedding, which is also the head, is not.
+    # The linear layers are in int8; the token embedding and the head are not.
     assert any("embed_tokens" in name for name in whole) and not any("proj.weight" in name for name in whole)
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert model.get_input_embeddings().weight.dtype == dtype
+    assert any("lm_head" in name for name in whole)
+    assert model.get_input_embeddings().weight.dtype == model.get_output_embeddings().weight.dtype == dtype
     assert 0.99 < check(model, processor, exact) < 0.9999999
 
 
@@ -155,7 +155,7 @@ def test_root_model_in_int8_by_torchao(processor, exact, dtype):
 @pytest.mark.parametrize("settings", [{"load_in_8bit": True}, {"load_in_4bit": True}])
 def test_root_model_by_bitsandbytes(processor, exact, settings):
     model = load_root(quantization_config=BitsAndBytesConfig(**settings), torch_dtype=torch.float32)
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.get_output_embeddings().weight.dtype == torch.float32
     found = model.generate_embedding(**processor(TEXTS).to(model.device), k=5)
     assert 0.99 < F.cosine_similarity(found.cpu(), exact).min() < 0.99999
 
