@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class BagOfTokens(nn.Module):
@@ -65,22 +65,31 @@ def fit(
     return bag
 
 
-@torch.no_grad()
-def install(bag: BagOfTokens, model: PreTrainedModel) -> list[nn.Parameter]:
-    """Writes the bag into the first layer of a freshly made Qwen2 model; returns the parameters that hold it.
+def check(config: PretrainedConfig, size: int) -> None:
+    """Whether a Qwen2 model of this configuration can hold a bag of vectors of `size` dimensions.
 
     Raises:
-        ValueError: the model ties its embeddings, has fewer key/value heads than heads, or another size.
+        ValueError: it ties its embeddings, has fewer key/value heads than heads, or another size.
     """
-    config = model.config
     if config.tie_word_embeddings or config.num_key_value_heads != config.num_attention_heads:
         raise ValueError(
             "a bag of tokens needs untied embeddings and a key/value head for each of the "
             f"{config.num_attention_heads} heads, but tie_word_embeddings is {config.tie_word_embeddings} and "
             f"num_key_value_heads is {config.num_key_value_heads}"
         )
-    if config.hidden_size != len(bag.weighting):
-        raise ValueError(f"vectors of {len(bag.weighting)} dimensions, but the model has {config.hidden_size}")
+    if config.hidden_size != size:
+        raise ValueError(f"vectors of {size} dimensions, but the model has {config.hidden_size}")
+
+
+@torch.no_grad()
+def install(bag: BagOfTokens, model: PreTrainedModel) -> list[nn.Parameter]:
+    """Writes the bag into the first layer of a freshly made Qwen2 model; returns the parameters that hold it.
+
+    Raises:
+        ValueError: the model can't hold it, see `check`.
+    """
+    config = model.config
+    check(config, len(bag.weighting))
     embeddings, attention = model.get_input_embeddings(), model.model.layers[0].self_attn
     embeddings.weight.copy_(bag.tokens() / 2)  # beside the bag, so that neither outweighs the other
     for projection in (attention.v_proj, attention.o_proj):

@@ -36,6 +36,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import bag_of_tokens
+from distil import TeacherTexts
 
 END_OF_TEXT = "<|endoftext|>"
 HOLD_OUT_EVERY = 200
@@ -178,9 +179,10 @@ def main() -> None:
     )
     print(f"{model.num_parameters():,} parameters")
     if args.vectors:
-        texts = json.loads(Path(args.vectors, "texts.json").read_text(encoding="utf-8"))
-        vectors = torch.from_numpy(np.load(Path(args.vectors, "vectors.npy")))
-        for parameter in bag_of_tokens.install(bag_of_tokens.fit(texts, vectors, tokenizer), model):
+        teacher = TeacherTexts(args.vectors)
+        vectors = torch.from_numpy(np.array(teacher.vectors))
+        bag_of_tokens.check(model.config, vectors.shape[1])  # before the minutes that fitting takes
+        for parameter in bag_of_tokens.install(bag_of_tokens.fit(teacher.texts, vectors, tokenizer), model):
             parameter.requires_grad = False
     trainer = Trainer(
         model,
