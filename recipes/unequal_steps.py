@@ -49,7 +49,7 @@ def search(encoder: UnequalEncoder, task: LocalRetrieval, folder: str | None = N
 def measure(task: LocalRetrieval, subject: evaluate_gircse.Subject, shortlist: int, batch_size: int) -> dict[str, Any]:
     task.load_data()
     with evaluate_gircse.Vectors(subject, STEPS, batch_size) as vectors, tempfile.TemporaryDirectory() as folder:
-        # mteb reads a task's predictions from one file, so one search alone may write there.
+        # The least k's search leaves its lists in the folder, for the shortlist.
         grid = {
             f"{k_query} in {k_document}": search(
                 UnequalEncoder(vectors, k_query, k_document),

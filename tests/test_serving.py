@@ -149,6 +149,27 @@ def test_root_model_in_int8_by_torchao(processor, exact, dtype):
     assert 0.99 < check(model, processor, exact) < 0.9999999
 
 
+@pytest.mark.parametrize("kind", ["torchao", "8bit", "4bit"])
+def test_tied_weights_stay_tied_when_quantized(make_model, tmp_path, kind):
+    if not installed("torchao" if kind == "torchao" else "bitsandbytes"):
+        pytest.skip("the package is not installed")
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        quantization = TorchAoConfig(Int8WeightOnlyConfig())
+    elif DTYPE_ARGUMENTS == ["torch_dtype"] and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    else:
+        quantization = BitsAndBytesConfig(**{f"load_in_{kind}": True})
+    make_model("qwen2-tied", num_steps=3).save_pretrained(tmp_path)
+    model = type(make_model("qwen2-tied")).from_pretrained(
+        tmp_path, quantization_config=quantization, torch_dtype=torch.float32
+    )
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+
+
 @needs_root
 @pytest.mark.skipif(not installed("bitsandbytes"), reason="bitsandbytes is not installed")
 @pytest.mark.skipif(DTYPE_ARGUMENTS == ["torch_dtype"] and not torch.cuda.is_available(), reason="needs a GPU")
