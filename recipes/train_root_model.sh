@@ -19,8 +19,8 @@ texts=("$data/text/*.txt.gz" "$runs/pairs/*.jsonl.gz")
 [ -f "$runs/teacher/vectors.npy" ] ||
     python recipes/teacher_vectors.py --text "${texts[@]}" --teacher "$teacher" --output_dir "$runs/teacher"
 [ -f "$runs/backbone/pretraining.json" ] ||
-    python recipes/pretrain_backbone.py --text "${texts[@]}" --vectors "$runs/teacher" --num_layers 4 \
-        --num_key_value_heads 6 --max_steps 1500 --output_dir "$runs/backbone"
+    python recipes/pretrain_backbone.py --text "${texts[@]}" --vectors "$runs/teacher" --vocab_size 16384 \
+        --num_layers 4 --num_key_value_heads 6 --max_steps 1300 --output_dir "$runs/backbone"
 [ -f "$runs/distilled/model.safetensors" ] ||
     python recipes/distil.py --model_name_or_path "$runs/backbone" --vectors "$runs/teacher" \
         --num_steps 5 --epochs 0.85 --output_dir "$runs/distilled"
