@@ -105,3 +105,13 @@ def install(bag: BagOfTokens, model: PreTrainedModel) -> list[nn.Parameter]:
     key[:, slowest] = bag.weighting
     key[:, slowest + half] = 0
     return [embeddings.weight, *attention.parameters()]
+
+
+@torch.no_grad()
+def damp(model: PreTrainedModel, factor: float) -> None:
+    """Scales what the layers of a pretrained Qwen2 model add to the bag of its first layer, so that training for
+    embeddings starts from the bag and not from the next token's prediction, which all but hides it."""
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.weight.mul_(factor)
+        if number > 0:
+            layer.self_attn.o_proj.weight.mul_(factor)

@@ -8,11 +8,15 @@
 set -euo pipefail
 data=$(realpath "$1") runs=$2 teacher=${3:-sentence-transformers/all-MiniLM-L6-v2}
 cd "$(dirname "$0")/.."
-mkdir -p "$runs/pairs" results
+mkdir -p "$runs/pairs" "$runs/sample" results
 
-# The MEDI triplets state no licence: they stay out of weights that are published.
+# The MEDI triplets state no licence: they stay out of weights that are published. Of each file at most 4,000 pairs are
+# trained on, so that the dictionaries don't outweigh the tasks.
 for file in "$data"/train/*.jsonl.gz; do
-    [ "$(basename "$file")" = nli_medi_1000.jsonl.gz ] || ln -sf "$file" "$runs/pairs/"
+    name=$(basename "$file")
+    [ "$name" = nli_medi_1000.jsonl.gz ] && continue
+    ln -sf "$file" "$runs/pairs/"
+    [ -f "$runs/sample/$name" ] || gzip -dc "$file" | shuf -n 4000 --random-source="$file" | gzip -n > "$runs/sample/$name"
 done
 texts=("$data/text/*.txt.gz" "$runs/pairs/*.jsonl.gz")
 
@@ -23,12 +27,12 @@ texts=("$data/text/*.txt.gz" "$runs/pairs/*.jsonl.gz")
         --num_layers 4 --num_key_value_heads 6 --max_steps 1300 --output_dir "$runs/backbone"
 [ -f "$runs/distilled/model.safetensors" ] ||
     python recipes/distil.py --model_name_or_path "$runs/backbone" --vectors "$runs/teacher" \
-        --num_steps 5 --epochs 0.85 --output_dir "$runs/distilled"
+        --damping 0.1 --learning_rate 5e-4 --num_steps 5 --epochs 0.7 --output_dir "$runs/distilled"
 resume=""
 compgen -G "$runs/gircse/checkpoint-*/trainer_state.json" > /dev/null && resume="--resume_from_checkpoint last"
 [ -f "$runs/gircse/model.safetensors" ] ||
     python recipes/train_with_teacher.py --vectors "$runs/teacher" --teacher_weight 20 \
-        --model_name_or_path "$runs/distilled" --train_data "$runs/pairs" --output_dir "$runs/gircse" --tuning full \
+        --model_name_or_path "$runs/distilled" --train_data "$runs/sample" --output_dir "$runs/gircse" --tuning full \
         --learning_rate 3e-4 --temperature 0.05 --k 5 --num_negatives 1 --max_length 96 --held_out 512 \
         --per_device_train_batch_size 64 --sub_batch_size 64 --max_steps 220 --mix_sources --bf16 \
         --save_dtype bfloat16 --save_steps 100 --save_total_limit 1 --symmetric_sources goemotions \

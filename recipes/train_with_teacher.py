@@ -18,12 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
-from distil import TeacherTexts, distillation_loss, teacher_loader
+from distil import STEPS, TeacherTexts, distillation_loss, teacher_loader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gircse
-
-STEPS = (1, 3, 8, 20)  # on to the most that are asked for: contrastive training stops at its k
 
 
 class TeacherTrainer(train_gircse.GircseTrainer):
