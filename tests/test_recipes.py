@@ -101,6 +101,22 @@ def test_every_position_of_the_first_layer_holds_the_bag_of_the_text_so_far(made
     assert torch.stack(near).mean() > 0.5
 
 
+@torch.no_grad()
+def test_damping_takes_the_layers_back_to_the_bag():
+    model = backbone_for_a_bag(num_hidden_layers=3)
+    bag_of_tokens.install(bag_of_tokens.BagOfTokens(400, 32), model)
+    ids = torch.arange(20)[None]
+    found = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *call: found.append(call[-1][0]))
+    before = model.model(ids, output_hidden_states=True).hidden_states
+    bag = model.get_input_embeddings()(ids) + found[0]
+    bag_of_tokens.damp(model, 0.1)
+    after = model.model(ids, output_hidden_states=True).hidden_states
+    assert 0 < (after[2] - bag).norm() < 0.15 * (before[2] - bag).norm()
+    bag_of_tokens.damp(model, 0)
+    torch.testing.assert_close(model.model(ids, output_hidden_states=True).hidden_states[2], bag)
+
+
 def test_pretraining_leaves_the_bag_as_it_is(made, tmp_path):
     sizes = "--hidden_size 32 --intermediate_size 48 --num_layers 2 --num_heads 2 --num_key_value_heads 2"
     sizes += " --block_size 64 --batch_size 8 --max_steps 3"
