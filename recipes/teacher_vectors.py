@@ -45,7 +45,8 @@ def main() -> None:
     args = parser.parse_args()
 
     rng, texts = random.Random(args.seed), {}
-    for path in sorted({path for pattern in args.text for path in glob.glob(pattern)}):
+    paths = {path for pattern in args.text for path in glob.glob(pattern)}
+    for path in sorted(paths, key=lambda path: Path(path).name):  # wherever they lie, the draw is the same
         found = pieces(path)
         texts.update(dict.fromkeys(rng.sample(found, min(args.most_of_a_file, len(found)))))
     texts = list(texts)
