@@ -114,8 +114,10 @@ def write_data(folder: Path) -> Path:
 
 def make_folder(gircse, folder: Path, seed: int = 2, suffix: str = "", **axes) -> Path:
     torch.manual_seed(seed)
-    config = gircse.GircseConfig(text_config=text_config("qwen2", vocab_size=8192, pad_token_id=0), num_steps=3, **axes)
-    export(gircse.GircseModel(config), make_processor(suffix=suffix), folder)
+    processor = make_processor(suffix=suffix)
+    text = text_config("qwen2", vocab_size=len(processor.tokenizer), pad_token_id=0)
+    config = gircse.GircseConfig(text_config=text, num_steps=3, **axes)
+    export(gircse.GircseModel(config), processor, folder)
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n")
     return folder
 

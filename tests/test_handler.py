@@ -42,9 +42,11 @@ def make_handler(folder: Path):
 def folder(gircse, tmp_path_factory) -> Path:
     """A tiny model with the root's tokenizer and a suffix, exported as training does."""
     torch.manual_seed(0)
-    config = gircse.GircseConfig(text_config=text_config("qwen2", vocab_size=8192, pad_token_id=0), num_steps=3)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
+    text = text_config("qwen2", vocab_size=len(tokenizer), pad_token_id=0)
+    config = gircse.GircseConfig(text_config=text, num_steps=3)
     processor = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))(
-        AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True), max_length=64, suffix=" In short:"
+        tokenizer, max_length=64, suffix=" In short:"
     )
     folder = tmp_path_factory.mktemp("exported") / "tiny"
     export(gircse.GircseModel(config), processor, folder)

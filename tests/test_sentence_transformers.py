@@ -50,8 +50,10 @@ def make_processor(**settings):
 def make_folder(gircse, folder: Path, **settings) -> Path:
     """A tiny model with the root's tokenizer, exported as training does."""
     torch.manual_seed(0)
-    config = gircse.GircseConfig(text_config=text_config("qwen2", vocab_size=8192, pad_token_id=0), num_steps=3)
-    export(gircse.GircseModel(config), make_processor(**settings), folder)
+    processor = make_processor(**settings)
+    text = text_config("qwen2", vocab_size=len(processor.tokenizer), pad_token_id=0)
+    config = gircse.GircseConfig(text_config=text, num_steps=3)
+    export(gircse.GircseModel(config), processor, folder)
     return folder
 
 
