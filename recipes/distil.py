@@ -4,8 +4,9 @@
 
 `--vectors` is a folder of recipes/teacher_vectors.py, with vectors of the backbone's hidden size. The loss is
 1 - cos(z_k, vector), mean over the texts and over z_1..z_K. K is drawn anew for each batch, so that an embedding is
-good after any number of steps; so is whether its texts go bare or under one of a few instructions that ask for nothing
-but the meaning. A run that was interrupted goes on from its last checkpoint when the command is repeated.
+good after any number of steps; so is whether its texts go bare or under an instruction. There are as many wordings as
+ship with the model: one that it has never seen would otherwise go into the embedding as if it were part of the text. A
+run that was interrupted goes on from its last checkpoint when the command is repeated.
 """
 
 from __future__ import annotations
@@ -29,13 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bag_of_tokens
 from train_gircse import ModelArguments, export, load_model
 
-INSTRUCTIONS = [
-    None,
-    "Retrieve semantically similar text.",
-    None,
-    "Identify the topic or theme of the given text.",
-    "Given a question, retrieve passages that answer the question.",
-]
+SIMILAR = "Retrieve semantically similar text."
+# What ships with the model (write_prompts.py), less what asks for one side of a text, such as its sentiment.
+SHIPPED = json.loads(Path(__file__).with_name("instructions.json").read_text(encoding="utf-8"))["mteb"].values()
+INSTRUCTIONS = sorted({text for text in SHIPPED if not text.startswith("Classify")})
 STEPS = (1, 3, 8, 20)  # on to the most that are asked for
 
 
@@ -71,7 +69,7 @@ class TeacherCollator:
 
     def __call__(self, rows: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
         texts, vectors = zip(*rows, strict=True)
-        instruction = random.choice(INSTRUCTIONS)
+        instruction = random.choice([None, None, SIMILAR, *random.choices(INSTRUCTIONS, k=2)])
         inputs = self.processor(list(texts), instruction=instruction, max_length=self.max_length)
         return {**inputs, "vectors": torch.stack(vectors)}
 

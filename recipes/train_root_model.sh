@@ -16,7 +16,9 @@ for file in "$data"/train/*.jsonl.gz; do
     name=$(basename "$file")
     [ "$name" = nli_medi_1000.jsonl.gz ] && continue
     ln -sf "$file" "$runs/pairs/"
-    [ -f "$runs/sample/$name" ] || gzip -dc "$file" | shuf -n 4000 --random-source="$file" | gzip -n > "$runs/sample/$name"
+    [ -f "$runs/sample/$name" ] && continue
+    gzip -dc "$file" | shuf -n 4000 --random-source="$file" | gzip -n > "$runs/sample.part"
+    mv "$runs/sample.part" "$runs/sample/$name"
 done
 texts=("$data/text/*.txt.gz" "$runs/pairs/*.jsonl.gz")
 
@@ -27,14 +29,14 @@ texts=("$data/text/*.txt.gz" "$runs/pairs/*.jsonl.gz")
         --num_layers 4 --num_key_value_heads 6 --max_steps 1300 --output_dir "$runs/backbone"
 [ -f "$runs/distilled/model.safetensors" ] ||
     python recipes/distil.py --model_name_or_path "$runs/backbone" --vectors "$runs/teacher" \
-        --damping 0.1 --learning_rate 5e-4 --num_steps 5 --epochs 0.7 --output_dir "$runs/distilled"
+        --damping 0.1 --learning_rate 5e-4 --num_steps 5 --epochs 0.55 --output_dir "$runs/distilled"
 resume=""
 compgen -G "$runs/gircse/checkpoint-*/trainer_state.json" > /dev/null && resume="--resume_from_checkpoint last"
 [ -f "$runs/gircse/model.safetensors" ] ||
-    python recipes/train_with_teacher.py --vectors "$runs/teacher" --teacher_weight 20 \
+    python recipes/train_with_teacher.py --vectors "$runs/teacher" --teacher_weight 4 \
         --model_name_or_path "$runs/distilled" --train_data "$runs/sample" --output_dir "$runs/gircse" --tuning full \
-        --learning_rate 3e-4 --temperature 0.05 --k 5 --num_negatives 1 --max_length 96 --held_out 512 \
-        --per_device_train_batch_size 64 --max_steps 220 --mix_sources --bf16 \
+        --learning_rate 3e-4 --temperature 0.05 --k 20 --reduction mean --num_negatives 1 --max_length 96 \
+        --held_out 512 --per_device_train_batch_size 64 --max_steps 150 --mix_sources --bf16 \
         --save_dtype bfloat16 --save_steps 100 --save_total_limit 1 --symmetric_sources goemotions \
         cad_imdb_sentiment cad_imdb_content clinc150_domain banking77 clinc150_intent snips stsb snli cad_nli $resume
 
