@@ -4,8 +4,8 @@
 
 `--vectors` is a folder of recipes/teacher_vectors.py, with vectors of the backbone's hidden size. The loss is
 1 - cos(z_k, vector), mean over the texts and over z_1..z_K. K is drawn anew for each batch, so that an embedding is
-good after any number of steps; so is whether its texts go bare or under an instruction. There are as many wordings as
-ship with the model: one that it has never seen would otherwise go into the embedding as if it were part of the text. A
+good after any number of steps; so is whether its texts go bare or under an instruction. The wordings are many, those
+that ship with the model: one like none that it has seen goes into the embedding as if it were part of the text. A
 run that was interrupted goes on from its last checkpoint when the command is repeated.
 """
 
