@@ -29,7 +29,7 @@ texts=("$data/text/*.txt.gz" "$runs/pairs/*.jsonl.gz")
         --num_layers 4 --num_key_value_heads 6 --max_steps 1300 --output_dir "$runs/backbone"
 [ -f "$runs/distilled/model.safetensors" ] ||
     python recipes/distil.py --model_name_or_path "$runs/backbone" --vectors "$runs/teacher" \
-        --damping 0.1 --learning_rate 5e-4 --num_steps 5 --epochs 0.55 --output_dir "$runs/distilled"
+        --damping 0.1 --learning_rate 5e-4 --num_steps 5 --epochs 0.7 --output_dir "$runs/distilled"
 resume=""
 compgen -G "$runs/gircse/checkpoint-*/trainer_state.json" > /dev/null && resume="--resume_from_checkpoint last"
 [ -f "$runs/gircse/model.safetensors" ] ||

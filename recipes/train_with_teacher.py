@@ -38,7 +38,7 @@ class TeacherTrainer(train_gircse.GircseTrainer):
         batch = {name: tensor.to(self.args.device) for name, tensor in next(self.teacher_batches).items()}
         vectors = batch.pop("vectors")
         k = random.choice(STEPS)
-        distillation = distillation_loss(model(**batch, k=k).step_embeddings, vectors)
+        distillation = distillation_loss(model(**batch, k=k).embeddings, vectors)
         return super().compute_loss(model, inputs, *args, **kwargs) + self.teacher_weight * distillation
 
 
