@@ -3,7 +3,8 @@
     python recipes/draw_tokens.py --model . assets/tokens.png
 
 As in the paper's Table 4: the 30 most probable tokens of each soft token, added up over steps 1-5, 6-10 and 11-20, and
-of these the ones with the most probability. In color what stands under one of the two instructions alone.
+of these the ones with the most probability, pieces of characters left out. In color what stands under one of the two
+instructions alone.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def tokens_of(model, processor, facet: str) -> list[list[list[str]]]:
             weight: Counter[str] = Counter()
             for step in steps[first - 1 : last]:
                 for token, probability in step:
-                    weight[token.strip()] += probability
+                    if token.isprintable() and "\ufffd" not in token:
+                        weight[token.strip()] += probability
             spans.append([token for token, _ in weight.most_common(SHOWN)])
         found.append(spans)
     return found

@@ -36,7 +36,7 @@ compgen -G "$runs/gircse/checkpoint-*/trainer_state.json" > /dev/null && resume=
     python recipes/train_with_teacher.py --vectors "$runs/teacher" --teacher_weight 4 \
         --model_name_or_path "$runs/distilled" --train_data "$runs/sample" --output_dir "$runs/gircse" --tuning full \
         --learning_rate 3e-4 --temperature 0.05 --k 20 --reduction mean --num_negatives 1 --max_length 96 \
-        --held_out 512 --per_device_train_batch_size 64 --max_steps 150 --mix_sources --bf16 \
+        --held_out 512 --per_device_train_batch_size 64 --max_steps 150 --bf16 \
         --save_dtype bfloat16 --save_steps 100 --save_total_limit 1 --symmetric_sources goemotions \
         cad_imdb_sentiment cad_imdb_content clinc150_domain banking77 clinc150_intent snips stsb snli cad_nli $resume
 
