@@ -14,6 +14,7 @@ import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -31,6 +32,7 @@ from datasets.exceptions import DatasetGenerationError
 # FlagEmbedding's names for tasks with the instruction on both sides (its "symmetric_class" has bare class names there).
 SYMMETRIC_TYPES = ("symmetric_sts", "symmetric_clustering")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+HELD_BACK = ("validation", "valid", "val", "dev", "test")  # splits that are never trained on unless asked for
 TEXT, TEXTS, FLAG = datasets.Value("string"), datasets.Sequence(datasets.Value("string")), datasets.Value("bool")
 FEATURES = datasets.Features(
     dict(query=TEXT, pos=TEXTS, neg=TEXTS, instruction=TEXT, source=TEXT, symmetric=FLAG, label=TEXT)
@@ -38,19 +40,22 @@ FEATURES = datasets.Features(
 
 
 def load_pairs(
-    source: str, *, split: str = "train", symmetric_sources: Collection[str] = (), limit: int | None = None
+    source: str, *, split: str | None = None, symmetric_sources: Collection[str] = (), limit: int | None = None
 ) -> datasets.Dataset:
     """Reads pairs in either of two layouts, checks every row, and returns them with the columns of FEATURES.
 
     The layouts are `query, pos[, neg]` (a text or list each) and `anchor, positive[, negative, negative_1, ...]`. Both
-    take `instruction` or `prompt` (default ""), `source` (default: the file's name without ending; on the Hub the
-    instruction, so that rows of one task still go together, or the id), `label`, and `symmetric`, which says whether
-    documents get the instruction too. Without it, `type` (FlagEmbedding's field) or `symmetric_sources` does.
+    take `instruction` or `prompt` (default ""), `source` (default: the file's name without ending; on the Hub the split
+    where there are several, the instruction, so that rows of one task still go together, or the id), `label`, and
+    `symmetric`, which says whether documents get the instruction too. Without it, `type` (FlagEmbedding's field) or
+    `symmetric_sources` does.
 
     Args:
         source: file (.jsonl, .json with an object a line, either gzipped, .parquet), folder, glob pattern or Hub id.
-        split: the split of a Hub data set; local files have none.
-        limit: read only the first rows (a Hub data set is then streamed).
+        split: the split of a Hub data set, by default `train`, or where there is none all that aren't to test on, as
+            in data sets with a split a source; local files have none.
+        limit: read only the first rows (a Hub data set is then streamed), of several splits in proportion to their
+            sizes.
 
     Raises:
         FileNotFoundError: nothing is found under `source`.
@@ -96,27 +101,45 @@ def _find_files(source: str) -> tuple[str, ...]:
     return tuple(files)
 
 
-def _load_hub(name: str, split: str, limit: int | None) -> datasets.Dataset:
+def _load_hub(name: str, split: str | None, limit: int | None) -> dict[str, datasets.Dataset]:
+    """The rows by split; under "" if one split is all that is asked for."""
     try:
-        if limit is None:
-            return datasets.load_dataset(name, split=split)
-        return datasets.Dataset.from_list(list(datasets.load_dataset(name, split=split, streaming=True).take(limit)))
+        if split is not None:
+            return {"": _load_split(name, split, limit)}
+        splits = datasets.get_dataset_config_info(name).splits
+        if "train" in splits:
+            return {"": _load_split(name, "train", limit)}
+        # Sizes are unknown where the data set's card has none.
+        sizes = {s: getattr(info, "num_examples", 0) or 1 for s, info in splits.items() if s not in HELD_BACK}
+        if not sizes:
+            raise ValueError(f"{name!r} has no split to train on, only {', '.join(splits)}; choose another data set")
+        shares = {s: limit and math.ceil(limit * size / sum(sizes.values())) for s, size in sizes.items()}
+        return {s: _load_split(name, s, share) for s, share in shares.items()}
     except (FileNotFoundError, ConnectionError) as error:
         place = f"no local file or folder (working directory: {Path.cwd()})"
         raise FileNotFoundError(f"{name!r} is {place}, and not to be had from the Hub: {error}") from error
 
 
+def _load_split(name: str, split: str, limit: int | None) -> datasets.Dataset:
+    if limit is None:
+        return datasets.load_dataset(name, split=split)
+    return datasets.Dataset.from_list(list(datasets.load_dataset(name, split=split, streaming=True).take(limit)))
+
+
 def _generate(
     name: str, rows: Any, symmetric_sources: tuple[str, ...], limit: int | None, versions: tuple[tuple[int, int], ...]
 ) -> Iterator[dict[str, Any]]:
-    """Yields checked rows of files (a tuple of paths) or a Hub data set. `versions` is there for the cache alone, which
-    datasets names by a hash of all arguments: a changed file, or a new version of this module, is read again."""
+    """Yields checked rows of files (a tuple of paths) or of a Hub data set's splits. `versions` is there for the cache
+    alone, which datasets names by a hash of all arguments: a changed file, or a new version of this module, is read
+    again."""
     if isinstance(rows, tuple):
         located = chain.from_iterable(map(_read_file, rows))
     else:
         located = (
-            (f"{name}: row {number}", row.get("instruction") or row.get("prompt") or name, row)
-            for number, row in enumerate(rows, 1)
+            (f"{where}: row {number}", split or row.get("instruction") or row.get("prompt") or name, row)
+            for split, part in rows.items()
+            for where in [f"{name}, {split}" if split else name]
+            for number, row in enumerate(part, 1)
         )
     count, present = 0, set()
     for where, default_source, row in islice(located, limit):

@@ -4,6 +4,7 @@ the collator tells apart what the loss must tell apart."""
 import gzip
 import json
 import os
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -97,6 +98,12 @@ def test_folder_and_pattern(tmp_path):
     assert load_pairs(str(tmp_path / "data" / "**" / "*.jsonl"))["source"][:] == ["0", "a", "c"]
 
 
+def hub_info(*splits, sizes=None):
+    """What datasets.get_dataset_config_info returns of a data set with these splits; `sizes` as its card has them."""
+    infos = {s: datasets.SplitInfo(s, num_examples=n) for s, n in (sizes or {}).items()} or {s: {} for s in splits}
+    return lambda name: types.SimpleNamespace(splits=infos)
+
+
 def test_hub_id(monkeypatch):
     asked = []
     hub = datasets.Dataset.from_list([{"anchor": f"a{i}", "positive": "p"} for i in range(5)])
@@ -106,6 +113,7 @@ def test_hub_id(monkeypatch):
         return hub.to_iterable_dataset() if streaming else hub
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_info", hub_info("train", "dev"))
     pairs = load_pairs("someone/some-pairs", split="dev")
     assert pairs["query"][:] == ["a0", "a1", "a2", "a3", "a4"] and set(pairs["source"]) == {"someone/some-pairs"}
     assert load_pairs("someone/some-pairs", limit=2)["query"][:] == ["a0", "a1"]
@@ -120,16 +128,46 @@ def test_hub_rows_of_flag_embedding(monkeypatch):
     kinds = ("normal", "symmetric_class", "symmetric_clustering", "symmetric_sts")
     rows = [{"query": f"q {kind}", "pos": ["p"], "neg": ["n"], "prompt": f"Do {kind}.", "type": kind} for kind in kinds]
     monkeypatch.setattr(datasets, "load_dataset", lambda name, *, split: datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(datasets, "get_dataset_config_info", hub_info("train"))
     pairs = load_pairs("someone/flag-pairs")
     assert pairs["source"][:] == [f"Do {kind}." for kind in kinds] == pairs["instruction"][:]
     assert pairs["symmetric"][:] == [False, False, True, True]
 
 
-def test_unknown_hub_id_says_that_nothing_local_was_found(monkeypatch):
-    def load_dataset(name, **kwargs):
-        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+@pytest.mark.parametrize(
+    ("limit", "sizes", "read"),
+    [(None, None, [6, 2]), (4, {"title": 6, "abstract": 2, "test": 90}, [3, 1]), (3, None, [2, 1])],
+)
+def test_hub_data_set_with_a_split_a_source(monkeypatch, limit, sizes, read):
+    """Without `train`, all splits but those to test on, each a source; of a limit each gives its share."""
+    rows = {"title": 6, "abstract": 2, "test": 90}
+    rows = {s: [{"query": f"{s} {i}", "pos": ["p"], "prompt": "Find."} for i in range(n)] for s, n in rows.items()}
+
+    def load_dataset(name, *, split, streaming=False):
+        hub = datasets.Dataset.from_list(rows[split])
+        return hub.to_iterable_dataset() if streaming else hub
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_info", hub_info(*rows, sizes=sizes))
+    pairs = load_pairs("someone/split-pairs", limit=limit)
+    assert [pairs["source"][:].count(s) for s in ("title", "abstract", "test")] == [*read, 0]
+    assert pairs["query"][0] == "title 0" and set(pairs["instruction"]) == {"Find."}
+    rows["abstract"][0]["pos"] = [""]
+    with pytest.raises(ValueError, match="someone/split-pairs, abstract: row 1: field 'pos.0.' is empty"):
+        load_pairs("someone/split-pairs", limit=limit)
+
+
+def test_hub_data_set_with_nothing_to_train_on_is_refused(monkeypatch):
+    monkeypatch.setattr(datasets, "get_dataset_config_info", hub_info("validation", "test"))
+    with pytest.raises(ValueError, match="no split to train on, only validation, test"):
+        load_pairs("someone/some-benchmark")
+
+
+def test_unknown_hub_id_says_that_nothing_local_was_found(monkeypatch):
+    def not_found(name, **kwargs):
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "get_dataset_config_info", not_found)
     with pytest.raises(FileNotFoundError, match=r"'data/trian' is no local file or folder .*doesn't exist on the Hub"):
         load_pairs("data/trian")
 
@@ -138,7 +176,8 @@ def test_unknown_hub_id_says_that_nothing_local_was_found(monkeypatch):
 def test_missing_path_is_not_looked_up_on_the_hub(source, tmp_path, monkeypatch):
     write(tmp_path / "x.jsonl", [PAIR])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    for name in ("load_dataset", "get_dataset_config_info"):
+        monkeypatch.setattr(datasets, name, lambda *args, **kwargs: pytest.fail("asked the Hub"))
     with pytest.raises(FileNotFoundError) as error:
         load_pairs(source)
     assert repr(source) in str(error.value)
