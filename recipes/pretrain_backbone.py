@@ -54,10 +54,11 @@ BEGINNINGS = [
 
 def documents(patterns: list[str]) -> Iterator[str]:
     """The lines of the text files; of the files of pairs (.jsonl, .jsonl.gz), each distinct text."""
-    paths = sorted({path for pattern in patterns for path in glob.glob(pattern)})
-    if not paths:
-        raise ValueError(f"--text {patterns} matches no file; give the path of at least one text file")
-    for path in paths:
+    found = {pattern: glob.glob(pattern) for pattern in patterns}
+    for pattern, paths in found.items():
+        if not paths:
+            raise ValueError(f"--text {pattern!r} matches no file; correct it or leave it out")
+    for path in sorted({path for paths in found.values() for path in paths}):
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
             if path.removesuffix(".gz").endswith(".jsonl"):
                 rows = map(json.loads, lines)
