@@ -60,5 +60,7 @@ python evaluate_gircse.py --model . "${settings[@]}" --output_dir "$runs/eval-ro
 keep "$runs/eval-root/results.json" results/root.json
 python evaluate_gircse.py --model "$teacher" --model_name "$minilm" "${settings[@]}" --output_dir "$runs/eval-minilm"
 keep "$runs/eval-minilm/results.json" results/minilm.json
+python recipes/unequal_steps.py --model . --data "$data/eval" --max_length 256 --output "$runs/unequal_steps.json"
+keep "$runs/unequal_steps.json" results/unequal_steps/root.json
 python recipes/draw_tokens.py --model . assets/tokens.png
 python recipes/report_results.py

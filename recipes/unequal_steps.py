@@ -89,8 +89,10 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--shortlist", type=int, default=20)
+    parser.add_argument("--max_length", type=int, help="longest text in tokens, as in evaluate_gircse.py")
     args = parser.parse_args()
     argv = ["--model", args.model, "--tasks", "local", "--data", args.data, "--k", *map(str, STEPS)]
+    argv += ["--max_length", str(args.max_length)] if args.max_length else []
     settings = evaluate_gircse.parse(argv)
     subject = evaluate_gircse.load_subject(settings)
     tasks = [task for task in local_tasks(args.data) if isinstance(task, LocalRetrieval)]
