@@ -40,11 +40,12 @@ BASELINES = {
     "bidirectional_avg": "--step_token none --attention bidirectional",
 }
 METHODS = {"gircse": GENERATING, **BASELINES}
+# What a variant is one of, whose learning rate it gets, and what sets it apart.
 VARIANTS = {
-    "last_step": f"{GENERATING} --objective last_step",
-    "no_refinement": f"{GENERATING} --refinement_weight 0",
-    "mean": f"{GENERATING} --reduction mean",
-    "mixed_steps": f"{GENERATING} --objective mixed_steps",
+    "last_step": ("gircse", "--objective last_step"),
+    "no_refinement": ("gircse", "--refinement_weight 0"),
+    "mean": ("gircse", "--reduction mean"),
+    "mixed_steps": ("gircse", "--objective mixed_steps"),
 }
 SHARED = f"""--tuning full --temperature 0.05 --num_negatives 1 --max_length 64 --held_out 512 --mix_sources --bf16
     --per_device_train_batch_size {BATCH} --save_strategy no --report_to none --symmetric_sources
@@ -55,7 +56,7 @@ EVALUATION = "--max_length 128 --batch_size 64 --dtype bfloat16"
 @dataclass
 class Run:
     name: str
-    method: str
+    method: str  # whose learning rate it gets
     samples: int
     seed: int
     settings: str
@@ -69,7 +70,8 @@ def plan(samples: int, more_samples: int, seeds: int) -> list[Run]:
         k = "1 5 20" if seed else "1 3 5 10 15 20"
         runs += [Run(f"{m}-{samples}-seed{seed}", m, samples, seed, METHODS[m], k) for m in METHODS]
         if seed == 0:
-            runs += [Run(f"{m}-{samples}-seed0", m, samples, 0, VARIANTS[m], "1 5") for m in VARIANTS]
+            for name, (method, changes) in VARIANTS.items():
+                runs.append(Run(f"{name}-{samples}-seed0", method, samples, 0, f"{METHODS[method]} {changes}", "1 5"))
             runs += [Run(f"{m}-{more_samples}-seed0", m, more_samples, 0, METHODS[m], "1 5") for m in METHODS]
     return runs
 
@@ -138,7 +140,7 @@ def perform(run: Run, rates: dict[str, float], args: argparse.Namespace) -> None
     result, folder = args.results / f"{run.name}.json", args.runs / run.name
     if result.exists():
         return
-    rate = rates[run.method if run.method in METHODS else "gircse"]
+    rate = rates[run.method]
     trained = train(run, rate, args, folder)
     if run.name == f"causal_eos-{args.samples}-seed0":
         name = run.name.replace("causal_eos", "causal_eos_generating")
@@ -188,9 +190,12 @@ def main() -> None:
     args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
     args.results.mkdir(parents=True, exist_ok=True)
 
+    chosen = args.results / "learning_rates.json"
     with ThreadPoolExecutor(args.jobs) as pool:
-        tuned = dict(zip(METHODS, pool.map(lambda method: choose_rate(method, args), METHODS), strict=True))
-        (args.results / "learning_rates.json").write_text(json.dumps(tuned, indent=1) + "\n", encoding="utf-8")
+        if not chosen.exists():
+            tuned = dict(zip(METHODS, pool.map(lambda method: choose_rate(method, args), METHODS), strict=True))
+            chosen.write_text(json.dumps(tuned, indent=1) + "\n", encoding="utf-8")
+        tuned = json.loads(chosen.read_text(encoding="utf-8"))
         rates = {method: best_rate(found) for method, found in tuned.items()}
         print(rates, flush=True)
         list(pool.map(lambda run: perform(run, rates, args), plan(args.samples, args.more_samples, args.seeds)))

@@ -96,13 +96,14 @@ def comparison_by_task(runs: list[dict], samples: int) -> str:
 def unequal_steps() -> str:
     """nDCG@10, mean of the retrieval tasks."""
     columns = ("1 in 1", "5 in 5", "20 in 20", "20 in 1", "1 in 20")
-    head = ["k of queries in k of documents", *columns, "1, then 20", "of all relevant listed", "rescored a query"]
+    head = ["k of queries / of documents", *(column.replace("in", "/") for column in columns)]
+    head += ["1, then 20", "relevant in shortlist", "documents that any query asks k = 20 of"]
     lines = []
     for path in sorted((RESULTS / "unequal_steps").glob("*.json")):
         tasks = read(path)["tasks"].values()
         values = [mean(task["ndcg_at_10"][column] for task in tasks) for column in columns]
         values.append(mean(task["coarse_to_fine"]["ndcg_at_10"] for task in tasks))
-        shares = ("relevant_in_shortlist", "documents_rescored_a_query")
+        shares = ("relevant_in_shortlist", "documents_rescored")
         shares = [mean(task["coarse_to_fine"][name] for task in tasks) for name in shares]
         lines.append([UNEQUAL[path.stem], *(f"{v:.1f}" for v in values), *(f"{v:.0f} %" for v in shares)])
     return table(head, lines)
@@ -120,21 +121,19 @@ def ablation(runs: list[dict], samples: int) -> str:
 def root_by_group(models: dict[str, dict]) -> str:
     root = models["root"]["tasks"]
     columns = {f"k = {k}": group_means(root, k) for k in STEPS}
-    if "minilm" in models:
-        columns["MiniLM"] = group_means(models["minilm"]["tasks"], None)
+    columns["MiniLM"] = group_means(models["minilm"]["tasks"], None)
     groups = list(group_means(root, 1))
     head = ["mean of", *columns]
     return table(head, [[group, *(f"{column[group]:.1f}" for column in columns.values())] for group in groups])
 
 
 def root_by_task(models: dict[str, dict]) -> str:
-    others = {name: {row["task"]: row["scores"] for row in models[name]["tasks"]} for name in models if name != "root"}
+    minilm = {row["task"]: row["scores"]["None"] for row in models["minilm"]["tasks"]}
     lines = []
     for row in sorted(models["root"]["tasks"], key=lambda row: (row["group"], row["task"])):
         scores = [f"{row['scores'][str(k)]:.1f}" for k in STEPS]
-        scores += [f"{tasks[row['task']]['None']:.1f}" for tasks in others.values()]
-        lines.append([row["task"], row["metric"], *scores])
-    return table(["task", "metric", *(f"k = {k}" for k in STEPS), *("MiniLM" for _ in others)], lines)
+        lines.append([row["task"], row["metric"], *scores, f"{minilm[row['task']]:.1f}"])
+    return table(["task", "metric", *(f"k = {k}" for k in STEPS), "MiniLM"], lines)
 
 
 def curve(rows: list[dict]) -> dict[int, float]:
@@ -188,14 +187,16 @@ def draw_ablation(runs: list[dict], samples: int) -> None:
 
 
 def draw_sizes(runs: list[dict]) -> None:
-    """Figure 3: the mean of all tasks over the number of training samples."""
+    """Figure 3: the mean of all tasks over the number of training samples. Lines join the seeds that every size has."""
     figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
     for method, color in COLORS.items():
         sizes = sorted({run["samples"] for run in runs if run["method"] == method})
-        values = [[group_means(r["tasks"], 5)[ALL] for r in runs_of(runs, method, size)] for size in sizes]
-        axes.plot(sizes, list(map(mean, values)), marker="o", color=color, label=NAMES[method])
-        for size, found in zip(sizes, values, strict=True):
-            axes.plot([size] * len(found), found, ".", color=color, markersize=4, alpha=0.6)
+        found = [{r["seed"]: group_means(r["tasks"], 5)[ALL] for r in runs_of(runs, method, size)} for size in sizes]
+        joined = set.intersection(*map(set, found))
+        lines = [mean(seeds[seed] for seed in joined) for seeds in found]
+        axes.plot(sizes, lines, marker="o", color=color, label=NAMES[method])
+        for size, seeds in zip(sizes, found, strict=True):
+            axes.plot([size] * len(seeds), list(seeds.values()), ".", color=color, markersize=4, alpha=0.6)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     style(axes, xlabel="training samples", ylabel="mean of all tasks x 100")
     axes.legend(frameon=False, fontsize=8)
@@ -211,19 +212,28 @@ def fill(text: str, tables: dict[str, str]) -> str:
     return text
 
 
+def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str, str]:
+    return {
+        "root_by_group": root_by_group(models),
+        "root_by_task": root_by_task(models),
+        "comparison": comparison(runs, samples),
+        "ablation": ablation(runs, samples),
+        "comparison_by_task": comparison_by_task(runs, samples),
+        "unequal_steps": unequal_steps(),
+    }
+
+
 def main() -> None:
-    models = {name: read(path) for name in ("root", "minilm") if (path := RESULTS / f"{name}.json").exists()}
-    tables = {"root_by_group": root_by_group(models), "root_by_task": root_by_task(models)}
+    models = {name: read(RESULTS / f"{name}.json") for name in ("root", "minilm")}
+    runs = experiments()
+    samples = min(run["samples"] for run in runs)
     report_gircse.plot(unseen(models["root"]["tasks"]), ASSETS / "k_curve.png")
-    if runs := experiments():
-        samples = min(run["samples"] for run in runs)
-        tables |= {"comparison": comparison(runs, samples), "ablation": ablation(runs, samples)}
-        tables |= {"comparison_by_task": comparison_by_task(runs, samples), "unequal_steps": unequal_steps()}
-        draw_curves(runs, samples)
-        draw_ablation(runs, samples)
-        draw_sizes(runs)
+    draw_curves(runs, samples)
+    draw_ablation(runs, samples)
+    draw_sizes(runs)
     readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    text = fill(readme.read_text(encoding="utf-8"), tables(models, runs, samples))
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

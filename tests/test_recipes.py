@@ -7,19 +7,22 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Qwen2Config
 
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import bag_of_tokens
 import distil
+import experiments
 import report_results
+import train_gircse
 from train_gircse import ModelArguments, load_model
 
 SAMPLE = ROOT / "sample_pairs.jsonl"
@@ -230,3 +233,33 @@ def test_report_fills_a_table_in_and_again():
     assert report_results.fill(once, {"one": "| new |"}) == once
     with pytest.raises(ValueError, match="no place for table 'two'"):
         report_results.fill(text, {"two": ""})
+
+
+def test_readme_holds_the_tables_of_the_results():
+    runs = report_results.experiments()
+    models = {name: report_results.read(ROOT / f"results/{name}.json") for name in ("root", "minilm")}
+    made = report_results.tables(models, runs, min(run["samples"] for run in runs))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(made) == 6 and report_results.fill(readme, made) == readme
+
+
+def test_every_run_of_the_experiments_has_a_result_and_settings_that_training_takes(tmp_path, monkeypatch):
+    commands = {}
+    monkeypatch.setattr(experiments, "call", lambda command, log, threads: commands.update({log.parent.name: command}))
+    args = SimpleNamespace(backbone=Path("small"), data=Path("DATA"), threads=1)
+    for run in experiments.plan(20_000, 40_000, 3):
+        experiments.train(run, 3e-4, args, tmp_path / run.name)
+    results = {path.stem for path in (ROOT / "results/experiments").glob("*-seed*.json")}
+    assert results == {*commands, "causal_eos_generating-20000-seed0"}
+
+    parser = HfArgumentParser((ModelArguments, train_gircse.GircseTrainingArguments, train_gircse.DataArguments))
+    models, settings = {}, {}
+    for name, command in commands.items():
+        parsed = parser.parse_args_into_dataclasses(command[2:], return_remaining_strings=True)
+        models[name], settings[name], _, rest = parsed
+        assert rest in ([], ["--objective", name.partition("-")[0]])
+        assert settings[name].mix_sources and settings[name].seed == int(name[-1])
+    last, both = models["causal_eos-20000-seed0"], models["bidirectional_avg-20000-seed0"]
+    assert (last.step_token, last.attention, last.pooling) == ("none", "causal", "last")
+    assert (both.step_token, both.attention, both.pooling) == ("none", "bidirectional", "mean")
+    assert settings["no_refinement-20000-seed0"].refinement_weight == 0
