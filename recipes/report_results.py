@@ -95,7 +95,7 @@ def comparison_by_task(runs: list[dict], samples: int) -> str:
 
 def unequal_steps() -> str:
     """nDCG@10, mean of the retrieval tasks."""
-    columns = ("1 in 1", "5 in 5", "20 in 20", "20 in 1", "1 in 20")
+    columns = ("1 in 1", "5 in 5", "20 in 20", "1 in 5", "1 in 20", "20 in 1")
     head = ["k of queries / of documents", *(column.replace("in", "/") for column in columns)]
     head += ["1, then 20", "relevant in shortlist", "documents that any query asks k = 20 of"]
     lines = []
