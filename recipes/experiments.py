@@ -11,6 +11,7 @@ batch for all methods:
                                              alone; on every step, without the penalty
     mean                                     the steps' losses averaged, as in the released code, instead of summed
     mixed_steps                              queries' and documents' embeddings of different steps contrasted
+    causal_avg                               Bidirectional-Avg with causal attention
     causal_eos_generating                    Causal-EOS as trained, made to generate (Figure 2, bottom)
 
 One JSON a run: the commands, what was trained, and evaluate_gircse.py's scores. What was done before is not repeated:
@@ -46,6 +47,7 @@ VARIANTS = {
     "no_refinement": ("gircse", "--refinement_weight 0"),
     "mean": ("gircse", "--reduction mean"),
     "mixed_steps": ("gircse", "--objective mixed_steps"),
+    "causal_avg": ("bidirectional_avg", "--attention causal"),
 }
 SHARED = f"""--tuning full --temperature 0.05 --num_negatives 1 --max_length 64 --held_out 512 --mix_sources --bf16
     --per_device_train_batch_size {BATCH} --save_strategy no --report_to none --symmetric_sources
@@ -170,7 +172,7 @@ def keep(result: Path, run: Run, rate: float, commands: list[list[str]], folder:
         "seed": run.seed,
         "learning_rate": rate,
         "held_out_accuracy": held_out_accuracy(folder),
-        "last_log_line": [line for line in log if "loss" in line][-1],
+        "log": [line for line in log if "loss" in line],
         "tasks": scores(out),
     }
     result.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ NAMES = {
     "no_refinement": "+ loss on every step",
     "mean": "steps averaged",
     "mixed_steps": "mixed steps",
+    "causal_avg": "no generation, mean of the text's states",
     "causal_eos_generating": "Causal-EOS made to generate",
 }
 COMPARED = [(NAMES[method], method, None) for method in ("causal_eos", "bidirectional_avg")]
@@ -112,7 +113,7 @@ def unequal_steps() -> str:
 def ablation(runs: list[dict], samples: int) -> str:
     head = ["k = 5", *group_means(runs[0]["tasks"], 1)]
     lines = [line("no generation (Causal-EOS)", runs_of(runs, "causal_eos", samples, 0), None)]
-    lines += [line(NAMES[m], runs_of(runs, m, samples, 0), 5) for m in ("last_step", "no_refinement")]
+    lines += [line(NAMES[m], runs_of(runs, m, samples, 0), 5) for m in ("causal_avg", "last_step", "no_refinement")]
     lines.append(line("+ refinement penalty (GIRCSE)", runs_of(runs, "gircse", samples, 0), 5))
     lines += [line(f"GIRCSE, {NAMES[m]}", runs_of(runs, m, samples, 0), 5) for m in ("mean", "mixed_steps")]
     return table(head, lines)

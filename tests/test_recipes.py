@@ -259,7 +259,8 @@ def test_every_run_of_the_experiments_has_a_result_and_settings_that_training_ta
         models[name], settings[name], _, rest = parsed
         assert rest in ([], ["--objective", name.partition("-")[0]])
         assert settings[name].mix_sources and settings[name].seed == int(name[-1])
-    last, both = models["causal_eos-20000-seed0"], models["bidirectional_avg-20000-seed0"]
-    assert (last.step_token, last.attention, last.pooling) == ("none", "causal", "last")
-    assert (both.step_token, both.attention, both.pooling) == ("none", "bidirectional", "mean")
+    axes = {name: (model.step_token, model.attention, model.pooling) for name, model in models.items()}
+    assert axes["causal_eos-20000-seed0"] == ("none", "causal", "last")
+    assert axes["bidirectional_avg-20000-seed0"] == ("none", "bidirectional", "mean")
+    assert axes["causal_avg-20000-seed0"] == ("none", "causal", "mean")
     assert settings["no_refinement-20000-seed0"].refinement_weight == 0
