@@ -4,7 +4,7 @@
 
 `--vectors` is a folder of recipes/teacher_vectors.py, with vectors of the backbone's hidden size. The loss is
 1 - cos(z_K, vector), mean over the texts. K is drawn anew for each batch, so that an embedding is good after any number
-of steps (in a mean over z_1..z_K, the last of 20 would weigh a thirtieth of the first); so is whether its texts go bare
+of steps (in a mean over z_1..z_K, the last of 20 would weigh a twentieth of the first); so is whether its texts go bare
 or under an instruction. The wordings are many, those that ship with the model: one like none that it has seen goes into
 the embedding as if it were part of the text. A run that was interrupted goes on from its last checkpoint when the
 command is repeated.
