@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 STEP_TOKENS = ("soft", "hard", "learned", "none")
 ATTENTIONS = ("causal", "bidirectional")
 POOLINGS = ("mean", "last")
+SETTINGS = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
 
 
 class GircseConfig(PretrainedConfig):
@@ -81,14 +82,17 @@ class GircseConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> GircseConfig:
-        """As [`PretrainedConfig.from_dict`], but the configuration of another kind of model raises a ValueError."""
+        """As [`PretrainedConfig.from_dict`], but the configuration of another kind of model raises a ValueError, and so
+        does a setting of `kwargs` that the constructor would refuse."""
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(
                 f"model_type={found!r} is not {cls.model_type!r}: this is another kind of model. "
                 "For a plain causal LM use GircseModel.from_causal_lm(...)"
             )
-        return super().from_dict(config_dict, **kwargs)
+        # The base class would set them on the finished object.
+        settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        return super().from_dict({**config_dict, **settings}, **kwargs)
 
     @property
     def hidden_size(self) -> int:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,8 @@ class GircseModel(GircsePreTrainedModel):
             name_or_path: Hub id or folder of any causal LM.
             adapter: Hub id or folder of a PEFT adapter of that causal LM.
             num_steps, logit_temperature, step_token, attention, pooling: see [`GircseConfig`].
-            kwargs: for `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, `revision`, ...).
+            kwargs: for `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, `revision`, ...); `token`,
+                `cache_dir`, `local_files_only` and `force_download` hold for the adapter, too.
 
         Raises:
             ValueError: if the backbone can't be supported, or the adapter doesn't match it or changes nothing.
@@ -207,7 +209,8 @@ class GircseModel(GircsePreTrainedModel):
         if Path(name_or_path).exists():  # a folder of this machine says nothing in a published config
             language_model.config.name_or_path = ""
         if adapter is not None:
-            language_model = _merge_adapter(language_model, adapter)
+            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            language_model = _merge_adapter(language_model, adapter, **where)
         config = GircseConfig(
             text_config=language_model.config,
             num_steps=num_steps,
@@ -218,7 +221,8 @@ class GircseModel(GircsePreTrainedModel):
         )
         model = cls(config, language_model)
         model.eval()
-        model._check_numerics()
+        with _attention_of_any_device(language_model):
+            model._check_numerics()
         return model
 
     def load_adapter(
@@ -924,10 +928,10 @@ def _additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
 
 
-def _merge_adapter(language_model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+def _merge_adapter(language_model: PreTrainedModel, adapter: str, **where: Any) -> PreTrainedModel:
     """The causal LM with a PEFT adapter of that causal LM merged into its weights."""
     peft = _peft(adapter)
-    config = peft.PeftConfig.from_pretrained(adapter)
+    config = peft.PeftConfig.from_pretrained(adapter, **where)
     tied = _is_tied(language_model)
     try:
         model = peft.PeftModel(language_model, config)
@@ -937,7 +941,7 @@ def _merge_adapter(language_model: PreTrainedModel, adapter: str) -> PreTrainedM
                 "it changes the token embeddings or the LM head, which are one weight there, by themselves; train it "
                 "without these among its target_modules (modules_to_save may hold them)"
             )
-        result = model.load_adapter(adapter, "default")
+        result = model.load_adapter(adapter, "default", **where)
         # The adapter's own weights carry its name, whatever its kind (LoRA, IA3, ...).
         lost = [key for key in result.missing_keys if ".default" in key] + list(result.unexpected_keys)
         if lost:
@@ -950,6 +954,21 @@ def _merge_adapter(language_model: PreTrainedModel, adapter: str) -> PreTrainedM
         merged.config.tie_word_embeddings = False
         merged.all_tied_weights_keys = {}
     return merged
+
+
+@contextmanager
+def _attention_of_any_device(language_model: PreTrainedModel) -> Iterator[None]:
+    """For a pass on the CPU, where flash attention, which may be chosen for later, can't run."""
+    config, device = language_model.config, language_model.get_input_embeddings().weight.device
+    chosen = getattr(config, "_attn_implementation", None)
+    if device.type != "cpu" or chosen in ("eager", "sdpa", None):
+        yield
+        return
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = chosen
 
 
 def _is_tied(language_model: PreTrainedModel) -> bool:

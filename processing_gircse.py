@@ -36,11 +36,14 @@ def _check_texts(texts: list, argument: str, optional: bool = False) -> None:
             ) from error
 
 
-def _make_loadable_by_v4(folder: Path) -> None:
-    """Respell what transformers 5 writes in `tokenizer_config.json` and 4.x fails on; 5 reads the old spelling too."""
+def _respell_tokenizer_config(folder: Path) -> None:
+    """Write `tokenizer_config.json` so that transformers 4 and 5 load the tokenizer that was saved.
+
+    By a class such as `GPT2Tokenizer` or `LlamaTokenizer`, 5 would take but the vocabulary and the merges from
+    `tokenizer.json` and make up the rest, and 4 may want files that 5 does not save."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
+    if (folder / "tokenizer.json").exists():
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):  # 4.x expects a dict under this name
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
@@ -87,6 +90,21 @@ class GircseProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask"]
+
+    @property
+    def pad_token_id(self) -> int:
+        """What rows are padded with. Pipelines ask the processor for it and for `padding_side`, to make batches."""
+        pad_id = self.tokenizer.pad_token_id
+        # Any id of the vocabulary would do: the mask hides it.
+        return self.tokenizer.eos_token_id or 0 if pad_id is None else pad_id
+
+    @property
+    def padding_side(self) -> str:
+        return self.tokenizer.padding_side
+
+    @padding_side.setter
+    def padding_side(self, value: str) -> None:
+        self.tokenizer.padding_side = value
 
     def prompt_for(self, instruction: str | None) -> str:
         """The literal prefix put before a text: "" when `instruction` is None or ""."""
@@ -156,7 +174,7 @@ class GircseProcessor(ProcessorMixin):
         `kwargs` go to `push_to_hub`, for example `repo_id`.
         """
         saved = super().save_pretrained(save_directory)
-        _make_loadable_by_v4(Path(save_directory))
+        _respell_tokenizer_config(Path(save_directory))
         if push_to_hub:  # not by the parent, which would upload before the line above
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return saved
@@ -194,10 +212,7 @@ class GircseProcessor(ProcessorMixin):
 
     def _batch(self, rows: list[list[int]], padding: bool, return_tensors: str | None) -> BatchEncoding:
         # Not tokenizer.pad: it refuses tokenizers without a pad token, and giving them one would change the user's.
-        pad_id = self.tokenizer.pad_token_id
-        if pad_id is None:
-            pad_id = self.tokenizer.eos_token_id or 0  # any id of the vocabulary: the mask hides it
-        left = self.tokenizer.padding_side == "left"
+        left = self.padding_side == "left"
         width = max(map(len, rows), default=0) if padding else 0
 
         def pad(values: list[int], fill: int) -> list[int]:
@@ -205,7 +220,7 @@ class GircseProcessor(ProcessorMixin):
             return fills + values if left else values + fills
 
         mask = [pad([1] * len(ids), 0) for ids in rows]
-        data = {"input_ids": [pad(ids, pad_id) for ids in rows], "attention_mask": mask}
+        data = {"input_ids": [pad(ids, self.pad_token_id) for ids in rows], "attention_mask": mask}
         if rows or return_tensors is None:
             return BatchEncoding(data, tensor_type=return_tensors)
         # An empty list would become a float tensor of shape (0,): cut an int64 (1, 1) one down instead.

@@ -52,6 +52,7 @@ class SentenceGircse(InputModule):
         prompt: str | None = None,
         max_length: int | None = None,
         k: int | None = None,
+        processing_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Token ids of B texts.
@@ -62,6 +63,7 @@ class SentenceGircse(InputModule):
             max_length: most tokens of a text, prompt and suffix included; `max_seq_length` by default, or what the
                 backbone's positions leave beside the generated ones.
             k: the number of generated tokens, as in `forward`.
+            processing_kwargs: another way to give `max_length`, the library's: `{"text": {"max_length": 256}}`.
             kwargs: not used; the library passes more than this module takes.
 
         Returns:
@@ -69,10 +71,17 @@ class SentenceGircse(InputModule):
 
         Raises:
             TypeError: if a text or the prompt is not a str.
-            ValueError: if `max_length` leaves no room for a text.
+            ValueError: if `max_length` leaves no room for a text, or `processing_kwargs` asks for anything else.
         """
-        if max_length is None and isinstance(k, int) and k > 0:  # a wrong k is refused by `forward`
-            max_length = min(filter(None, (self.max_seq_length, self.model.max_input_length(k))))
+        if processing_kwargs:
+            text = processing_kwargs.get("text", {})
+            if processing_kwargs.keys() - {"text"} or text.keys() - {"max_length", "truncation"}:
+                raise ValueError(f"processing_kwargs={processing_kwargs!r} may only be {{'text': {{'max_length': N}}}}")
+            max_length = text.get("max_length", max_length)
+        if max_length is None and (k is None or isinstance(k, int)):  # a wrong k is refused by `forward`
+            room = self.model.max_input_length(k)
+            if room is not None and 0 < room < self.max_seq_length:
+                max_length = room
         return self.processor(list(inputs), prompt=prompt, max_length=max_length).data
 
     def tokenize(self, texts: list[str], **kwargs: Any) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -304,6 +304,20 @@ def test_attn_implementation_reaches_the_backbone(gircse, make_model, ids_and_ma
     torch.testing.assert_close(embeddings["eager"], embeddings["sdpa"], rtol=1e-5, atol=1e-5)
 
 
+def test_attention_of_an_accelerator_is_kept_for_later(gircse, make_plain, ids_and_mask):
+    """Loading is on the CPU, where the numerics are checked and flash attention can't run."""
+
+    def of_an_accelerator(*args, **kwargs):
+        raise RuntimeError("only on the accelerator")
+
+    AttentionInterface.register("of_an_accelerator", of_an_accelerator)
+    _, folder = make_plain()
+    model = gircse.GircseModel.from_causal_lm(folder, attn_implementation="of_an_accelerator")
+    assert model.language_model.config._attn_implementation == "of_an_accelerator"
+    with pytest.raises(RuntimeError, match="only on the accelerator"):
+        model.generate_embedding(*ids_and_mask, k=2)
+
+
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", None])
 def test_a_backbone_that_exists_keeps_its_attention(gircse, make_plain, ids_and_mask, attn_implementation):
     """transformers 5 would set it to None, under which padded or causal masks are not honoured."""
@@ -403,6 +417,21 @@ def save_adapter(language_model: nn.Module, folder: Path, *, std: float = 0.1, t
             nn.init.normal_(parameter, std=std) if std else nn.init.zeros_(parameter)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def test_adapter_is_fetched_as_the_backbone_is(gircse, make_plain, tmp_path, monkeypatch):
+    peft, asked = pytest.importorskip("peft"), []
+    plain, folder = make_plain()
+    adapter = save_adapter(plain, tmp_path / "adapter")
+
+    def watched(original: Callable) -> Callable:
+        return lambda *args, **kwargs: (asked.append(kwargs), original(*args, **kwargs))[1]
+
+    monkeypatch.setattr(peft.PeftConfig, "from_pretrained", watched(peft.PeftConfig.from_pretrained))
+    monkeypatch.setattr(peft.PeftModel, "load_adapter", watched(peft.PeftModel.load_adapter))
+    where = {"token": "hf_secret", "cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    gircse.GircseModel.from_causal_lm(folder, adapter=adapter, revision="main", **where)
+    assert asked == [where, where]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -456,6 +456,23 @@ def test_bad_config(gircse, settings, message):
 
 
 @pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"step_token": "hidden"}, "step_token='hidden' is unknown"),
+        ({"attention": "bidirectional"}, "needs step_token='none'"),
+        ({"num_steps": "20"}, "num_steps='20'"),
+        ({"logit_temperature": 0}, "logit_temperature=0"),
+    ],
+)
+def test_bad_override_at_loading(gircse, tmp_path, settings, message):
+    gircse.GircseConfig(num_steps=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        gircse.GircseConfig.from_pretrained(tmp_path, **settings)
+    changed, unused = gircse.GircseConfig.from_pretrained(tmp_path, num_steps=7, x=1, return_unused_kwargs=True)
+    assert changed.num_steps == 7 and unused == {"x": 1}
+
+
+@pytest.mark.parametrize(
     "model_type, settings, reason",
     [
         ("mamba", {"hidden_size": 16, "num_hidden_layers": 1}, "another state"),

@@ -248,6 +248,30 @@ def test_save_load_save_load_in_fresh_process(tmp_path, chat_template):
     assert saved_state(tmp_path / "a") == saved_state(tmp_path / "b")
 
 
+class GPT2Tokenizer(PreTrainedTokenizerFast):
+    """A tokenizer of another make than the class of its name, as Hub repos have them: transformers 5 would make that
+    anew from the vocabulary."""
+
+
+def test_the_tokenizer_that_was_saved_is_loaded(tmp_path):
+    backend = make_tokenizer().backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Split("a", "isolated")  # which keeps "cat" apart
+    processor = GircseProcessor(GPT2Tokenizer(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>"))
+    assert processor("cat dog")["input_ids"].tolist() == [ids(*"cat", " d", *"og")]
+    processor.save_pretrained(tmp_path)
+    saved_state(tmp_path)
+    for loaded in (GircseProcessor.from_pretrained(tmp_path).tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert loaded("cat dog", add_special_tokens=False)["input_ids"] == ids(*"cat", " d", *"og")
+
+
+def test_padding_is_the_tokenizers(processor):
+    assert (processor.pad_token_id, processor.padding_side) == (0, "right")
+    processor.padding_side = "left"
+    assert processor.tokenizer.padding_side == "left"
+    assert processor(["cat", "cat."])["input_ids"].tolist() == [[0, *ids("cat")], ids("cat", ".")]
+    assert GircseProcessor(make_tokenizer(pad_token=None)).pad_token_id == IDS["</s>"]
+
+
 def test_load_with_overrides(tmp_path):
     GircseProcessor(make_tokenizer(), **SETTINGS).save_pretrained(tmp_path)
     overrides = {"suffix": "!.", "max_length": 5, "padding_side": "left"}

@@ -247,7 +247,23 @@ def test_more_steps_leave_less_room_for_the_text(model):
     text, positions = "how do I renew the card? " * 50, model[0].model.config.text_config.max_position_embeddings
     with Inputs(model) as inputs:
         model.encode(text, k=positions - 10)
-    assert [len(ids) for ids in inputs.ids] == [10]
+        model.max_seq_length = positions
+        model.encode(text)
+    assert [len(ids) for ids in inputs.ids] == [10, positions - model[0].model.config.num_steps]
+    with pytest.raises(ValueError, match="k = .* exceeds"):
+        model.encode(text, k=positions)
+
+
+@pytest.mark.skipif(PROCESSOR_ARGUMENT == "tokenizer_kwargs", reason="the library has them since 5.4")
+def test_processing_kwargs_of_one_call(model):
+    text = "how do I renew the card? " * 50
+    with Inputs(model) as inputs:
+        model.encode(text, processing_kwargs={"text": {"max_length": 9, "truncation": True}})
+        model.encode(text)
+    assert [len(ids) for ids in inputs.ids] == [9, 64]
+    for wrong in ({"text": {"padding": "max_length"}}, {"image": {}}):
+        with pytest.raises(ValueError, match="may only be {'text': {'max_length': N}}"):
+            model.encode(text, processing_kwargs=wrong)
 
 
 def test_arguments_of_the_library_may_be_given_twice(folder):

@@ -73,6 +73,8 @@ def test_pipeline_with_the_processor_takes_instructions(processor):
     expected = embed.model.generate_embedding(**processor([*TEXTS, ""], instruction=instruction))
     found = torch.tensor(embed([*TEXTS, ""], tokenize_kwargs={"instruction": instruction}))[:, 0]
     assert F.cosine_similarity(found, expected).min() > 0.9999
+    batches = embed(TEXTS, batch_size=2, tokenize_kwargs={"instruction": instruction})
+    assert F.cosine_similarity(torch.tensor(batches)[:, 0], expected[:3]).min() > 0.9999
     bare = torch.tensor(embed(TEXTS))[:, 0]
     assert F.cosine_similarity(bare, expected[:3]).max() < 0.9999
 
