@@ -40,7 +40,12 @@ FEATURES = datasets.Features(
 
 
 def load_pairs(
-    source: str, *, split: str | None = None, symmetric_sources: Collection[str] = (), limit: int | None = None
+    source: str,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    symmetric_sources: Collection[str] = (),
+    limit: int | None = None,
 ) -> datasets.Dataset:
     """Reads pairs in either of two layouts, checks every row, and returns them with the columns of FEATURES.
 
@@ -52,6 +57,7 @@ def load_pairs(
 
     Args:
         source: file (.jsonl, .json with an object a line, either gzipped, .parquet), folder, glob pattern or Hub id.
+        config: the configuration of a Hub data set that has several; local files have none.
         split: the split of a Hub data set, by default `train`, or where there is none all that aren't to test on, as
             in data sets with a split a source; local files have none.
         limit: read only the first rows (a Hub data set is then streamed), of several splits in proportion to their
@@ -59,15 +65,18 @@ def load_pairs(
 
     Raises:
         FileNotFoundError: nothing is found under `source`.
-        ValueError: a wrong row, named as "{file}:{line}: ...", or a wrong argument. A name in `symmetric_sources` that
-            no row has is wrong too, unless `limit` cuts rows off.
+        ValueError: a wrong row, named as "{file}:{line}: ...", or a wrong or missing argument. A name in
+            `symmetric_sources` that no row has is wrong too, unless `limit` cuts rows off.
     """
     if limit is not None:
         _check_count("limit", limit, minimum=1)
     files = _find_files(source)
+    for name, value in (("config", config), ("split", split)):
+        if files and value is not None:
+            raise ValueError(f"{name}={value!r} is for data sets on the Hub, and {source!r} is local: leave it out")
     arguments = {
         "name": source,
-        "rows": files or _load_hub(source, split, limit),
+        "rows": files or _load_hub(source, config, split, limit),
         "symmetric_sources": tuple(sorted(symmetric_sources)),
         "limit": limit,
         "versions": tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (__file__, *files)),
@@ -101,29 +110,34 @@ def _find_files(source: str) -> tuple[str, ...]:
     return tuple(files)
 
 
-def _load_hub(name: str, split: str | None, limit: int | None) -> dict[str, datasets.Dataset]:
+def _load_hub(name: str, config: str | None, split: str | None, limit: int | None) -> dict[str, datasets.Dataset]:
     """The rows by split; under "" if one split is all that is asked for."""
     try:
+        config = config or datasets.get_dataset_default_config_name(name)
+        if config is None:
+            several = ", ".join(datasets.get_dataset_config_names(name))
+            raise ValueError(f"{name!r} has several configurations: choose one by config (--data_config), of {several}")
         if split is not None:
-            return {"": _load_split(name, split, limit)}
-        splits = datasets.get_dataset_config_info(name).splits
+            return {"": _load_split(name, config, split, limit)}
+        splits = datasets.get_dataset_config_info(name, config).splits
         if "train" in splits:
-            return {"": _load_split(name, "train", limit)}
+            return {"": _load_split(name, config, "train", limit)}
         # Sizes are unknown where the data set's card has none.
         sizes = {s: getattr(info, "num_examples", 0) or 1 for s, info in splits.items() if s not in HELD_BACK}
         if not sizes:
             raise ValueError(f"{name!r} has no split to train on, only {', '.join(splits)}; choose another data set")
         shares = {s: limit and math.ceil(limit * size / sum(sizes.values())) for s, size in sizes.items()}
-        return {s: _load_split(name, s, share) for s, share in shares.items()}
+        return {s: _load_split(name, config, s, share) for s, share in shares.items()}
     except (FileNotFoundError, ConnectionError) as error:
         place = f"no local file or folder (working directory: {Path.cwd()})"
         raise FileNotFoundError(f"{name!r} is {place}, and not to be had from the Hub: {error}") from error
 
 
-def _load_split(name: str, split: str, limit: int | None) -> datasets.Dataset:
+def _load_split(name: str, config: str | None, split: str, limit: int | None) -> datasets.Dataset:
     if limit is None:
-        return datasets.load_dataset(name, split=split)
-    return datasets.Dataset.from_list(list(datasets.load_dataset(name, split=split, streaming=True).take(limit)))
+        return datasets.load_dataset(name, config, split=split)
+    rows = datasets.load_dataset(name, config, split=split, streaming=True)
+    return datasets.Dataset.from_list(list(rows.take(limit)))
 
 
 def _generate(
@@ -358,6 +372,7 @@ class PairCollator:
                 documents only if the row is symmetric.
             document_ids (M,): hashes of the texts.
             positive_ids (B, P): hashes of all positives of the row, drawn or not; padded with -1.
+            query_ids (B,): hashes of (instruction, query).
             query_labels (B,), document_labels (M,): hashes of (source, label), -1 without one. A positive has its
                 query's label, a hard negative -1.
         """
@@ -372,6 +387,7 @@ class PairCollator:
             "document": self._encode(documents, sides + [side for _, side in negatives]),
             "document_ids": torch.tensor([_text_id(text) for text in documents]),
             "positive_ids": torch.nn.utils.rnn.pad_sequence(positive_ids, batch_first=True, padding_value=-1),
+            "query_ids": torch.tensor([_text_id(row["instruction"], row["query"]) for row in rows]),
             "query_labels": torch.tensor(labels),
             "document_labels": torch.tensor(labels + [-1] * len(negatives)),
         }

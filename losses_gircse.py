@@ -35,22 +35,27 @@ def candidate_mask(
     positive_ids: Tensor,
     document_labels: Tensor | None = None,
     query_labels: Tensor | None = None,
+    query_ids: Tensor | None = None,
 ) -> Tensor:
     """Which documents are candidates for which query. Document i is the positive of query i and always is one; any
-    other document is left out as a false negative when its text is one of the query's positives or when it has the
-    query's label.
+    other document is left out as a false negative when its text is one of the query's positives, in this row or in
+    another one of the same query, or when it has the query's label.
 
     Args:
         document_ids: (M,) int64, the same number for the same text; M >= B.
         positive_ids: (B, P) int64, the texts that are right for each query, padded with -1.
         document_labels: (M,) int64, -1 for none.
         query_labels: (B,) int64, -1 for none.
+        query_ids: (B,) int64, the same number for the same query; without them each row is a query of its own.
 
     Returns:
         (B, M) bool, True for candidates.
     """
     same_text = (document_ids[None, :, None] == positive_ids[:, None, :]).any(-1)  # (B, M)
     false_negative = same_text & (document_ids >= 0)
+    if query_ids is not None:
+        same_query = query_ids[:, None] == query_ids  # (B, B)
+        false_negative = (same_query.float() @ false_negative.float()) > 0
     if document_labels is not None and query_labels is not None:
         false_negative |= (document_labels[None] == query_labels[:, None]) & (query_labels[:, None] >= 0)
     own = torch.eye(*false_negative.shape, dtype=torch.bool, device=false_negative.device)

@@ -113,6 +113,7 @@ class DataArguments:
     """The pairs; see `data_gircse.load_pairs` for the layouts."""
 
     train_data: str = field(default=str(ROOT / "sample_pairs.jsonl"), metadata={"help": "file, folder, glob or Hub id"})
+    data_config: str | None = field(default=None, metadata={"help": "of a Hub data set that has several"})
     limit: int | None = field(default=None, metadata={"help": "read only the first rows"})
     held_out: int = field(default=256, metadata={"help": "pairs kept from training to measure accuracy on"})
     symmetric_sources: list[str] = field(
@@ -424,8 +425,8 @@ class GircseTrainer(Trainer):
         )
         queries, documents = self._gather(queries, 0.0), torch.cat([positives, negatives])
         positive_ids = self._gather(inputs["positive_ids"], -1)
-        query_labels = self._gather(inputs["query_labels"], -1)
-        candidates = candidate_mask(document_ids, positive_ids, document_labels, query_labels)
+        query_labels, query_ids = (self._gather(inputs[name], -1) for name in ("query_labels", "query_ids"))
+        candidates = candidate_mask(document_ids, positive_ids, document_labels, query_labels, query_ids)
         candidates = candidates & (document_ids >= 0)  # padding of processes with fewer negatives
         with torch.autocast(queries.device.type, enabled=False):
             loss = icr_loss(
@@ -497,7 +498,7 @@ class GircseTrainer(Trainer):
         """Retrieval accuracy on the held-out pairs at each of ACCURACY_STEPS, from one pass."""
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
         batch_size = self.args.per_device_eval_batch_size
-        with self.accelerator.autocast():  # as in training, also before Trainer has prepared the model
+        with self._on_device(), self.accelerator.autocast():  # as in training, also before Trainer prepares the model
             accuracy = retrieval_accuracy(self.model, pairs, self.data_collator, batch_size)
         for k, value in accuracy.items():
             before = self.scores.get(k, (math.nan,))[0] if self.state.global_step else value
@@ -507,6 +508,18 @@ class GircseTrainer(Trainer):
             self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """With FSDP and DeepSpeed, Trainer leaves the model on the CPU until training shards it."""
+        moves = not self.state.max_steps and self.model.device.type != self.args.device.type
+        if moves:
+            self.model.to(self.args.device)
+        try:
+            yield
+        finally:
+            if moves:
+                self.model.to("cpu")
 
     # Publishing
 
@@ -571,7 +584,7 @@ class GircseTrainer(Trainer):
         """A copy of the model, as training may go on, on the first process. Sharded weights come from all of them."""
         model, base = self.accelerator.unwrap_model(self.model), self._base_model()
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return copy.deepcopy(model) if self.is_world_process_zero() else None
+            return _copy_on_cpu(model) if self.is_world_process_zero() else None
         weights = self.accelerator.get_state_dict(self.model_wrapped)
         if not self.is_world_process_zero():
             return None
@@ -589,6 +602,14 @@ class GircseTrainer(Trainer):
         text = model_card(folder, self.args, self.base_models, self.train_data, self.scores, repo_id, commit)
         (folder / "README.md").write_text(text, encoding="utf-8")
         return folder / "README.md"
+
+
+def _copy_on_cpu(model: nn.Module) -> nn.Module:
+    """A copy, for which there may be no room beside model and optimizer on the accelerator."""
+    copies: dict[int, Tensor] = {id(x): x.detach().to("cpu", copy=True) for x in model.buffers()}
+    for weight in model.parameters():
+        copies[id(weight)] = nn.Parameter(weight.detach().to("cpu", copy=True), weight.requires_grad)
+    return copy.deepcopy(model, copies)
 
 
 def _with_value(carrier: Tensor, value: Tensor) -> Tensor:
@@ -633,9 +654,8 @@ def retrieval_accuracy(model: Any, pairs: Any, collator: PairCollator, batch_siz
         ]
         sides.append(torch.cat(embeddings)[torch.cat(parts).argsort()].cpu())
     model.train(was_training)
-    candidates = candidate_mask(
-        batch["document_ids"], batch["positive_ids"], batch["document_labels"], batch["query_labels"]
-    )
+    ids = ("document_ids", "positive_ids", "document_labels", "query_labels", "query_ids")
+    candidates = candidate_mask(*(batch[name] for name in ids))
     accuracy = {}
     for k in steps:
         queries, documents = (side[:, k - 1] for side in sides)
@@ -717,7 +737,10 @@ def export(
         model = save_adapter(model, folder, getattr(torch, dtype), adapter_of)
     else:
         shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of an earlier run
-        model = (model.merge_and_unload() if tuned else model).to(getattr(torch, dtype))
+        saved = getattr(torch, dtype)
+        if tuned:  # in the wider of both, as bfloat16 would round much of what was learned away
+            model = model.to(torch.promote_types(model.dtype, saved)).merge_and_unload()
+        model = model.to(saved)
         model.save_pretrained(folder)
     processor.save_pretrained(folder)
     for name in CODE_FILES:
@@ -981,8 +1004,13 @@ def check_settings(
         remedy = f"use --max_length {most}" if most > 0 else "use a smaller k"
         positions = config.text_config.max_position_embeddings
         raise ValueError(f"max_length={longest} exceeds the backbone's {positions} positions{steps}: {remedy}")
-    if Path(training.output_dir).resolve() == ROOT:
+    folder = Path(training.output_dir).resolve()
+    if folder == ROOT:
         raise ValueError(f"output_dir={training.output_dir!r} is this repo itself; choose another folder")
+    for name in ("model_name_or_path", "adapter"):
+        given = getattr(arguments, name)
+        if given and Path(given).resolve() in (folder, folder / ADAPTER_FOLDER):
+            raise ValueError(f"output_dir={training.output_dir!r} would overwrite {name}={given!r}; choose another")
 
 
 def check_output(training: GircseTrainingArguments) -> str | None:
@@ -1034,7 +1062,9 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
 
     model, processor = load_model(arguments)
     check_settings(model, processor, arguments, data, training)
-    pairs = load_pairs(data.train_data, symmetric_sources=data.symmetric_sources, limit=data.limit)
+    pairs = load_pairs(
+        data.train_data, config=data.data_config, symmetric_sources=data.symmetric_sources, limit=data.limit
+    )
     pairs, held_out = split_held_out(pairs, data.held_out, training.seed)
     if arguments.tuning == "lora":
         model = add_lora(model, arguments)

@@ -101,15 +101,21 @@ def test_folder_and_pattern(tmp_path):
 def hub_info(*splits, sizes=None):
     """What datasets.get_dataset_config_info returns of a data set with these splits; `sizes` as its card has them."""
     infos = {s: datasets.SplitInfo(s, num_examples=n) for s, n in (sizes or {}).items()} or {s: {} for s in splits}
-    return lambda name: types.SimpleNamespace(splits=infos)
+    return lambda name, config: types.SimpleNamespace(splits=infos)
+
+
+@pytest.fixture(autouse=True)
+def one_configuration(monkeypatch):
+    """What datasets says of most data sets on the Hub."""
+    monkeypatch.setattr(datasets, "get_dataset_default_config_name", lambda name: "default")
 
 
 def test_hub_id(monkeypatch):
     asked = []
     hub = datasets.Dataset.from_list([{"anchor": f"a{i}", "positive": "p"} for i in range(5)])
 
-    def load_dataset(name, *, split, streaming=False):
-        asked.append((name, split, streaming))
+    def load_dataset(name, config, *, split, streaming=False):
+        asked.append((name, config, split, streaming))
         return hub.to_iterable_dataset() if streaming else hub
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -117,17 +123,47 @@ def test_hub_id(monkeypatch):
     pairs = load_pairs("someone/some-pairs", split="dev")
     assert pairs["query"][:] == ["a0", "a1", "a2", "a3", "a4"] and set(pairs["source"]) == {"someone/some-pairs"}
     assert load_pairs("someone/some-pairs", limit=2)["query"][:] == ["a0", "a1"]
-    assert asked == [("someone/some-pairs", "dev", False), ("someone/some-pairs", "train", True)]
+    whole, some = ("default", "dev", False), ("default", "train", True)
+    assert asked == [("someone/some-pairs", *whole), ("someone/some-pairs", *some)]
     hub = datasets.Dataset.from_list([{"anchor": "a", "positive": "p"}, {"anchor": "a", "positive": ""}])
     with pytest.raises(ValueError, match="someone/some-pairs: row 2: field 'positive' is empty"):
         load_pairs("someone/some-pairs")
+
+
+def test_hub_data_set_of_several_configurations(monkeypatch, tmp_path):
+    """By datasets' own reader; a folder stands in for the Hub."""
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: pair\n  data_files: pair.jsonl\n- config_name: triplet\n"
+        "  data_files: triplet.jsonl\n---\n"
+    )
+    write(tmp_path / "pair.jsonl", [{"anchor": "a pair", "positive": "p"}])
+    write(tmp_path / "triplet.jsonl", [{"anchor": "a triplet", "positive": "p", "negative": "n"}] * 2)
+    monkeypatch.undo()
+    for name in ("get_dataset_default_config_name", "get_dataset_config_names", "get_dataset_config_info"):
+        original = getattr(datasets, name)
+        monkeypatch.setattr(datasets, name, lambda _, *args, original=original: original(str(tmp_path), *args))
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, *args, **kwargs: load(str(tmp_path), *args, **kwargs))
+    for limit in (None, 1):
+        pairs = load_pairs("someone/all-pairs", config="triplet", limit=limit)
+        assert pairs["query"][:] == ["a triplet"] * (limit or 2) and pairs["neg"][0] == ["n"]
+    with pytest.raises(ValueError, match=r"configurations: choose one by config \(--data_config\), of pair, tri"):
+        load_pairs("someone/all-pairs")
+    with pytest.raises(ValueError, match="nowhere"):
+        load_pairs("someone/all-pairs", config="nowhere")
+
+
+@pytest.mark.parametrize("argument", ["config", "split"])
+def test_local_files_have_no_configurations_or_splits(tmp_path, argument):
+    with pytest.raises(ValueError, match=f"{argument}='train' is for data sets on the Hub, and .* is local"):
+        load_pairs(write(tmp_path / "x.jsonl", [PAIR]), **{argument: "train"})
 
 
 def test_hub_rows_of_flag_embedding(monkeypatch):
     """`prompt` and `type`, no `source`: tasks are told apart by their prompt, and `type` says which are symmetric."""
     kinds = ("normal", "symmetric_class", "symmetric_clustering", "symmetric_sts")
     rows = [{"query": f"q {kind}", "pos": ["p"], "neg": ["n"], "prompt": f"Do {kind}.", "type": kind} for kind in kinds]
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, *, split: datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, *, split: datasets.Dataset.from_list(rows))
     monkeypatch.setattr(datasets, "get_dataset_config_info", hub_info("train"))
     pairs = load_pairs("someone/flag-pairs")
     assert pairs["source"][:] == [f"Do {kind}." for kind in kinds] == pairs["instruction"][:]
@@ -143,7 +179,7 @@ def test_hub_data_set_with_a_split_a_source(monkeypatch, limit, sizes, read):
     rows = {"title": 6, "abstract": 2, "test": 90}
     rows = {s: [{"query": f"{s} {i}", "pos": ["p"], "prompt": "Find."} for i in range(n)] for s, n in rows.items()}
 
-    def load_dataset(name, *, split, streaming=False):
+    def load_dataset(name, config, *, split, streaming=False):
         hub = datasets.Dataset.from_list(rows[split])
         return hub.to_iterable_dataset() if streaming else hub
 
@@ -164,10 +200,10 @@ def test_hub_data_set_with_nothing_to_train_on_is_refused(monkeypatch):
 
 
 def test_unknown_hub_id_says_that_nothing_local_was_found(monkeypatch):
-    def not_found(name, **kwargs):
+    def not_found(name):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
 
-    monkeypatch.setattr(datasets, "get_dataset_config_info", not_found)
+    monkeypatch.setattr(datasets, "get_dataset_default_config_name", not_found)
     with pytest.raises(FileNotFoundError, match=r"'data/trian' is no local file or folder .*doesn't exist on the Hub"):
         load_pairs("data/trian")
 
@@ -176,7 +212,7 @@ def test_unknown_hub_id_says_that_nothing_local_was_found(monkeypatch):
 def test_missing_path_is_not_looked_up_on_the_hub(source, tmp_path, monkeypatch):
     write(tmp_path / "x.jsonl", [PAIR])
     monkeypatch.chdir(tmp_path)
-    for name in ("load_dataset", "get_dataset_config_info"):
+    for name in ("load_dataset", "get_dataset_config_info", "get_dataset_default_config_name"):
         monkeypatch.setattr(datasets, name, lambda *args, **kwargs: pytest.fail("asked the Hub"))
     with pytest.raises(FileNotFoundError) as error:
         load_pairs(source)
@@ -513,12 +549,19 @@ def test_collator_ids_tell_equal_texts():
     assert batch["positive_ids"].shape == (4, 3)
     assert batch["positive_ids"][0, :2].tolist() == [x, y] and batch["positive_ids"][0, 2] not in (-1, x, y)
     assert batch["positive_ids"][1:].tolist() == [[y, -1, -1], [v, -1, -1], [u, -1, -1]]
+    assert len(batch["query_ids"].unique()) == 4 and batch["query_ids"].min() >= 0
     labels = batch["query_labels"].tolist()
     assert labels[0] == labels[1] >= 0 and labels[2] not in (-1, labels[0]) and labels[3] == -1
     assert batch["document_labels"].tolist() == labels + [-1, -1, -1]
-    names = ("document_ids", "positive_ids", "query_labels", "document_labels")
+    names = ("document_ids", "positive_ids", "query_ids", "query_labels", "document_labels")
     assert all(batch[name].dtype == torch.int64 for name in names)
     assert (batch["document_ids"] >= 0).all()
+
+
+def test_a_query_is_the_same_under_the_same_instruction():
+    rows = [training_row("q", str(i), instruction=instruction) for i, instruction in enumerate(("a", "a", "b", ""))]
+    ids = PairCollator(FakeProcessor())(rows)["query_ids"].tolist()
+    assert ids[0] == ids[1] and len(set(ids)) == 3
 
 
 def test_ids_are_the_same_in_every_process():

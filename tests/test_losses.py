@@ -77,6 +77,16 @@ def test_two_queries_with_the_same_positive_do_not_repel_each_other():
     assert mask.tolist() == [[True, False], [False, True]]
 
 
+def test_a_positive_in_one_row_is_no_negative_in_another_row_of_the_same_query():
+    # Rows 0 and 2 are one query with two answers; the last document is a hard negative with the text of the second.
+    documents, positives, queries = torch.tensor([10, 11, 12, 12]), torch.tensor([[10], [11], [12]]), [5, 6, 5]
+    assert candidate_mask(documents, positives, query_ids=torch.tensor(queries)).tolist() == [
+        [True, True, False, False],
+        [True, True, True, True],
+        [False, True, True, False],
+    ]
+
+
 def test_padding_ids_match_nothing():
     assert candidate_mask(torch.tensor([10, -1]), torch.tensor([[10, -1]])).tolist() == [[True, True]]
 

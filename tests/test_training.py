@@ -37,6 +37,7 @@ from train_gircse import (
     GircseTrainingArguments,
     ModelArguments,
     RandomState,
+    _copy_on_cpu,
     add_lora,
     check_settings,
     export,
@@ -772,6 +773,42 @@ def test_a_length_that_leaves_no_room_for_the_steps_is_refused(processor, tmp_pa
     check("--max_length", str(longest))
 
 
+@pytest.mark.parametrize("argument, output", [("model_name_or_path", "m"), ("adapter", "m"), ("adapter", "")])
+def test_output_in_the_place_of_what_training_starts_from_is_refused(processor, tmp_path, argument, output):
+    start = tmp_path / "m" if argument != "adapter" or output else tmp_path / "adapter"
+    start.mkdir()
+    parser = HfArgumentParser((ModelArguments, DataArguments, GircseTrainingArguments))
+    argv = f"--{argument} {start} --output_dir {tmp_path / output} --use_cpu True --report_to none".split()
+    with pytest.raises(ValueError, match=f"output_dir=.* would overwrite {argument}="):
+        check_settings(tiny_model(), processor, *parser.parse_args_into_dataclasses(argv + ["--max_length", "64"]))
+
+
+def test_lora_is_merged_in_the_dtype_that_is_saved(processor, tmp_path):
+    """In bfloat16, as it is trained, this much would be rounded away."""
+    model = add_lora(tiny_model(dtype=torch.bfloat16), ModelArguments(lora_r=2))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=1e-4)
+    layer = model.get_base_model().language_model.model.layers[0].self_attn.q_proj
+    start, change = layer.weight.detach().float(), layer.get_delta_weight("default").detach().float()
+    merged = export(model, processor, tmp_path)
+    learned = merged.language_model.model.layers[0].self_attn.q_proj.weight - start
+    torch.testing.assert_close(learned, change, rtol=0.05, atol=float(change.abs().max()) / 50)
+
+
+def test_copy_for_export_is_apart_from_the_model():
+    model = tiny_model(text_changes={"tie_word_embeddings": True})
+    copied = _copy_on_cpu(model)
+    assert copied.get_output_embeddings().weight is copied.get_input_embeddings().weight
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in copied.state_dict().items())
+    kept, changed = (dict(m.named_buffers()) for m in (copied, model))
+    assert kept.keys() == changed.keys() and not any(torch.equal(kept[name], changed[name]) for name in kept)
+
+
 def test_untrained_adapter_is_not_exported(processor, tmp_path):
     model = add_lora(tiny_model(), ModelArguments(lora_r=2))
     with pytest.raises(ValueError, match="lora_B"):
@@ -939,6 +976,18 @@ def test_accuracy_of_other_step_tokens():
     assert retrieval_accuracy(none, accuracy_rows(), collator, batch_size=2) == pytest.approx({1: 4 / 5})
     assert retrieval_accuracy(learned, accuracy_rows(), collator, batch_size=2) == pytest.approx({1: 4 / 5, 3: 1.0})
     assert none.asked == {None} and learned.asked == {3}
+
+
+def test_accuracy_before_training_is_measured_on_the_accelerator(processor, tmp_path, monkeypatch):
+    """Also where Trainer leaves the model on the CPU until it shards it."""
+    trainer, moves = make_trainer(tiny_model(), processor, tmp_path, make_rows(4), held_out=make_rows(6)), []
+    monkeypatch.setattr(GircseTrainingArguments, "device", property(lambda self: torch.device("cuda", 0)))
+    monkeypatch.setattr(trainer.model, "to", lambda device: moves.append(str(device)))
+    trainer.evaluate()
+    assert moves == ["cuda:0", "cpu"]
+    trainer.state.max_steps = 1  # as in training, when the model is where it should be
+    trainer.evaluate()
+    assert len(moves) == 2
 
 
 def test_evaluate_reports_each_k(processor, tmp_path):
