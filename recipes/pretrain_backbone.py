@@ -38,6 +38,9 @@ from transformers.trainer_utils import get_last_checkpoint
 import bag_of_tokens
 from distil import TeacherTexts
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_gircse import load_pairs
+
 END_OF_TEXT = "<|endoftext|>"
 HOLD_OUT_EVERY = 200
 # As Qwen2Tokenizer cuts text, which AutoTokenizer takes for a Qwen2 config: words, single digits, signs, white space.
@@ -59,12 +62,11 @@ def documents(patterns: list[str]) -> Iterator[str]:
         if not paths:
             raise ValueError(f"--text {pattern!r} matches no file; correct it or leave it out")
     for path in sorted({path for paths in found.values() for path in paths}):
+        if path.removesuffix(".gz").endswith(".jsonl"):
+            yield from dict.fromkeys(t for row in load_pairs(path) for t in (row["query"], *row["pos"], *row["neg"]))
+            continue
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
-            if path.removesuffix(".gz").endswith(".jsonl"):
-                rows = map(json.loads, lines)
-                yield from dict.fromkeys(t for row in rows for t in (row["query"], *row["pos"], *row["neg"]))
-            else:
-                yield from (line.strip() for line in lines if line.strip())
+            yield from (line.strip() for line in lines if line.strip())
 
 
 def train_tokenizer(patterns: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
