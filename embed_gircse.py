@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import glob
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ import pyarrow.parquet
 import ray
 import torch
 from filelock import FileLock
+from huggingface_hub import try_to_load_from_cache
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -98,11 +100,13 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     """
     files = find_files(options.input)
     names = ("text_column", "id_column", "k", "instruction", "dtype", "rows_per_shard")
-    settings = {name: getattr(options, name) for name in names} | identify_model(options)
-    settings |= {f"input {file}": stamp(file) for file in files}
     path = options.output / PLAN
-    if path.exists():
-        plan = json.loads(path.read_text(encoding="utf-8"))
+    plan = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    settings = {name: getattr(options, name) for name in names}
+    settings |= identify_model(options, plan["settings"] if plan else {})
+    with ThreadPoolExecutor() as pool:
+        settings |= {f"input {file}": found for file, found in zip(files, pool.map(digest, files), strict=True)}
+    if plan:
         names = sorted(settings.keys() | plan["settings"].keys())
         pairs = [(name, plan["settings"].get(name), settings.get(name)) for name in names]
         changed = [f"{name} was {old!r:.80}, is {new!r:.80}" for name, old, new in pairs if old != new]
@@ -151,26 +155,37 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return sorted(files)
 
 
-def identify_model(options: argparse.Namespace) -> dict[str, Any]:
-    """Which model it is: a folder's path and the size and time of its files, or an id and the commit it stands for."""
+def identify_model(options: argparse.Namespace, begun: dict[str, Any]) -> dict[str, Any]:
+    """Which model it is: a folder's path and the digests of its files, or an id and the commit it stands for, which is
+    that of the settings `begun` with as long as nobody asks for another."""
     folder = Path(options.model).expanduser()
     model = str(folder.resolve()) if folder.is_dir() else options.model
     if model != str(ROOT) and not options.trust_remote_code:
         raise ValueError(f"model={model!r} brings code of its own: read it, then add --trust_remote_code")
-    config = PretrainedConfig.get_config_dict(model, revision=options.revision)[0]
+    revision = options.revision or (begun.get("revision") if begun.get("model") == model else None)
+    config = PretrainedConfig.get_config_dict(model, revision=revision)[0]
     if config.get("model_type") != "gircse":
         raise ValueError(
             f"model={model!r} is no GIRCSE model but of type {config.get('model_type')!r}; train one first"
         )
     folders = {Path(model), Path(model, config.get("adapter") or "")}  # an adapter may take the weights' place
     files = [f for path in folders for f in path.glob("*") if f.suffix in (".json", ".safetensors", ".bin")]
-    stamps = {f"model file {file.relative_to(model).as_posix()}": stamp(file) for file in files}
-    return {"model": model, "revision": config.get("_commit_hash")} | stamps
+    digests = {f"model file {file.relative_to(model).as_posix()}": digest(file) for file in files}
+    if folder.is_dir():
+        return {"model": model, "revision": None} | digests
+    cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    if not isinstance(cached, str):
+        raise ValueError(f"model={model!r}: its commit can't be told, as its files are not in the cache of the Hub")
+    return {"model": model, "revision": Path(cached).parent.name}
 
 
-def stamp(file: Path) -> list[int]:
-    """What changes when the file does."""
-    return [file.stat().st_size, file.stat().st_mtime_ns]
+def digest(file: Path) -> str:
+    """What changes with the content of a file, on whichever machine it lies."""
+    found = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as content:
+        while part := content.read(2**20):
+            found.update(part)
+    return found.hexdigest()
 
 
 def measure(file: Path, text_column: str, id_column: str | None) -> tuple[int, str | None]:
@@ -410,14 +425,14 @@ def size_pool(num_actors: int | None, num_gpus: float | None) -> tuple[int, floa
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = [(int(node.get("CPU", 0)), node.get("GPU", 0)) for node in nodes]
     gpus = float(any(gpu for _, gpu in nodes)) if num_gpus is None else num_gpus
-    count = num_actors or (int(min((gpu for _, gpu in nodes if gpu), default=0) // gpus) if gpus else 1)
-    rooms = [cpu for cpu, gpu in nodes if cpu >= count and gpu >= gpus * count]
-    if not rooms or count == 0:
+    rooms = [(min(cpu, int(gpu // gpus)) if gpus else cpu, cpu) for cpu, gpu in nodes]
+    used = [(num_actors or (room if gpus else 1), cpu) for room, cpu in rooms if room >= (num_actors or 1)]
+    if not used:
         raise ValueError(
             f"no node has room for num_actors={num_actors} of num_gpus={gpus:g} and a CPU core each (CPUs and GPUs of "
             f"the nodes: {nodes}); ask for fewer"
         )
-    return count * len(rooms), gpus, 1 if gpus else min(rooms) // count
+    return sum(count for count, _ in used), gpus, 1 if gpus else min(cpu // count for count, cpu in used)
 
 
 # The run -------------------------------------------------------------------------------------------------------------

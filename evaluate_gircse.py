@@ -49,7 +49,7 @@ from transformers.utils import cached_file
 
 from report_gircse import CODE_OF_ITS_OWN, markdown, write_report
 from tasks_gircse import local_tasks
-from train_gircse import ROOT, ModelArguments, load_model, sentence_transformers_settings
+from train_gircse import ROOT, ModelArguments, commit_of, load_model, sentence_transformers_settings
 
 BENCHMARKS = {"mteb": "MTEB(eng, v2)", "nanobeir": "NanoBEIR", "followir": "FollowIR"}
 STEPS = (1, 3, 5, 10, 15, 20)
@@ -174,9 +174,8 @@ def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
         "loader_kwargs": CODE_OF_ITS_OWN,
         "framework": ["Sentence Transformers", "PyTorch", "Transformers", "safetensors"],
     }
-    revision = getattr(config, "_commit_hash", None)
     shown = None if steps == [None] else config.num_steps if config.num_steps in steps else steps[-1]
-    return Subject(model_meta(args, revision, facts), {}, steps, embed, prompts, template, shown)
+    return Subject(model_meta(args, facts), {}, steps, embed, prompts, template, shown)
 
 
 def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subject:
@@ -212,8 +211,7 @@ def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subj
     facts = {name: value for name in type(known).model_fields if (value := getattr(known, name)) is not None}
     facts["use_instructions"] = bool(args.prompt_template or any(prompts.values()))
     facts["loader_kwargs"] = known.loader_kwargs | loader_kwargs
-    meta = model_meta(args, model.model_card_data.base_model_revision, facts)
-    return Subject(meta, settings, [None], embed, prompts, args.prompt_template, None)
+    return Subject(model_meta(args, facts), settings, [None], embed, prompts, args.prompt_template, None)
 
 
 def registry_prompts(name: str) -> dict[str, str]:
@@ -233,7 +231,7 @@ def repo_prompts(template: str) -> dict[str, str]:
     return sentence_transformers_settings(writer)["prompts"]
 
 
-def model_meta(args: argparse.Namespace, revision: str | None, facts: dict[str, Any]) -> ModelMeta:
+def model_meta(args: argparse.Namespace, facts: dict[str, Any]) -> ModelMeta:
     """mteb's `ModelMeta` of a model, from what was seen of it and what its card says; what neither says is None.
 
     A folder is filed as `local/FOLDER` under the hash of its weights and settings, unless `--model_name` names it.
@@ -245,7 +243,7 @@ def model_meta(args: argparse.Namespace, revision: str | None, facts: dict[str, 
     languages = card.get("language") or []
     named = {
         "name": name,
-        "revision": content_hash(Path(args.model)) if local else revision,
+        "revision": content_hash(Path(args.model)) if local else commit_of(args.model),
         "languages": ["eng-Latn"] if "en" in ([languages] if isinstance(languages, str) else languages) else None,
         "license": card.get("license"),
         "open_weights": True,
@@ -281,8 +279,11 @@ def content_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(str(path.relative_to(folder)).encode())
+        content = hashlib.sha256()
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            while part := file.read(2**20):
+                content.update(part)
+        digest.update(content.digest())
     return digest.hexdigest()[:12]
 
 
@@ -371,7 +372,7 @@ def choose_tasks(names: Sequence[str], data: str | None) -> list[AbsTask]:
                 raise ValueError(f"task {name!r} is none of mteb's or of data={data!r}: {error.args[0]}") from error
         for task in found:
             for part in task.metadata.tasks if task.is_aggregate else [task]:
-                chosen[part.metadata.name] = part
+                chosen.setdefault(part.metadata.name, part)  # a benchmark's may be of fewer languages
     return list(chosen.values())
 
 
@@ -447,6 +448,8 @@ def collect(tasks: Sequence[AbsTask], subject: Subject, cache: mteb.ResultCache)
         if not all(is_done(cache, task, subject.meta_at(k)) for k in subject.steps):
             continue
         results = {k: cache.load_task_result(metadata.name, subject.meta_at(k)) for k in subject.steps}
+        # The cache may hold more languages and splits, of another selection.
+        results = {k: found.validate_and_filter_scores(task) for k, found in results.items()}
         getters = {metadata.main_score: lambda scores: scores["main_score"]}
         if extra := TABLE_9.get(metadata.name):
             getters[extra] = lambda scores, name=extra: scores["og"][name]

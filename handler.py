@@ -116,6 +116,15 @@ class EndpointHandler:
         if not isinstance(inside, dict):
             raise ValueError(f"parameters={inside!r:.80} must be an object, such as {{'k': 5}}")
         given = {name: value for name, value in data.items() if name not in ("inputs", "parameters")} | inside
+        # Clients send these by themselves: how the old Inference API should schedule; what is done anyway; a name.
+        given.pop("options", None)
+        for name, done in (("truncate", (True,)), ("truncation_direction", ("right", "Right"))):
+            if (value := given.pop(name, None)) not in (None, *done):
+                raise ValueError(
+                    f"{name}={value!r:.80}: a text that is too long is always cut at its end; leave it out"
+                )
+        if "dimensions" in given:
+            given.setdefault("truncate_dim", given.pop("dimensions"))
         unknown = sorted(given.keys() - PARAMETERS.keys())
         if unknown:
             raise ValueError(f"{', '.join(unknown):.80}: no such parameter; there are {', '.join(PARAMETERS)}")

@@ -31,6 +31,7 @@ import transformers
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     Cache,
     DynamicCache,
@@ -146,7 +147,7 @@ class GircsePreTrainedModel(PreTrainedModel):
         if PretrainedConfig.get_config_dict(base, **common)[0].get("model_type") == cls.config_class.model_type:
             language_model = cls.from_pretrained(base, **common, **kwargs).language_model
         else:
-            language_model = AutoModelForCausalLM.from_pretrained(base, **common, **kwargs)
+            language_model = _load_backbone(base, **common, **kwargs)
         language_model = _merge_adapter(language_model, folder)
         config.text_config, config.adapter = language_model.config, None  # as saved from now on, it has weights
         # Left open, transformers 4 would take the backbone's from it.
@@ -176,7 +177,8 @@ class GircseModel(GircsePreTrainedModel):
                 "attention='bidirectional'"
             )
         if config.step_token == "learned":
-            self.learned_tokens = nn.Embedding(config.num_steps, config.hidden_size, dtype=self.language_model.dtype)
+            like = {"dtype": self.language_model.dtype, "device": self.get_input_embeddings().weight.device}
+            self.learned_tokens = nn.Embedding(config.num_steps, config.hidden_size, **like)
             nn.init.normal_(self.learned_tokens.weight, std=getattr(config.text_config, "initializer_range", 0.02))
         self.post_init()
 
@@ -203,9 +205,10 @@ class GircseModel(GircsePreTrainedModel):
                 `cache_dir`, `local_files_only` and `force_download` hold for the adapter, too.
 
         Raises:
-            ValueError: if the backbone can't be supported, or the adapter doesn't match it or changes nothing.
+            ValueError: if the backbone can't be supported or lacks weights, or the adapter doesn't match it or changes
+                nothing.
         """
-        language_model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        language_model = _load_backbone(name_or_path, step_token in ("soft", "hard"), **kwargs)
         if Path(name_or_path).exists():  # a folder of this machine says nothing in a published config
             language_model.config.name_or_path = ""
         if adapter is not None:
@@ -441,7 +444,7 @@ class GircseModel(GircsePreTrainedModel):
             input_ids, mask = input_ids[:, -longest:], mask[:, -longest:]
         most = self.max_input_length(k)
         if most is not None and mask.shape[1] > most:
-            positions = self.config.text_config.max_position_embeddings
+            positions = _positions(self.config.text_config)
             raise ValueError(
                 f"N + k = {mask.shape[1]} + {positions - most} exceeds the backbone's {positions} positions: truncate "
                 f"the text to {most} tokens or use a smaller k"
@@ -451,7 +454,7 @@ class GircseModel(GircsePreTrainedModel):
     def max_input_length(self, k: int | None = None) -> int | None:
         """The most tokens of a text that leave room for k steps (`config.num_steps` by default) in the backbone's
         positions; None if it has no limit."""
-        positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        positions = _positions(self.config.text_config)
         if positions is None or self.config.step_token == "none":
             return positions
         return positions - (self.config.num_steps if k is None else k)
@@ -542,8 +545,21 @@ class GircseModel(GircsePreTrainedModel):
         if shared:
             _decode(decoder, inputs[:1, :shared], mask[:1, :shared], positions[:1, :shared], cache)
             cache.batch_repeat_interleave(len(mask))
-        state = _decode(decoder, inputs[:, shared:], mask[:, :length], positions[:, shared:length], cache)
+        seen = self._seen_by_prompt(mask[:, :length], shared)
+        state = _decode(decoder, inputs[:, shared:], seen, positions[:, shared:length], cache)
         return state, cache, inputs, mask, positions
+
+    def _seen_by_prompt(self, mask: Tensor, start: int = 0) -> Tensor:
+        """What the prompt's positions see, from `start` on. Where scores and mask overflow (float16), eager attention
+        makes NaN of padding that sees nothing, and then of all that multiply its values by 0."""
+        implementation = getattr(self.language_model.config, "_attn_implementation", None)
+        length = mask.shape[1]
+        if implementation != "eager" or mask.is_meta or mask.all() or self._exceeds_window(length):
+            return mask  # (B, N), from which the backbone makes what it needs
+        earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=mask.device)
+        seen = earlier & mask[:, None].bool() | itself
+        return _additive_mask(seen, self.language_model.dtype)[:, None, start:]  # (B, 1, N - start, N)
 
     def _seen_by_steps(self, mask: Tensor, k: int, cache: DynamicCache | None) -> Tensor | None:
         """What the generated positions see: the mask that step k's call takes the first N + k columns of. Made once,
@@ -713,6 +729,8 @@ class GircseModel(GircsePreTrainedModel):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         if self.config.attention == "bidirectional":
             mask = _additive_mask(mask, inputs.dtype)[:, None, None].expand(-1, 1, mask.shape[1], -1)  # (B, 1, N, N)
+        else:
+            mask = self._seen_by_prompt(mask)
         return _decoder(self.language_model)(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
@@ -752,7 +770,7 @@ class GircseModel(GircsePreTrainedModel):
             one_hot = F.one_hot(ids[0], embed.num_embeddings).to(embed.weight.dtype)
             scale = torch.as_tensor(getattr(embed, "embed_scale", 1.0)).to(embed.weight)
             pairs.append(("token embeddings", one_hot @ embed.weight * scale, inputs[0]))
-        for what, ours, theirs in pairs:
+        for what, ours, theirs in ((what, ours.to(theirs.device), theirs) for what, ours, theirs in pairs):
             allowed = (2e-3 if ours.dtype in (torch.float32, torch.float64) else 6e-2) * float(theirs.abs().max())
             if not float((ours - theirs).abs().max()) <= allowed:
                 raise ValueError(
@@ -907,8 +925,10 @@ def _check_structure(language_model: PreTrainedModel) -> None:
     elif decoder is language_model or language_model.get_output_embeddings() is None:
         reason = "it has no decoder and LM head that can be called apart"
     elif config.get_text_config() is not config:
-        reason = "it is multimodal"
-    elif getattr(language_model, "_is_stateful", False) or layer_types - ATTENTION_LAYERS:
+        reason = "it is multimodal (its text part, saved as a causal LM of its own, may be one)"
+    elif config.model_type not in CONFIG_MAPPING or not isinstance(config, CONFIG_MAPPING[config.model_type]):
+        reason = "it is made by code of its own, which the saved model would lack"
+    elif layer_types - ATTENTION_LAYERS if layer_types else getattr(language_model, "_is_stateful", False):
         reason = "its layers keep another state than keys and values"
     elif getattr(config, "attention_chunk_size", None):  # Llama 4
         reason = "its layers count their chunks of attention from the padding on, not from the text"
@@ -922,8 +942,34 @@ def _check_structure(language_model: PreTrainedModel) -> None:
         raise ValueError(f"{name} can't be a GIRCSE backbone: {reason}; choose a decoder-only attention model")
 
 
+def _load_backbone(name_or_path: str, needs_head: bool = True, **kwargs: Any) -> PreTrainedModel:
+    """A plain causal LM. What its checkpoint lacks would be random: a ValueError, but for a head that is not needed."""
+    model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    lost = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+    lost = [key for key in lost if needs_head or key.rpartition(".")[0] not in head]
+    if lost:
+        raise ValueError(
+            f"{name_or_path!r} lacks {len(lost)} weights of {type(model).__name__}, such as {lost[0]!r}, which would "
+            "be random: choose a checkpoint of the whole causal LM"
+        )
+    return model
+
+
+def _positions(config: PretrainedConfig) -> int | None:
+    """How many positions a text and its steps may take in a backbone; None if it has no limit.
+
+    LongRoPE turns all texts of a batch in another way as soon as one of them is longer than the original limit, and a
+    step may pass it with a cache from before: up to there, a text's vector is its own."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if "longrope" in (rope.get("rope_type"), rope.get("type")):
+        original = rope.get("original_max_position_embeddings")
+        return original or config.original_max_position_embeddings
+    return getattr(config, "max_position_embeddings", None)
+
+
 def _additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, N) of 0 and 1 -> (B, N), what is added to attention scores."""
+    """0 and 1 -> what is added to attention scores, of the same shape."""
     hidden = attention_mask == 0
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
 

@@ -43,6 +43,8 @@ def _respell_tokenizer_config(folder: Path) -> None:
     `tokenizer.json` and make up the rest, and 4 may want files that 5 does not save."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only"):  # how this process loaded it
+        config.pop(name, None)
     if (folder / "tokenizer.json").exists():
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):  # 4.x expects a dict under this name

@@ -86,7 +86,7 @@ class SentenceGircse(InputModule):
 
     def tokenize(self, texts: list[str], **kwargs: Any) -> dict[str, Tensor]:
         """What sentence-transformers before 5.4 calls instead of `preprocess`, with the prompt in the texts."""
-        return self.preprocess(texts)
+        return self.preprocess(texts, k=kwargs.get("k"))
 
     def forward(self, features: dict[str, Tensor], k: int | None = None) -> dict[str, Tensor]:
         """Adds `sentence_embedding`, (B, d) float32 of unit norm, differentiably.

@@ -767,7 +767,7 @@ def save_adapter(model: Any, folder: Path, dtype: torch.dtype, adapter_of: str) 
     base, config = model.get_base_model(), copy.deepcopy(model.active_peft_config)
     # A folder is named so that it is found from elsewhere, too.
     place = str(Path(adapter_of).resolve()) if Path(adapter_of).exists() else adapter_of
-    config.base_model_name_or_path, config.revision = place, _commit_of(adapter_of)
+    config.base_model_name_or_path, config.revision = place, commit_of(adapter_of)
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     if not isinstance(config.target_modules, str):
         config.target_modules = {_plain_name(name) for name in config.target_modules}
@@ -798,10 +798,10 @@ def check_adapter(model: Any, base_models: Sequence[str], publishes: bool) -> No
         raise ValueError(f"save_adapter=True publishes no weights, and {base_models[0]!r} is not on the Hub")
 
 
-def _commit_of(name: str) -> str | None:
+def commit_of(name: str) -> str | None:
     """The commit of the Hub that was loaded under `name`, from the place of its files in the cache."""
-    found = try_to_load_from_cache(name, "config.json") if _is_hub_id(name) else None
-    return Path(found).parent.name if isinstance(found, str) else None
+    found = [try_to_load_from_cache(name, file) for file in ("config.json", "modules.json") if _is_hub_id(name)]
+    return next((Path(path).parent.name for path in found if isinstance(path, str)), None)
 
 
 def _plain_name(name: str, prefix: str = "") -> str:
@@ -859,6 +859,7 @@ def model_card(
         tags=["gircse", "sentence-transformers", "sentence-similarity", "text-embeddings", "custom_code"],
         **({"model_name": name, "eval_results": results} if results else {}),
     )
+    step_token = json.loads((folder / "config.json").read_text(encoding="utf-8"))["step_token"]
     run = [name for name in REMOTE_CODE if (folder / name).exists()]
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in run}
     batch = (training.per_device_train_batch_size, training.gradient_accumulation_steps, training.world_size)
@@ -866,6 +867,8 @@ def model_card(
         metadata=metadata.to_yaml(),
         name=name,
         base=", ".join(bases) or "a local model",
+        method=METHODS[step_token],
+        k=", k=5" if step_token in ("soft", "hard") else "",
         repo=repo_id or ".",
         pin="" if commit is None else f'revision="{commit}", ',
         files="\n".join(f"| `{name}` | {REMOTE_CODE[name]} | `{digest}` |" for name, digest in hashes.items()),
@@ -880,14 +883,19 @@ def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"([\w.-]+/)?[\w.-]+", name) is not None and not Path(name).exists()
 
 
+METHODS = {
+    "soft": "it generates K soft tokens after a text and averages their last hidden states (GIRCSE)",
+    "hard": "it generates K tokens after a text and averages their last hidden states",
+    "learned": "it appends K learned tokens to a text and averages their last hidden states",
+    "none": "it pools the last hidden states of a text and generates nothing",
+}
 CARD = """---
 {metadata}
 ---
 
 # {name}
 
-A text embedding model: it generates K soft tokens after a text and averages their last hidden states (GIRCSE). Made
-from {base}.
+A text embedding model: {method}. Made from {base}.
 
 ```python
 from transformers import AutoModel, AutoProcessor
@@ -902,8 +910,10 @@ embeddings = model.generate_embedding(**inputs)  # (1, d), unit norm
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{repo}", {pin}trust_remote_code=True)
-embeddings = model.encode_query(["how do I renew a card"], k=5)
+embeddings = model.encode_query(["how do I renew a card"]{k})
 ```
+
+Inference Endpoints serve it by `handler.py`; Text Embeddings Inference and vLLM, which run no code of a repo, can't.
 
 ## What `trust_remote_code=True` runs
 

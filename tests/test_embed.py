@@ -245,6 +245,88 @@ def test_other_arguments_for_the_same_output_are_refused(tmp_path, make_model, c
     assert json.loads((tmp_path / "out" / PLAN).read_text()) == plan
 
 
+def test_the_same_files_on_another_machine_go_on(tmp_path, make_model):
+    """Copied again, they have other times."""
+    make_model().save_pretrained(tmp_path / "model")
+    data = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    call = arguments(data, tmp_path / "out", "--model", str(tmp_path / "model"), "--trust_remote_code")
+    plan = make_plan(parse(call))
+    for file in (data, *(tmp_path / "model").iterdir()):
+        os.utime(file, (1, 1))
+    assert make_plan(parse(call)) == plan
+
+
+TWO_COMMITS = """
+import json, sys
+from pathlib import Path
+import embed_gircse
+folder, cache = map(Path, sys.argv[1:])
+call = ["--input", str(folder / "a.jsonl"), "--model", "you/gircse", "--trust_remote_code", "--output"]
+def revision(output, *more):
+    settings = embed_gircse.make_plan(embed_gircse.parse([*call, str(folder / output), *more]))["settings"]
+    return [settings["revision"][0], embed_gircse.load_model(settings, True)[0].config.num_steps]
+def move_main(commit):
+    (cache / "models--you--gircse" / "refs" / "main").write_text(commit)
+move_main("b" * 40)
+found = [revision("named", "--revision", "a" * 40), revision("main")]
+move_main("a" * 40)
+found += [revision("main"), revision("later")]
+try:
+    revision("main", "--revision", "a" * 40)
+except ValueError as error:
+    found.append(str(error))
+print(json.dumps(found))
+"""
+
+
+def test_a_job_keeps_the_commit_that_it_began_with(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    repo = tmp_path / "cache" / "models--you--gircse"
+    (repo / "refs").mkdir(parents=True)
+    for commit, steps in (("a", 7), ("b", 5)):
+        snapshot = repo / "snapshots" / (commit * 40)
+        snapshot.mkdir(parents=True)
+        for file in (*ROOT.glob("*.json"), *ROOT.glob("*_gircse.py"), ROOT / "model.safetensors"):
+            (snapshot / file.name).symlink_to(file)
+        config = json.loads((ROOT / "config.json").read_text()) | {"num_steps": steps}
+        (snapshot / "config.json").unlink()
+        (snapshot / "config.json").write_text(json.dumps(config))
+    run = subprocess.run(
+        [sys.executable, "-c", TWO_COMMITS, str(tmp_path), str(tmp_path / "cache")],
+        env={
+            **os.environ,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    *found, refused = json.loads(run.stdout)
+    assert found == [["a", 7], ["b", 5], ["b", 5], ["a", 7]]
+    assert "revision was 'bbbb" in refused and ", is 'aaaa" in refused
+
+
+@pytest.mark.parametrize(
+    "nodes, asked, actors",
+    [
+        ([(16, 8), (8, 1)], {}, (9, 1, 1)),
+        ([(16, 8), (8, 1)], {"num_actors": 2}, (2, 1, 1)),
+        ([(2, 8), (8, 0)], {}, (2, 1, 1)),  # an actor needs a core
+        ([(8, 2)], {"num_gpus": 0.5}, (4, 0.5, 1)),
+        ([(8, 0), (4, 0)], {}, (2, 0, 4)),
+        ([(8, 0), (4, 0)], {"num_actors": 2}, (4, 0, 2)),
+        ([(8, 0), (1, 0)], {"num_actors": 2}, (2, 0, 4)),
+    ],
+)
+def test_pool_of_actors(monkeypatch, nodes, asked, actors):
+    alive = [{"Alive": True, "Resources": {"CPU": float(cpu), "GPU": float(gpu)}} for cpu, gpu in nodes]
+    monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}])
+    assert embed_gircse.size_pool(**{"num_actors": None, "num_gpus": None, **asked}) == actors
+
+
 def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_model):
     good = write_lines(tmp_path / "good.jsonl", [{"text": "x", "n": 1, "list": []}])
     pq.write_table(pa.table({"text": ["x"], "n": ["a"], "real": [1.5]}), tmp_path / "b.parquet")

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -383,6 +384,9 @@ def test_names_of_tasks(data):
     assert len(names("mteb")) == 41 and len(names("nanobeir")) == 13
     assert set(names("followir")) == set(evaluate_gircse.TABLE_9)
     assert len(names("CQADupstackRetrieval")) == 12  # the parts of a task that only gathers others
+    for chosen in (["mteb", "STS17"], ["mteb"]):  # the languages are those of what comes first
+        [task] = [task for task in choose_tasks(chosen, None) if task.metadata.name == "STS17"]
+        assert task.hf_subsets == ["en-en"]
     with pytest.raises(ValueError, match="'STS99' is none of mteb's or of"):
         names("STS99")
     with pytest.raises(ValueError, match="'local' needs data"):
@@ -641,6 +645,20 @@ def test_table_9_rows_of_followir(tmp_path, monkeypatch):
     assert report_gircse.means(rows) == {"InstructionReranking (1)": {"1": 5.0}}
 
 
+def test_scores_of_other_languages_in_the_cache_are_left_out(tmp_path):
+    meta = ModelMeta.create_empty({"name": "some/model", "revision": "1"})
+    subject, cache = Subject(meta, {}, [1], None, {}, "{instruction}", 1), mteb.ResultCache(tmp_path)
+    [whole] = choose_tasks(["STS17"], None)
+    values = {subset: {"main_score": 0.9 if subset == "en-en" else 0.1} for subset in whole.hf_subsets}
+    result = mteb.TaskResult.from_task_results(whole, {"test": values}, evaluation_time=1)
+    cache.save_to_cache(result, subject.meta_at(1))
+    [task] = [task for task in choose_tasks(["mteb"], None) if task.metadata.name == "STS17"]
+    [row] = evaluate_gircse.collect([task], subject, cache)
+    assert (row["scores"], row["subsets"]) == ({"1": 90.0}, ["en-en"])
+    [row] = evaluate_gircse.collect([whole], subject, cache)
+    assert row["scores"]["1"] == pytest.approx(10 + 80 / len(values), abs=0.01)
+
+
 def registered(out: Path) -> ModelMeta:
     names = {}
     exec((out / "model_meta.py").read_text(), names)
@@ -658,6 +676,20 @@ def test_nothing_is_trusted_unasked():
     for name in ("evaluate_gircse.py", "tasks_gircse.py", "report_gircse.py"):
         source = (ROOT / name).read_text()
         assert re.findall(r"trust_remote_code=(?!args\.)\S+", source) == []
+
+
+@pytest.mark.parametrize("file", ["config.json", "modules.json"])
+def test_revision_of_a_hub_model_is_its_commit(tmp_path, monkeypatch, file):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--you--some"
+    (repo / "refs").mkdir(parents=True)
+    args = SimpleNamespace(model="you/some", model_name=None)
+    for commit in ("a" * 40, "b" * 40):
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        (repo / "snapshots" / commit / file).write_text("{}")
+        (repo / "refs" / "main").write_text(commit)
+        monkeypatch.setattr(evaluate_gircse, "file_of", lambda *_: None)
+        assert evaluate_gircse.model_meta(args, {}).revision == commit
 
 
 def test_revision_of_a_folder_is_its_content(folder, tmp_path):

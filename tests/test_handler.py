@@ -130,6 +130,23 @@ def test_parameters_may_stand_beside_the_inputs(handler, embed):
     assert cosine(handler({"inputs": TEXTS, "k": 2, "prompt_name": "STS12"}), embed(TEXTS, STS, k=2)) > 0.9999
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"options": {}},  # Weaviate's text2vec-huggingface
+        {"options": {"wait_for_model": True, "use_cache": True}},  # LangChain
+        {"truncate": True, "normalize": True},  # Haystack
+        {"truncate": None, "truncation_direction": "Right", "dimensions": None},  # InferenceClient
+    ],
+)
+def test_what_clients_send_by_themselves_changes_nothing(handler, embed, sent):
+    assert cosine(handler({"inputs": TEXTS, **sent}), embed(TEXTS)) > 0.9999
+
+
+def test_dimensions_are_another_name(handler):
+    assert handler({"inputs": TEXTS, "dimensions": 8}) == handler({"inputs": TEXTS, "truncate_dim": 8})
+
+
 def test_the_root_model_answers():
     if not (ROOT / "model.safetensors").exists():
         pytest.skip("the repo root holds no model.safetensors, so there is no published model to serve")
@@ -203,7 +220,10 @@ def test_on_a_gpu_it_runs_in_bfloat16(handler):
         ({"inputs": [["a", "b"]]}, "inputs[0]=['a', 'b'] must be a text"),
         ({"inputs": "a", "parameters": [3]}, "parameters=[3] must be an object"),
         ({"inputs": "a", "parameters": {"K": 3}}, "K: no such parameter; there are k, instruction, prompt_name"),
-        ({"inputs": "a", "truncate": True}, "truncate: no such parameter"),
+        ({"inputs": "a", "use_cache": True}, "use_cache: no such parameter"),
+        ({"inputs": "a", "truncate": False}, "truncate=False: a text that is too long is always cut at its end"),
+        ({"inputs": "a", "truncation_direction": "left"}, "truncation_direction='left': a text that is too long"),
+        ({"inputs": "a", "dimensions": 33}, "truncate_dim=33 must be a whole number from 1 to 32"),
         ({"inputs": "a", "k": 0}, "k=0 must be a whole number from 1 to 64"),
         ({"inputs": [], "k": 0}, "k=0 must be a whole number"),
         ({"inputs": "a", "k": 65}, "k=65 must be a whole number from 1 to 64"),

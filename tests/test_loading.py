@@ -390,6 +390,29 @@ def test_from_causal_lm_keeps_every_weight(gircse, make_plain, ids_and_mask, tmp
     assert torch.equal(again.generate_embedding(*ids_and_mask), model.generate_embedding(*ids_and_mask))
 
 
+@pytest.mark.parametrize("backbone", ["qwen2", "gpt2"])
+def test_weights_that_a_checkpoint_lacks_are_not_made_up(gircse, make_plain, tmp_path, backbone):
+    plain, folder = make_plain(backbone, tie_word_embeddings=False)
+    plain.base_model.save_pretrained(folder)  # as embedding models are published: without a head
+    for step_token in ("soft", "hard"):
+        with pytest.raises(ValueError, match="lacks 1 weights of .*, such as 'lm_head.weight', which would be random"):
+            gircse.GircseModel.from_causal_lm(folder, step_token=step_token)
+    gircse.GircseModel.from_causal_lm(folder, step_token="learned", num_steps=2)
+    gircse.GircseModel.from_causal_lm(folder, step_token="none")
+    weights = load_file(Path(folder) / "model.safetensors")
+    layer = next(name for name in weights if name.endswith(("mlp.down_proj.weight", "c_fc.bias")))
+    del weights[layer]
+    save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights .*" + re.escape(layer)):
+        gircse.GircseModel.from_causal_lm(folder, step_token="none")
+
+
+def test_learned_tokens_are_where_the_backbone_is(gircse, make_plain):
+    plain = make_plain()[0].to("meta")
+    model = gircse.GircseModel(gircse.GircseConfig(text_config=plain.config, step_token="learned"), plain)
+    assert model.learned_tokens.weight.is_meta
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_from_causal_lm_makes_learned_tokens(gircse, make_plain, ids_and_mask, dtype):
     plain, folder = make_plain(dtype=dtype)

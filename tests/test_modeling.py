@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import DynamicCache
 
 from conftest import BACKBONES, SMALL, text_config
@@ -92,7 +93,7 @@ def test_cached_loop_equals_algorithm_1_in_float32(make_model, batch, k):
 def test_backbones(make_model, batch, backbone):
     """Each backbone's own forward pass, run by Algorithm 1, is the reference: embedding scale, soft-capping, logit
     scale, learned positions and sliding windows come out right, padded or not."""
-    # Eager attention (Gemma 2's) makes NaN of rows that see nothing in float64, where its softmax is in float32.
+    # Beyond its window, eager attention (Gemma 2's) makes NaN of rows that see nothing in float64.
     dtype = torch.float32 if backbone == "gemma2" else torch.float64
     model = make_model(backbone, dtype=dtype, **attention_for(backbone))
     with torch.no_grad():
@@ -393,6 +394,46 @@ def test_half_precision_is_finite_with_float32_unit_output(make_model, batch, dt
     assert F.cosine_similarity(embeddings, reference.generate_embedding(*batch, k=20)).min() > 0.99
 
 
+LEARNED = {"step_token": "learned", "num_steps": 4}
+
+
+@pytest.mark.parametrize(
+    "backbone, axes",
+    [("qwen2", {}), ("qwen2", LEARNED), ("llama", {}), ("gemma2", {}), ("gpt2", {}), ("gpt2", LEARNED), ("opt", {})],
+)
+def test_padding_is_no_nan_in_eager_float16(make_model, backbone, axes):
+    """Scores of large weights overflow where padding sees nothing."""
+    window = {"sliding_window": 64} if backbone == "gemma2" else {}
+    model = make_model(backbone, dtype=torch.float16, attn_implementation="eager", text_changes=window, **axes)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(10 if weight.dim() == 2 else 1)
+    ids = torch.randint(3, 99, (48, 24), generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(24) < torch.arange(48)[:, None] % 24 + 1).long()
+    alone = torch.cat([model.generate_embedding(row[None, :n], k=4) for row, n in zip(ids, mask.sum(1), strict=True)])
+    assert torch.isfinite(alone).all()
+    together = model.generate_embedding(ids * mask, mask, k=4)
+    assert torch.isfinite(together).all() and F.cosine_similarity(together, alone).median() > 0.9
+
+
+def test_longrope_is_used_up_to_its_original_limit(make_model, batch):
+    """Beyond it, the length of the longest text of a batch would change all of them."""
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    changes = {"original_max_position_embeddings": 12, "max_position_embeddings": 128}
+    field = "rope_scaling" if transformers.__version__.startswith("4.") else "rope_parameters"
+    changes[field] = {**factors, "rope_theta": 1e4, "original_max_position_embeddings": 12}
+    if field == "rope_scaling":
+        changes[field] = {"type": "longrope", **{k: v for k, v in factors.items() if k != "rope_type"}}
+    model = make_model("phi3", text_changes=changes)
+    assert model.max_input_length(4) == 8
+    ids, mask = batch[0][:, :8], batch[1][:, :8]
+    short = ids[1:2, :4]  # its mates have 8 tokens
+    together = model.generate_embedding(ids, mask, k=4)[1:2]
+    torch.testing.assert_close(together, model.generate_embedding(short, k=4), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="exceeds the backbone's 12 positions: truncate the text to 8 tokens"):
+        model.generate_embedding(*batch, k=4)
+
+
 def test_float64_stays(make_model, batch):
     assert make_model(dtype=torch.float64).generate_embedding(*batch, k=2).dtype == torch.float64
 
@@ -494,6 +535,38 @@ def test_backbones_that_cannot_be_supported_are_refused_by_name(gircse, model_ty
     name = model_type.removesuffix("_text")
     with pytest.raises(ValueError, match=rf"(?i){name}ForCausalLM can't be a GIRCSE backbone: .*{reason}"):
         gircse.GircseModel(config)
+
+
+def test_a_backbone_by_code_of_its_own_is_refused(gircse):
+    """Whoever loads the saved model would lack that code."""
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    class RemoteConfig(Qwen2Config):
+        model_type = "remote_qwen"
+
+    backbone = Qwen2ForCausalLM(RemoteConfig(**SMALL))
+    with pytest.raises(ValueError, match="can't be a GIRCSE backbone: it is made by code of its own"):
+        gircse.GircseModel(gircse.GircseConfig(text_config=backbone.config), backbone)
+    native = AutoModelForCausalLM.from_config(text_config("qwen2"))
+    native.config.auto_map = {"AutoConfig": "own.Config"}  # as Phi-3 carries it, which transformers knows
+    gircse.GircseModel(gircse.GircseConfig(text_config=native.config), native)
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="another configuration in transformers 4")
+def test_a_hybrid_of_attention_layers_alone_is_a_backbone(gircse, batch):
+    """As the small dense Granite 4 is."""
+    settings = {**SMALL, "num_local_experts": 0, "shared_intermediate_size": 48, "mamba_n_heads": 4}
+
+    def make(*layer_types: str):
+        text = transformers.AutoConfig.for_model("granitemoehybrid", **settings, layer_types=list(layer_types))
+        return gircse.GircseModel(gircse.GircseConfig(text_config=text)).eval()
+
+    with pytest.raises(ValueError, match="another state"):
+        make("attention", "mamba", "attention")
+    model = make("attention", "attention", "attention")
+    with torch.no_grad():
+        expected = F.normalize(algorithm_1(model, *batch, 4), dim=-1)
+    assert relative(model.generate_embedding(*batch, k=4, return_steps=True), expected) < 1e-4
 
 
 def test_a_head_that_the_loop_does_not_reproduce_is_refused(gircse, tmp_path, monkeypatch):

@@ -256,10 +256,12 @@ class GPT2Tokenizer(PreTrainedTokenizerFast):
 def test_the_tokenizer_that_was_saved_is_loaded(tmp_path):
     backend = make_tokenizer().backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Split("a", "isolated")  # which keeps "cat" apart
-    processor = GircseProcessor(GPT2Tokenizer(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>"))
+    tokenizer = GPT2Tokenizer(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", local_files_only=True)
+    processor = GircseProcessor(tokenizer)
     assert processor("cat dog")["input_ids"].tolist() == [ids(*"cat", " d", *"og")]
     processor.save_pretrained(tmp_path)
     saved_state(tmp_path)
+    assert "local_files_only" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
     for loaded in (GircseProcessor.from_pretrained(tmp_path).tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         assert loaded("cat dog", add_special_tokens=False)["input_ids"] == ids(*"cat", " d", *"og")
 

@@ -43,6 +43,7 @@ from train_gircse import (
     export,
     load_model,
     main,
+    model_card,
     plot_curves,
     retrieval_accuracy,
 )
@@ -714,6 +715,21 @@ def test_card_tells_the_scores(lora):
     rows = [line for line in card.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert [int(row.split("|")[1]) for row in rows] == [1, 3, 5, 10, 20]
     assert card.startswith("---\nlibrary_name: transformers\n") and "batch 4 x 1 x 1" in card
+
+
+@pytest.mark.parametrize(
+    "step_token, said", [("soft", "(GIRCSE)"), ("learned", "learned"), ("none", "generates nothing")]
+)
+def test_what_the_card_shows_runs(processor, tmp_path, step_token, said):
+    pytest.importorskip("sentence_transformers")
+    export(tiny_model(step_token=step_token, num_steps=3), processor, tmp_path)
+    card = model_card(tmp_path, GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
+    blocks = card.split("```python\n")[1:]
+    assert said in card and len(blocks) == 2 and ("k=5" in card) == (step_token == "soft")
+    for block in blocks:
+        names = {}
+        exec(block.partition("```")[0].replace('"."', repr(str(tmp_path))), names)
+        assert names["embeddings"].shape == (1, 32)
 
 
 def test_lora_run_resumes(lora, workplace):
