@@ -279,11 +279,8 @@ def content_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(str(path.relative_to(folder)).encode())
-        content = hashlib.sha256()
         with path.open("rb") as file:
-            while part := file.read(2**20):
-                content.update(part)
-        digest.update(content.digest())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
 
 

@@ -75,7 +75,7 @@ class EndpointHandler:
                 `k`, the number of generated tokens, the config's `num_steps` by default;
                 `instruction`, one for all texts, or `prompt_name`, a prompt of `config_sentence_transformers.json`;
                 `normalize`, unit norm, true by default;
-                `truncate_dim`, the leading dimensions to keep, before they are normalized;
+                `truncate_dim` or `dimensions`, the leading dimensions to keep, before they are normalized;
                 `return_steps`, z_1..z_k instead of z_k.
 
         Returns:
