@@ -553,8 +553,8 @@ class GircseModel(GircsePreTrainedModel):
         """What the prompt's positions see, from `start` on. Where scores and mask overflow (float16), eager attention
         makes NaN of padding that sees nothing, and then of all that multiply its values by 0."""
         implementation = getattr(self.language_model.config, "_attn_implementation", None)
-        length = mask.shape[1]
-        if implementation != "eager" or mask.is_meta or mask.all() or self._exceeds_window(length):
+        length, squares = mask.shape[1], int(transformers.__version__.split(".")[0]) >= 5  # GPT-2 takes none before
+        if implementation != "eager" or not squares or mask.is_meta or mask.all() or self._exceeds_window(length):
             return mask  # (B, N), from which the backbone makes what it needs
         earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
         itself = torch.eye(length, dtype=torch.bool, device=mask.device)

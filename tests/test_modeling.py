@@ -397,6 +397,7 @@ def test_half_precision_is_finite_with_float32_unit_output(make_model, batch, dt
 LEARNED = {"step_token": "learned", "num_steps": 4}
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="backbones take no such masks in transformers 4")
 @pytest.mark.parametrize(
     "backbone, axes",
     [("qwen2", {}), ("qwen2", LEARNED), ("llama", {}), ("gemma2", {}), ("gpt2", {}), ("gpt2", LEARNED), ("opt", {})],
@@ -552,7 +553,7 @@ def test_a_backbone_by_code_of_its_own_is_refused(gircse):
     gircse.GircseModel(gircse.GircseConfig(text_config=native.config), native)
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="another configuration in transformers 4")
+@pytest.mark.skipif(not hasattr(DynamicCache, "has_previous_state"), reason="needs a cache of its own there")
 def test_a_hybrid_of_attention_layers_alone_is_a_backbone(gircse, batch):
     """As the small dense Granite 4 is."""
     settings = {**SMALL, "num_local_experts": 0, "shared_intermediate_size": 48, "mamba_n_heads": 4}
