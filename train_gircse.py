@@ -831,7 +831,7 @@ def model_card(
     """The card of the exported `folder`, filled from the run.
 
     Args:
-        folder: its code files are listed with their hashes.
+        folder: its `config.json` says what the model does; its code files are listed with their hashes.
         training: the run's settings.
         base_models, train_data: see [`GircseTrainer`].
         scores: held-out accuracy before and after training by k.

@@ -283,6 +283,7 @@ def test_card_pins_the_commit_and_hashes_what_is_run(pushed, loaded):
 
 
 def test_card_names_hub_data_and_no_local_path(tmp_path):
+    (tmp_path / "config.json").write_text('{"step_token": "soft"}')
     arguments = GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     card = model_card(tmp_path, arguments, ["some/base", "some/adapter"], "cfli/bge-full-data", {5: (0.25, 0.5)})
     metadata = yaml.safe_load(card.split("---\n")[1])
