@@ -703,6 +703,13 @@ def test_revision_of_a_folder_is_its_content(folder, tmp_path):
     assert evaluate_gircse.content_hash(copy) != evaluate_gircse.content_hash(folder)
 
 
+def test_published_scores_are_of_the_published_weights():
+    if not (ROOT / "model.safetensors").exists():
+        pytest.skip("the repo root holds no model.safetensors, so there is no published model")
+    results = json.loads((ROOT / "results" / "root.json").read_text(encoding="utf-8"))
+    assert results["revision"] == evaluate_gircse.content_hash(ROOT)
+
+
 def test_revision_of_an_adapter_only_folder_is_its_adapter_too(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "model.safetensors").unlink()
