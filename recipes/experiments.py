@@ -12,6 +12,8 @@ batch for all methods:
     mean                                     the steps' losses averaged, as in the released code, instead of summed
     mixed_steps                              queries' and documents' embeddings of different steps contrasted
     causal_avg                               Bidirectional-Avg with causal attention
+    gircse_end_token                         GIRCSE, the text ended by Causal-EOS's token; three seeds
+    ..._long_warm_up                         each method, the learning rate rising over half of the steps; three seeds
     causal_eos_generating                    Causal-EOS as trained, made to generate (Figure 2, bottom)
 
 One JSON a run: the commands, what was trained, and evaluate_gircse.py's scores. What was done before is not repeated:
@@ -49,6 +51,9 @@ VARIANTS = {
     "mixed_steps": ("gircse", "--objective mixed_steps"),
     "causal_avg": ("bidirectional_avg", "--attention causal"),
 }
+# What GIRCSE's bad start costs.
+STARTS = {f"{method}_long_warm_up": (method, "--warmup_ratio 0.5") for method in METHODS}
+STARTS["gircse_end_token"] = ("gircse", "--suffix <|endoftext|>")
 SHARED = f"""--tuning full --temperature 0.05 --num_negatives 1 --max_length 64 --held_out 512 --mix_sources --bf16
     --per_device_train_batch_size {BATCH} --save_strategy no --report_to none --symmetric_sources
     goemotions cad_imdb_sentiment cad_imdb_content clinc150_domain banking77 clinc150_intent snips stsb snli cad_nli"""
@@ -71,9 +76,11 @@ def plan(samples: int, more_samples: int, seeds: int) -> list[Run]:
     for seed in range(seeds):
         k = "1 5 20" if seed else "1 3 5 10 15 20"
         runs += [Run(f"{m}-{samples}-seed{seed}", m, samples, seed, METHODS[m], k) for m in METHODS]
+        changed = STARTS | VARIANTS if seed == 0 else STARTS
+        for name, (method, changes) in changed.items():
+            k = "1 5 20" if name in STARTS else "1 5"
+            runs.append(Run(f"{name}-{samples}-seed{seed}", method, samples, seed, f"{METHODS[method]} {changes}", k))
         if seed == 0:
-            for name, (method, changes) in VARIANTS.items():
-                runs.append(Run(f"{name}-{samples}-seed0", method, samples, 0, f"{METHODS[method]} {changes}", "1 5"))
             runs += [Run(f"{m}-{more_samples}-seed0", m, more_samples, 0, METHODS[m], "1 5") for m in METHODS]
     return runs
 

@@ -35,6 +35,8 @@ NAMES = {
 }
 COMPARED = [(NAMES[method], method, None) for method in ("causal_eos", "bidirectional_avg")]
 COMPARED += [(f"GIRCSE, k = {k}", "gircse", k) for k in (1, 5, 20)]
+STARTS = [(f"GIRCSE, end token, k = {k}", "gircse_end_token", k) for k in (1, 5, 20)]
+STARTS += [(f"{name}, long warm-up", f"{method}_long_warm_up", k) for name, method, k in COMPARED]
 UNEQUAL = {"root": "root model", "gircse": "GIRCSE, 20k samples", "mixed_steps": "the same, mixed steps"}
 COLORS = {"gircse": "tab:green", "causal_eos": "tab:blue", "bidirectional_avg": "tab:orange"}
 STEPS = [1, 3, 5, 10, 15, 20]
@@ -79,9 +81,9 @@ def line(name: str, runs: list[dict], k: int | None) -> list[str]:
     return [name, *(spread([found[group] for found in means]) for group in means[0])]
 
 
-def comparison(runs: list[dict], samples: int) -> str:
+def comparison(runs: list[dict], samples: int, rows: list[tuple[str, str, int | None]]) -> str:
     head = ["", *group_means(runs[0]["tasks"], 1)]
-    return table(head, [line(name, runs_of(runs, method, samples), k) for name, method, k in COMPARED])
+    return table(head, [line(name, runs_of(runs, method, samples), k) for name, method, k in rows])
 
 
 def comparison_by_task(runs: list[dict], samples: int) -> str:
@@ -217,7 +219,8 @@ def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str,
     return {
         "root_by_group": root_by_group(models),
         "root_by_task": root_by_task(models),
-        "comparison": comparison(runs, samples),
+        "comparison": comparison(runs, samples, COMPARED),
+        "starts": comparison(runs, samples, STARTS),
         "ablation": ablation(runs, samples),
         "comparison_by_task": comparison_by_task(runs, samples),
         "unequal_steps": unequal_steps(),

@@ -240,7 +240,7 @@ def test_readme_holds_the_tables_of_the_results():
     models = {name: report_results.read(ROOT / f"results/{name}.json") for name in ("root", "minilm")}
     made = report_results.tables(models, runs, min(run["samples"] for run in runs))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(made) == 6 and report_results.fill(readme, made) == readme
+    assert len(made) == 7 and report_results.fill(readme, made) == readme
 
 
 def test_every_run_of_the_experiments_has_a_result_and_settings_that_training_takes(tmp_path, monkeypatch):
@@ -263,4 +263,9 @@ def test_every_run_of_the_experiments_has_a_result_and_settings_that_training_ta
     assert axes["causal_eos-20000-seed0"] == ("none", "causal", "last")
     assert axes["bidirectional_avg-20000-seed0"] == ("none", "bidirectional", "mean")
     assert axes["causal_avg-20000-seed0"] == ("none", "causal", "mean")
+    for method in ("gircse", "causal_eos", "bidirectional_avg"):
+        names = (f"{method}-20000-seed1", f"{method}_long_warm_up-20000-seed1")
+        assert [settings[name].get_warmup_steps(312) for name in names] == [32, 156]
+        assert axes[names[0]] == axes[names[1]]
+    assert models["gircse_end_token-20000-seed2"].suffix == models["causal_eos-20000-seed0"].suffix != ""
     assert settings["no_refinement-20000-seed0"].refinement_weight == 0
