@@ -913,7 +913,7 @@ model = SentenceTransformer("{repo}", {pin}trust_remote_code=True)
 embeddings = model.encode_query(["how do I renew a card"]{k})
 ```
 
-Inference Endpoints serve it by `handler.py`; Text Embeddings Inference and vLLM, which run no code of a repo, can't.
+Inference Endpoints serve merged weights by `handler.py`; Text Embeddings Inference and vLLM can't.
 
 ## What `trust_remote_code=True` runs
 
@@ -1012,7 +1012,7 @@ def check_settings(
     if most is not None and longest > most:
         steps = "" if config.step_token == "none" else f" less k={k} steps, the most of training and evaluation"
         remedy = f"use --max_length {most}" if most > 0 else "use a smaller k"
-        positions = config.text_config.max_position_embeddings
+        positions = most + (0 if config.step_token == "none" else k)
         raise ValueError(f"max_length={longest} exceeds the backbone's {positions} positions{steps}: {remedy}")
     folder = Path(training.output_dir).resolve()
     if folder == ROOT:
