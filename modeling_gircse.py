@@ -17,12 +17,13 @@ means of one pass.
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+import operator
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,12 +40,10 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
-from transformers.utils import ModelOutput, cached_file, can_return_tuple
+from transformers.utils import ModelOutput, cached_file, can_return_tuple, logging
 
 from .configuration_gircse import GircseConfig
 
-# What the step loop passes to the decoder; a backbone without one of these can't be driven by it.
-DECODER_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache")
 # A pass of its own costs more than it saves for fewer tokens.
 SHORTEST_SHARED_PREFIX = 8
 # Static caches come in lengths that are multiples of this, so that few shapes are compiled.
@@ -56,10 +55,12 @@ CHUNK_ON_CPU, CHUNK = 2048, 16384
 # Where a file is found on the Hub: arguments of `from_pretrained` that hold for more than one repo, or for one alone.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 REPO_ARGUMENTS = ("revision", "subfolder")
-# How far layers that don't see all positions see: most backbones' name for it, and GPT-Neo's.
-WINDOWS = ("sliding_window", "window_size")
-# Layer types whose whole state is a key-value cache.
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+# What architectures call how far layers see that don't see all positions: sliding_window, attention_window_size, ...
+WINDOW = r"window(_size|_length)?$"
+# What a call of the decoder raises that can't take what it is given: another way of driving it is tried then.
+REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -75,6 +76,26 @@ class GircseOutput(ModelOutput):
     embeddings: Tensor | None = None
     step_embeddings: Tensor | None = None
     step_states: Tensor | None = None
+
+
+SLOW = (
+    "{} has no KV cache of transformers {} that could be gone on from, so each step runs the whole sequence: the same "
+    "vectors, and far slower."
+)
+
+
+class Way(NamedTuple):
+    """How a backbone is driven, as `GircseModel._find_way` tries it out on the backbone itself. The defaults are
+    Algorithm 1 as it is written: slow, and right for every decoder that takes embeddings and a mask.
+
+    Args:
+        cache: the name under which the decoder takes a KV cache that can be gone on from; None if each step runs the
+            whole sequence.
+        square_masks: whether the decoder takes a mask of its own for each position of the prompt, (B, 1, N, N).
+    """
+
+    cache: str | None = None
+    square_masks: bool = False
 
 
 class GircsePreTrainedModel(PreTrainedModel):
@@ -104,6 +125,7 @@ class GircsePreTrainedModel(PreTrainedModel):
                 not match its backbone or changes nothing.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        _name_dtype(kwargs)
         config = kwargs.get("config")
         if not isinstance(config, PretrainedConfig):
             where = {name: kwargs[name] for name in (*HUB_ARGUMENTS, *REPO_ARGUMENTS) if name in kwargs}
@@ -163,13 +185,15 @@ class GircseModel(GircsePreTrainedModel):
         language_model: the backbone itself when it exists already; else it is built with random weights.
 
     Raises:
-        ValueError: if the backbone can't be driven through a KV cache, or its LM head can't be reproduced.
+        ValueError: if the backbone has a structure that the step loop can't drive. Whether it can is tried at the first
+            text, or by `from_causal_lm`.
     """
 
     def __init__(self, config: GircseConfig, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         _check_structure(self.language_model)
+        self._ways: dict[str | None, Way] = {}  # by implementation of attention
         implementation = getattr(self.language_model.config, "_attn_implementation", None)
         if config.attention == "bidirectional" and implementation not in ("eager", "sdpa", None):
             raise ValueError(
@@ -242,6 +266,7 @@ class GircseModel(GircsePreTrainedModel):
         if peft_model_id is None or args or "adapter_state_dict" in kwargs:
             return super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         peft, name = _peft(peft_model_id), adapter_name or "default"
+        _check_version_of_peft(peft)
         where = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, *REPO_ARGUMENTS) if key in kwargs}
         where |= {key: value for key, value in (kwargs.pop("adapter_kwargs", None) or {}).items() if key[0] != "_"}
         if where.get("subfolder"):
@@ -414,7 +439,9 @@ class GircseModel(GircsePreTrainedModel):
         texts: list[list[list[tuple[int | str, float]]]] = [[] for _ in range(input_ids.shape[0])]
         if not texts:
             return texts
-        for probabilities, _ in self._steps(input_ids, attention_mask, k):
+        loop = StepLoop(self, input_ids, attention_mask, k)
+        for _ in range(k):
+            probabilities, _ = loop.step()
             values, ids = probabilities.topk(min(top_k, probabilities.shape[-1]))
             for text, row_ids, row_values in zip(texts, ids.tolist(), values.tolist(), strict=True):
                 tokens = row_ids if tokenizer is None else [tokenizer.decode([i]) for i in row_ids]
@@ -468,8 +495,9 @@ class GircseModel(GircsePreTrainedModel):
             return 1
         if k is None:
             return self.config.num_steps
-        if isinstance(k, bool) or not isinstance(k, int):
+        if isinstance(k, bool) or not hasattr(k, "__index__"):
             raise TypeError(f"k={k!r} must be an int >= 1, not {type(k).__name__}")
+        k = operator.index(k)  # of numpy, too
         if k < 1:
             raise ValueError(f"k={k} must be an int >= 1")
         if self.config.step_token == "learned" and k > self.config.num_steps:
@@ -491,11 +519,17 @@ class GircseModel(GircsePreTrainedModel):
         return int(lengths.max())
 
     def _step_states(self, input_ids: Tensor, attention_mask: Tensor, k: int) -> Tensor:
+        """g_1..g_K, (B, K, d)."""
+        if self.config.step_token in ("soft", "hard"):
+            loop = StepLoop(self, input_ids, attention_mask, k)
+            return torch.stack([loop.step()[1] for _ in range(k)], dim=1)
+        return self._loopless_states(input_ids, attention_mask, k, self._find_way(input_ids.device))
+
+    def _loopless_states(self, input_ids: Tensor, attention_mask: Tensor, k: int, way: Way) -> Tensor:
+        """What `_step_states` returns where nothing is generated."""
         if self.config.step_token == "none":
-            return self._prompt_state(input_ids, attention_mask)
-        if self.config.step_token == "learned":
-            return self._learned_states(input_ids, attention_mask, k)
-        return torch.stack([state for _, state in self._steps(input_ids, attention_mask, k)], dim=1)  # (B, K, d)
+            return self._prompt_state(input_ids, attention_mask, way)
+        return self._learned_states(input_ids, attention_mask, k, way)
 
     def _pool(self, states: Tensor) -> Tensor:
         """z_1..z_K from g_1..g_K, (B, K, d), in float32 at least (Eq. 4)."""
@@ -505,99 +539,129 @@ class GircseModel(GircsePreTrainedModel):
         steps = torch.arange(1, states.shape[1] + 1, device=states.device, dtype=states.dtype)
         return states.cumsum(dim=1) / steps[:, None]
 
-    def _steps(
-        self, input_ids: Tensor, attention_mask: Tensor, k: int
-    ) -> Generator[tuple[Tensor | None, Tensor], Tensor | None, None]:
-        """Yields (s_k, g_k), (B, V) and (B, d), for k = 1..K; s_k is None where gradients are on. Sent row numbers are
-        the rows kept from then on."""
-        decoder = _decoder(self.language_model)
-        state, cache, inputs, mask, positions = self._prefill(input_ids, attention_mask, k)
-        seen = self._seen_by_steps(mask, k, cache)
-        for end in range(mask.shape[1] - k + 1, mask.shape[1] + 1):
-            probabilities, embedding = self._next_token(state)
-            new = embedding[:, None]  # (B, 1, d)
-            inputs = torch.cat([inputs, new], dim=1) if cache is None else new
-            at = positions[:, end - inputs.shape[1] : end]
-            state = _decode(decoder, inputs, None if seen is None else seen[..., :end], at, cache)
-            rows = yield probabilities, state
-            if rows is not None:
-                state, mask, positions, inputs = state[rows], mask[rows], positions[rows], inputs[rows]
-                seen = None if seen is None else seen[rows]
-                if cache is not None:
-                    cache.reorder_cache(rows)
-
-    def _prefill(
-        self, input_ids: Tensor, attention_mask: Tensor, k: int
-    ) -> tuple[Tensor, DynamicCache | None, Tensor, Tensor, Tensor]:
-        """h'_0 (B, d), the cache, the prompt's embeddings (B, N, d), mask and positions of prompt and steps (B, N + K).
-
-        The cache is None under gradient checkpointing: the layers would fill it a second time in backward, and differ
-        from what the forward pass saw. Running the whole sequence at each step, as Algorithm 1 does, is exact then.
-        """
-        decoder, length = _decoder(self.language_model), input_ids.shape[1]
-        cache = DynamicCache() if _takes_cache(self.language_model) and not self._checkpointing() else None
-        shared = 0 if cache is None else self._shared_prefix(input_ids, attention_mask, k)
-        if shared:
-            input_ids, attention_mask = _prefix_first(input_ids, attention_mask, shared)
-        inputs = self._prompt_embeddings(input_ids, attention_mask)
-        mask = F.pad(attention_mask, (0, k), value=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        if shared:
-            _decode(decoder, inputs[:1, :shared], mask[:1, :shared], positions[:1, :shared], cache)
-            cache.batch_repeat_interleave(len(mask))
-        seen = self._seen_by_prompt(mask[:, :length], shared)
-        state = _decode(decoder, inputs[:, shared:], seen, positions[:, shared:length], cache)
-        return state, cache, inputs, mask, positions
-
-    def _seen_by_prompt(self, mask: Tensor, start: int = 0) -> Tensor:
+    def _prompt_mask(self, mask: Tensor, way: Way, start: int = 0) -> Tensor:
         """What the prompt's positions see, from `start` on. Where scores and mask overflow (float16), eager attention
         makes NaN of padding that sees nothing, and then of all that multiply its values by 0."""
-        implementation = getattr(self.language_model.config, "_attn_implementation", None)
-        length, squares = mask.shape[1], int(transformers.__version__.split(".")[0]) >= 5  # GPT-2 takes none before
-        if implementation != "eager" or not squares or mask.is_meta or mask.all() or self._exceeds_window(length):
+        length = mask.shape[1]
+        if not way.square_masks or mask.is_meta or mask.all() or self._exceeds_window(length):
             return mask  # (B, N), from which the backbone makes what it needs
         earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
         itself = torch.eye(length, dtype=torch.bool, device=mask.device)
         seen = earlier & mask[:, None].bool() | itself
         return _additive_mask(seen, self.language_model.dtype)[:, None, start:]  # (B, 1, N - start, N)
 
-    def _seen_by_steps(self, mask: Tensor, k: int, cache: DynamicCache | None) -> Tensor | None:
-        """What the generated positions see: the mask that step k's call takes the first N + k columns of. Made once,
-        so that the backbone makes none of its own at each step, which would read the mask's values back from a GPU."""
-        implementation = getattr(self.language_model.config, "_attn_implementation", None)
-        if cache is None or implementation not in ("eager", "sdpa") or self._exceeds_window(mask.shape[1]):
+    def _step_mask(self, mask: Tensor) -> Tensor | None:
+        """What the generated positions see of the cache: the mask that step k's call takes the first N + k columns of.
+        Made once, so that the backbone makes none of its own at each step, which would read the mask's values back from
+        a GPU."""
+        implementation = self._attention_implementation()
+        if implementation not in ("eager", "sdpa") or self._exceeds_window(mask.shape[1]):
             return mask  # (B, N + K), from which the backbone makes what it needs
         if implementation == "sdpa" and not mask.is_meta and mask.all():
             return None  # a single position sees all that is in the cache
         return _additive_mask(mask, self.language_model.dtype)[:, None, None]  # (B, 1, 1, N + K)
 
+    def _attention_implementation(self) -> str | None:
+        return getattr(self.language_model.config, "_attn_implementation", None)
+
+    def _find_way(self, device: torch.device) -> Way:
+        """How this backbone is driven: tried once, and known from then on."""
+        implementation = self._attention_implementation()
+        if implementation not in self._ways:
+            self._ways[implementation] = self._try_ways(device)
+        return self._ways[implementation]
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _try_ways(self, device: torch.device) -> Way:
+        """The fastest way in which a padded row beside another one comes out as Algorithm 1 has it for that row alone.
+
+        Names of arguments, kinds of caches and masks differ between architectures and between versions of transformers:
+        what the installed one takes is tried instead of looked up.
+
+        Raises:
+            ValueError: if no way does, so that vectors would be wrong.
+        """
+        ids = torch.arange(8, device=device).reshape(2, 4) % self.get_input_embeddings().num_embeddings
+        mask = torch.ones_like(ids)
+        mask[1, 0] = 0
+        training = [module for module in self.language_model.modules() if module.training]
+        self.language_model.eval()  # dropout would make every pass another one
+        problem = "its states depend on padding, or can't be gone on from"
+        try:
+            expected = self._tried_states(ids[1:, 1:], mask[1:, 1:], Way())
+            other = self._tried_states(ids[1:, -1:], mask[1:, -1:], Way())
+            for way in self._possible_ways(ids):
+                try:
+                    found = self._tried_states(ids, mask, way)[1:]
+                except REFUSALS as error:
+                    problem = str(error)
+                    continue
+                if _agree(found, expected, other):
+                    if way.cache is None and self.config.step_token in ("soft", "hard"):
+                        logger.warning(SLOW.format(type(self.language_model).__name__, transformers.__version__))
+                    return way
+        except TypeError as error:  # of arguments; what else a plain pass raises is the machine's and says so itself
+            problem = str(error)
+        finally:
+            for module in training:
+                module.training = True
+        raise _unfit(self.language_model, f"with transformers {transformers.__version__}, {problem}")
+
+    def _possible_ways(self, ids: Tensor) -> list[Way]:
+        """Fastest first, `Way()` last."""
+        squares = [True, False] if self._attention_implementation() == "eager" else [False]
+        names: list[str | None] = [None]
+        if self.config.step_token in ("soft", "hard"):
+            inputs = self._prompt_embeddings(ids, torch.ones_like(ids))
+            with suppress(*REFUSALS):
+                # A decoder returns the cache that it has made under the name by which it takes one. Some make another
+                # kind, of fixed length, and mask for that (Gemma 2 in transformers 4.51).
+                output = _decoder(self.language_model)(inputs_embeds=inputs, use_cache=True)
+                names = [name for name, value in output.items() if isinstance(value, DynamicCache)] + names
+        return [Way(name, square) for name in names for square in squares]
+
+    def _tried_states(self, ids: Tensor, mask: Tensor, way: Way) -> Tensor:
+        """States of two steps, (B, n, d), after any token but not the generated one, which rounding may change."""
+        if self.config.step_token not in ("soft", "hard"):
+            return self._loopless_states(ids, mask, min(2, self.config.num_steps), way)
+        loop, token = StepLoop(self, ids, mask, 2, way), self._prompt_embeddings(ids[:, -1:], mask[:, -1:])[:, 0]
+        return torch.stack([loop.state, loop.advance(token), loop.advance(token)], dim=1)
+
     def _exceeds_window(self, length: int) -> bool:
-        windows = (getattr(self.config.text_config, name, None) for name in WINDOWS)
-        return any(window is not None and length > window for window in windows)
+        """Whether some layer may not see all of `length` positions, so that masks are left to the backbone."""
+        config = self.config.text_config
+        windows = [value for name, value in vars(config).items() if re.search(WINDOW, name) and type(value) is int]
+        if set(getattr(config, "layer_types", None) or ()) - {"full_attention", "attention"} and not windows:
+            return True  # how far these layers see is not known
+        return any(length > window for window in windows)
 
     def _static_states(self, input_ids: Tensor, attention_mask: Tensor, k: int) -> Tensor:
         """g_1..g_K, (B, K, d), by a compiled step over a cache of fixed size."""
         slots = -(-(attention_mask.shape[1] + k) // STATIC_CACHE_MULTIPLE) * STATIC_CACHE_MULTIPLE
-        self._check_static(slots)
-        state, cache, _, mask, positions = self._prefill(input_ids, attention_mask, k)
-        cache = self._fixed_cache(cache, len(mask), slots)
+        self._check_static(slots, input_ids.device)
+        loop = StepLoop(self, input_ids, attention_mask, k)
+        mask, positions, state = loop.mask, loop.positions, loop.state
+        past = {loop.way.cache: self._fixed_cache(loop.past[loop.way.cache], len(mask), slots)}
         hidden = _additive_mask(F.pad(mask, (0, slots - mask.shape[1])), self.language_model.dtype)[:, None, None]
         slot = torch.arange(slots, device=mask.device)
         step, states, state = _compiled_step(state.device.type), [], state.contiguous()
         for end in range(mask.shape[1] - k + 1, mask.shape[1] + 1):
             seen = hidden.masked_fill(slot >= end, torch.finfo(hidden.dtype).min)
             # CUDA graphs write each result to the same place.
-            state = step(self, state, seen, positions[:, end - 1 : end].contiguous(), cache).clone()
+            state = step(self, state, seen, positions[:, end - 1 : end].contiguous(), past).clone()
             states.append(state)
         return torch.stack(states, dim=1)
 
-    def _check_static(self, slots: int) -> None:
-        implementation = getattr(self.language_model.config, "_attn_implementation", None)
+    def _check_static(self, slots: int, device: torch.device) -> None:
+        implementation = self._attention_implementation()
         reason = None
         if self.config.step_token not in ("soft", "hard"):
             reason = f"step_token={self.config.step_token!r} has no loop to compile; leave it out"
-        elif not _static_caches_count(self.config.text_config):
+        elif not _static_caches_count():
             reason = f"transformers {transformers.__version__} is too old for it; update transformers or leave it out"
+        elif self._find_way(device).cache is None or self._checkpointing():
+            reason = "each step runs the whole sequence; leave it out"
         elif implementation not in ("eager", "sdpa"):
             reason = f"attn_implementation={implementation!r} takes no mask of fixed size; load with 'sdpa'"
         elif self._exceeds_window(slots):
@@ -687,10 +751,12 @@ class GircseModel(GircsePreTrainedModel):
         if batch == 0:
             return embeddings, steps
         running = torch.arange(batch, device=device)
-        generator = self._steps(input_ids, attention_mask, k)
+        loop = StepLoop(self, input_ids, attention_mask, k)
         total, previous, rows = 0, None, None
         for step in range(1, k + 1):
-            state = generator.send(rows)[1]
+            if rows is not None:
+                loop.keep(rows)
+            state = loop.step()[1]
             state = state if state.dtype == torch.float64 else state.float()
             embeddings = embeddings.to(state.dtype)
             total = state + (total if rows is None else total[rows])
@@ -708,29 +774,29 @@ class GircseModel(GircsePreTrainedModel):
             previous = current
         return embeddings, steps
 
-    def _learned_states(self, input_ids: Tensor, attention_mask: Tensor, k: int) -> Tensor:
+    def _learned_states(self, input_ids: Tensor, attention_mask: Tensor, k: int, way: Way) -> Tensor:
         """K trained tokens after the prompt, in one pass: (B, K, d)."""
         prompt = self._prompt_embeddings(input_ids, attention_mask)
         learned = self.learned_tokens.weight[:k].to(prompt.dtype).expand(prompt.shape[0], -1, -1)
         mask = F.pad(attention_mask, (0, k), value=1)
-        return self._decode_all(torch.cat([prompt, learned], dim=1), mask)[:, -k:]
+        return self._decode_all(torch.cat([prompt, learned], dim=1), mask, way)[:, -k:]
 
-    def _prompt_state(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _prompt_state(self, input_ids: Tensor, attention_mask: Tensor, way: Way) -> Tensor:
         """The prompt's last state or the mean of its states, without generation: (B, 1, d)."""
-        states = self._decode_all(self._prompt_embeddings(input_ids, attention_mask), attention_mask)
+        states = self._decode_all(self._prompt_embeddings(input_ids, attention_mask), attention_mask, way)
         if self.config.pooling == "last":
             return states[:, -1:]
         wide = states if states.dtype == torch.float64 else states.float()
         weights = attention_mask[..., None].to(wide.dtype)
         return (wide * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
 
-    def _decode_all(self, inputs: Tensor, mask: Tensor) -> Tensor:
+    def _decode_all(self, inputs: Tensor, mask: Tensor, way: Way) -> Tensor:
         """Last hidden states of all positions in one pass, (B, N, d)."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         if self.config.attention == "bidirectional":
             mask = _additive_mask(mask, inputs.dtype)[:, None, None].expand(-1, 1, mask.shape[1], -1)  # (B, 1, N, N)
         else:
-            mask = self._seen_by_prompt(mask)
+            mask = self._prompt_mask(mask, way)
         return _decoder(self.language_model)(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
@@ -744,9 +810,8 @@ class GircseModel(GircsePreTrainedModel):
 
     @torch.no_grad()
     def _check_numerics(self) -> None:
-        """Compares the parts that the step loop relies on with the backbone's own forward pass."""
-        name = type(self.language_model).__name__
-        embed, decoder = self.get_input_embeddings(), _decoder(self.language_model)
+        """Compares what the step loop makes of logits and token embeddings with the backbone's own forward pass."""
+        name, embed = type(self.language_model).__name__, self.get_input_embeddings()
         # A device map may offload the first weights, which `self.device` tells of, to the meta device.
         device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
         ids = torch.arange(4, device=device)[None] % embed.num_embeddings
@@ -754,17 +819,15 @@ class GircseModel(GircsePreTrainedModel):
         if self.config.attention == "bidirectional":
             changed = ids.clone()
             changed[0, -1] = (ids[0, -1] + 1) % embed.num_embeddings
-            first = [self._decode_all(embed(x), ones)[:, 0] for x in (ids, changed)]
+            first = [self._decode_all(embed(x), ones, Way())[:, 0] for x in (ids, changed)]
             if torch.equal(*first):
                 raise ValueError(f"{name} stays causal under a bidirectional mask; use attention='causal'")
+        self._find_way(device)
         if self.config.step_token not in ("soft", "hard"):
             return
         expected = self.language_model(input_ids=ids, attention_mask=ones, use_cache=False).logits[:, -1]
-        cache = DynamicCache() if _takes_cache(self.language_model) else None
-        inputs, state = embed(ids), None
-        for part, end in ((slice(0, 3), 3), (slice(3, 4), 4)) if cache is not None else ((slice(0, 4), 4),):
-            position = torch.arange(4, device=device)[None, part]
-            state = _decode(decoder, inputs[:, part], ones[:, :end], position, cache)
+        loop = StepLoop(self, ids[:, :-1], ones[:, :-1], 1)
+        inputs, state = embed(ids), loop.advance(embed(ids[:, -1]))
         pairs = [("logits", self._after_head(self.get_output_embeddings()(state)), expected)]
         if self.config.step_token == "soft" and not embed.weight.is_meta:  # else the loop calls the module, too
             one_hot = F.one_hot(ids[0], embed.num_embeddings).to(embed.weight.dtype)
@@ -789,33 +852,110 @@ def _gathered(module: nn.Module) -> nn.Module:
 def _decoder(language_model: PreTrainedModel) -> nn.Module:
     """f: the causal LM without its head."""
     decoder = language_model.get_decoder() if hasattr(language_model, "get_decoder") else language_model
-    if decoder is language_model:  # as transformers 4.57 says of GPT-2
+    # transformers 4.57 says of GPT-2 that it is its own decoder; ModernBERT calls its head so.
+    if decoder is language_model or not isinstance(decoder, PreTrainedModel):
         decoder = language_model.base_model
     return getattr(language_model, "model", decoder) if decoder is language_model else decoder
 
 
-def _decode(decoder: nn.Module, inputs: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None) -> Tensor:
-    """The last position's state, (B, d), after `inputs` (B, n, d) have run over the cache."""
-    output = decoder(
-        inputs_embeds=inputs,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
+class StepLoop:
+    """A batch on its way: the prompt's states, and then one generated position after the other.
+
+    Args:
+        model: a [`GircseModel`] with soft or hard step tokens.
+        input_ids, attention_mask: (B, N) each, as `_check_inputs` returns them.
+        k: the most steps there will be.
+        way: how the backbone is driven, by default as the model has found out.
+
+    Attributes:
+        state: (B, d), h'_0 at first and h'_k after k steps.
+    """
+
+    def __init__(
+        self, model: GircseModel, input_ids: Tensor, attention_mask: Tensor, k: int, way: Way | None = None
+    ) -> None:
+        self.model, self.decoder = model, _decoder(model.language_model)
+        self.way = model._find_way(input_ids.device) if way is None else way
+        if model._checkpointing():
+            # The layers would fill a cache a second time in backward, and differ from what the forward pass saw.
+            self.way = self.way._replace(cache=None)
+        self.past = {} if self.way.cache is None else {self.way.cache: DynamicCache()}
+        shared = model._shared_prefix(input_ids, attention_mask, k) if self.past else 0
+        if shared:
+            input_ids, attention_mask = _prefix_first(input_ids, attention_mask, shared)
+        self.inputs = model._prompt_embeddings(input_ids, attention_mask)  # (B, N, d)
+        self.mask = F.pad(attention_mask, (0, k), value=1)  # (B, N + K)
+        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)  # (B, N + K)
+        self.end = input_ids.shape[1]
+        if shared:
+            first = self.inputs[:1, :shared], self.mask[:1, :shared], self.positions[:1, :shared]
+            _decode(self.decoder, *first, self.past)
+            self.past[self.way.cache].batch_repeat_interleave(len(self.mask))
+        seen = model._prompt_mask(attention_mask, self.way, shared)
+        rest = self.inputs[:, shared:], seen, self.positions[:, shared : self.end]
+        self.state = _decode(self.decoder, *rest, self.past)
+        self.seen = model._step_mask(self.mask) if self.past else self.mask
+
+    def step(self) -> tuple[Tensor | None, Tensor]:
+        """s_k and g_k, (B, V) and (B, d); s_k is None where `_next_token` makes it chunk by chunk."""
+        probabilities, embedding = self.model._next_token(self.state)
+        return probabilities, self.advance(embedding)
+
+    def advance(self, embedding: Tensor) -> Tensor:
+        """g_k (B, d) after d_k (B, d), whichever token that is of."""
+        new = embedding[:, None]  # (B, 1, d)
+        self.inputs = new if self.past else torch.cat([self.inputs, new], dim=1)
+        self.end += 1
+        seen = None if self.seen is None else self.seen[..., : self.end]
+        at = self.positions[:, self.end - self.inputs.shape[1] : self.end]
+        self.state = _decode(self.decoder, self.inputs, seen, at, self.past)
+        return self.state
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with the rows of these numbers alone, (b,) int64."""
+        for name in ("state", "mask", "positions", "inputs", "seen"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value[rows])
+        for cache in self.past.values():
+            cache.reorder_cache(rows)
+
+
+def _decode(
+    decoder: nn.Module, inputs: Tensor, mask: Tensor | None, positions: Tensor, past: dict[str, Cache]
+) -> Tensor:
+    """The last position's state, (B, d), after `inputs` (B, n, d) have run over the cache, which `past` names as the
+    decoder does."""
+    output = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=bool(past), **past)
     return output.last_hidden_state[:, -1].to(positions.device)
 
 
-def _step(model: GircseModel, state: Tensor, seen: Tensor, position: Tensor, cache: Cache) -> Tensor:
+def _agree(found: Tensor, expected: Tensor, other: Tensor) -> bool:
+    """Whether states (1, n, d) are the same up to rounding: far nearer to each other than to those of another text. On
+    the meta device there are no values to tell."""
+    if found.is_meta:
+        return True
+    rounding = 0.01 if torch.finfo(found.dtype).eps < 1e-6 and not torch.is_autocast_enabled(found.device.type) else 0.1
+    found, expected, other = (x.float() for x in (found, expected, other))
+    error, difference, size = (x.norm() for x in (found - expected, other - expected, expected))
+    return bool(error <= max(rounding * difference, 1e-4 * size))
+
+
+def _step(model: GircseModel, state: Tensor, seen: Tensor, position: Tensor, past: dict[str, Cache]) -> Tensor:
     """h'_k from h'_{k-1}, (B, d)."""
-    return _decode(_decoder(model.language_model), model._next_token(state)[1][:, None], seen, position, cache)
+    return _decode(_decoder(model.language_model), model._next_token(state)[1][:, None], seen, position, past)
 
 
-def _static_caches_count(config: Any) -> bool:
-    """Whether static caches know by themselves where the next token goes, as they do from some 5.x on."""
-    if int(transformers.__version__.split(".")[0]) < 5:
+@functools.cache
+def _static_caches_count() -> bool:
+    """Whether static caches know by themselves where the next token goes, as they do from some 5.x on: tried."""
+    config = CONFIG_MAPPING["qwen2"](num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, hidden_size=1)
+    try:
+        cache, one = StaticCache(config=config, max_cache_len=3), torch.ones(1, 1, 1, 1)
+        for _ in range(2):
+            keys, _ = cache.update(one, one, 0)
+        return keys.flatten().tolist() == [1, 1, 0] and int(cache.get_seq_length()) == 2
+    except REFUSALS:
         return False
-    return hasattr(StaticCache(config=config, max_cache_len=1).layers[0], "cumulative_length")
 
 
 @functools.cache
@@ -905,46 +1045,34 @@ def _prefix_first(input_ids: Tensor, attention_mask: Tensor, shared: int) -> tup
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
-def _takes_cache(language_model: PreTrainedModel) -> bool:
-    """Whether the decoder takes a `DynamicCache`. In transformers 4.51, GPT-2 takes tuples, and Gemma a cache of fixed
-    length. Without a cache, each step runs the whole sequence: slower, and the same."""
-    supported = getattr(language_model, "_supports_cache_class", None)  # later versions have all of them take it
-    fixed = getattr(language_model.config, "cache_implementation", None) == "hybrid"
-    return supported is None or (supported and not fixed)
-
-
 def _check_structure(language_model: PreTrainedModel) -> None:
-    """Refuses, by name, a backbone that the step loop can't drive."""
-    name, config = type(language_model).__name__, language_model.config
-    reason = None
-    decoder = _decoder(language_model)
-    parameters = inspect.signature(decoder.forward).parameters
-    lacking = [argument for argument in DECODER_ARGUMENTS if argument not in parameters]
-    layer_types = set(getattr(config, "layer_types", None) or ())
+    """Refuses, by name, a backbone whose parts the step loop can't use as they are. Whether it can be driven is tried
+    by `GircseModel._find_way`, so that this holds only what no trial of a few tokens would show."""
+    config, reason = language_model.config, None
     if getattr(config, "is_encoder_decoder", False):
         reason = "it is an encoder-decoder"
-    elif decoder is language_model or language_model.get_output_embeddings() is None:
+    elif _decoder(language_model) is language_model or language_model.get_output_embeddings() is None:
         reason = "it has no decoder and LM head that can be called apart"
     elif config.get_text_config() is not config:
         reason = "it is multimodal (its text part, saved as a causal LM of its own, may be one)"
     elif config.model_type not in CONFIG_MAPPING or not isinstance(config, CONFIG_MAPPING[config.model_type]):
         reason = "it is made by code of its own, which the saved model would lack"
-    elif layer_types - ATTENTION_LAYERS if layer_types else getattr(language_model, "_is_stateful", False):
-        reason = "its layers keep another state than keys and values"
     elif getattr(config, "attention_chunk_size", None):  # Llama 4
         reason = "its layers count their chunks of attention from the padding on, not from the text"
-    elif getattr(config, "alibi", False):  # Falcon
-        reason = "its positions (ALiBi) are read from the mask"
     elif getattr(config, "hidden_size_per_layer_input", None):
         reason = "its layers read the token ids again, and a soft token has none"
-    elif lacking:
-        reason = f"its decoder takes no {', '.join(lacking)}"
     if reason is not None:
-        raise ValueError(f"{name} can't be a GIRCSE backbone: {reason}; choose a decoder-only attention model")
+        raise _unfit(language_model, reason)
+
+
+def _unfit(language_model: PreTrainedModel, reason: str) -> ValueError:
+    name = type(language_model).__name__
+    return ValueError(f"{name} can't be a GIRCSE backbone: {reason}; choose a decoder-only attention model")
 
 
 def _load_backbone(name_or_path: str, needs_head: bool = True, **kwargs: Any) -> PreTrainedModel:
     """A plain causal LM. What its checkpoint lacks would be random: a ValueError, but for a head that is not needed."""
+    _name_dtype(kwargs)
     model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     lost = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
@@ -955,6 +1083,13 @@ def _load_backbone(name_or_path: str, needs_head: bool = True, **kwargs: Any) ->
             "be random: choose a checkpoint of the whole causal LM"
         )
     return model
+
+
+def _name_dtype(kwargs: dict[str, Any]) -> None:
+    """Has the dtype under the name that the installed transformers takes: `torch_dtype` until 4.55, `dtype` since."""
+    given = [kwargs.pop(name) for name in ("torch_dtype", "dtype") if name in kwargs]
+    if given:
+        kwargs["dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"] = given[-1]
 
 
 def _positions(config: PretrainedConfig) -> int | None:
@@ -1047,6 +1182,23 @@ def _peft(adapter: str) -> Any:
     except ImportError as error:
         raise ImportError(f"adapter={adapter!r} needs the peft package: pip install peft") from error
     return peft
+
+
+def _check_version_of_peft(peft: Any) -> None:
+    """Raises an ImportError if the installed transformers switches adapters by a newer peft alone."""
+    try:
+        from transformers.integrations.peft import MIN_PEFT_VERSION
+        from transformers.utils import check_peft_version
+    except ImportError:  # wherever it is then, transformers looks itself
+        return
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        raise ImportError(
+            f"transformers {transformers.__version__} needs peft >= {MIN_PEFT_VERSION} for unmerged adapters, and "
+            f"this is peft {peft.__version__}: pip install -U peft, or merge the adapter by "
+            "GircseModel.from_causal_lm(adapter=...), which works with this one"
+        ) from error
 
 
 def _misfit(adapter: str, language_model: PreTrainedModel, reason: Exception) -> ValueError:

@@ -67,6 +67,11 @@ def variant(model: PreTrainedModel, **axes: str) -> PreTrainedModel:
     return model_class(config_class(text_config=model.config.text_config, **axes), model.language_model)
 
 
+def step_loop(model: PreTrainedModel, *inputs: Any) -> Any:
+    """The model's `StepLoop` of these inputs, of which the prompt has run."""
+    return sys.modules[type(model).__module__].StepLoop(model, *inputs)
+
+
 def seconds(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from common import DEVICE, Table, build, parser, seconds
+from common import DEVICE, Table, build, parser, seconds, step_loop
 
 
 def machine() -> tuple[float, float]:
@@ -56,14 +56,11 @@ def main() -> None:
         spent.clear()
         with torch.no_grad():
             inputs = model._check_inputs(ids, None, args.k)
-            prefilled = timed("prefill", model._prefill)(*inputs)
+            loop = timed("prefill", step_loop)(model, *inputs)
             for name, part in [("decoder", decoder), ("head", head), *(("products", part) for part in linears)]:
                 part.forward = timed(name, part.forward)
-            with (
-                mock.patch.object(model, "_prefill", return_value=prefilled),
-                mock.patch.object(model, "_next_token", timed("next token", model._next_token)),
-            ):
-                timed("steps", list)(model._steps(*inputs))
+            with mock.patch.object(model, "_next_token", timed("next token", model._next_token)):
+                timed("steps", lambda loop=loop: [loop.step() for _ in range(args.k)])()
         for part in (decoder, head, *linears):
             del part.forward
         rounds.append(dict(spent))

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from common import CAUSAL_EOS, DEVICE, Table, build, in_turns, parser, ratio, variant
+from common import CAUSAL_EOS, DEVICE, Table, build, in_turns, parser, ratio, step_loop, variant
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
 
     def prefill(ids: torch.Tensor) -> None:
         with torch.no_grad():
-            model._prefill(*model._check_inputs(ids, None, 1))
+            step_loop(model, *model._check_inputs(ids, None, 1))
 
     table = Table(
         batch="{}",

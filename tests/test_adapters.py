@@ -23,6 +23,19 @@ peft = pytest.importorskip("peft")
 DROPS_MODULES = transformers.__version__.startswith("5.0.")
 
 
+def loads_beside_others() -> bool:
+    try:
+        from transformers.integrations.peft import MIN_PEFT_VERSION
+
+        transformers.utils.check_peft_version(MIN_PEFT_VERSION)
+    except ValueError:
+        return False
+    return True
+
+
+unmerged = pytest.mark.skipif(not loads_beside_others(), reason="this transformers needs a newer peft for it")
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
     """A plain causal LM with its tokenizer."""
@@ -222,6 +235,20 @@ def adapters(plain, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(**found)
 
 
+def test_a_peft_that_is_too_old_to_load_beside_others_still_merges(plain, adapters, inputs, gircse, monkeypatch):
+    from transformers.integrations import peft as integration
+
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "99.0")
+    model = gircse.GircseModel.from_causal_lm(str(plain))
+    start = embed(model, inputs)
+    with pytest.raises(ImportError, match=rf"needs peft >= 99.0 .* this is peft {peft.__version__}: pip"):
+        model.load_adapter(adapters.first, "first")
+    assert torch.equal(embed(model, inputs), start)
+    merged = gircse.GircseModel.from_causal_lm(str(plain), adapter=adapters.first)
+    assert distance(embed(merged, inputs), start) > 1e-2
+
+
+@unmerged
 def test_adapters_are_switched(plain, adapters, inputs, gircse):
     model = gircse.GircseModel.from_causal_lm(str(plain))
     start = embed(model, inputs)
@@ -236,6 +263,7 @@ def test_adapters_are_switched(plain, adapters, inputs, gircse):
     torch.testing.assert_close(embed(model, inputs), start, rtol=0, atol=1e-6)
 
 
+@unmerged
 @pytest.mark.parametrize(
     "settings",
     [
@@ -254,6 +282,7 @@ def test_adapter_with_patterns_of_names(plain, inputs, gircse, tmp_path, setting
     torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-4)
 
 
+@unmerged
 def test_own_adapters_and_checkpoints_are_loaded(plain, trained, inputs, gircse, tmp_path):
     """An adapter-only repo's adapter, and PEFT's layout of a `GircseModel`, as checkpoints have it."""
     expected = embed(AutoModel.from_pretrained(trained / "merged", trust_remote_code=True), inputs)
@@ -280,6 +309,7 @@ def assert_plain(model, start: torch.Tensor, inputs: dict, folder: Path) -> None
     assert torch.equal(embed(model, inputs), start) and torch.equal(embed(again, inputs), start)
 
 
+@unmerged
 @pytest.mark.parametrize("reason", EDITS)
 def test_adapter_that_does_not_fit_is_not_kept(plain, trained, adapters, inputs, gircse, tmp_path, reason):
     folder = edited(tmp_path, trained / "adapter_only", EDITS[reason])
@@ -301,6 +331,7 @@ def test_adapter_that_does_not_fit_is_not_kept(plain, trained, adapters, inputs,
     torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-5)
 
 
+@unmerged
 def test_adapter_of_another_architecture_is_not_kept(plain, inputs, gircse, tmp_path):
     model = gircse.GircseModel.from_causal_lm(str(plain))
     start = embed(model, inputs)
@@ -310,6 +341,7 @@ def test_adapter_of_another_architecture_is_not_kept(plain, inputs, gircse, tmp_
     assert_plain(model, start, inputs, tmp_path / "saved")
 
 
+@unmerged
 def test_deleted_adapters_leave_the_model_plain(plain, adapters, inputs, gircse, tmp_path):
     model = gircse.GircseModel.from_causal_lm(str(plain))
     start = embed(model, inputs)
@@ -321,6 +353,7 @@ def test_deleted_adapters_leave_the_model_plain(plain, adapters, inputs, gircse,
     assert_plain(model, start, inputs, tmp_path / "saved")
 
 
+@unmerged
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["dora", "norm"])
 def test_adapter_is_loaded_in_every_part_or_refused(plain, inputs, gircse, tmp_path, kind, dtype):
@@ -345,6 +378,7 @@ def test_adapter_is_loaded_in_every_part_or_refused(plain, inputs, gircse, tmp_p
             torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-4)
 
 
+@unmerged
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "settings", [{"targets": ["q_proj", "embed_tokens"]}, {"trainable_token_indices": [5, 6]}], ids=["lora", "tokens"]
@@ -368,6 +402,7 @@ def test_adapter_that_adds_to_the_token_embeddings_is_not_kept(
     assert torch.equal(embed(model, inputs), expected)
 
 
+@unmerged
 def test_adapter_with_token_embeddings_of_its_own(inputs, gircse, tmp_path):
     base = AutoModelForCausalLM.from_config(tiny_text_config())
     base.save_pretrained(tmp_path / "base")

@@ -297,6 +297,7 @@ def test_attn_implementation_reaches_the_backbone(gircse, make_model, ids_and_ma
     for name in ("eager", "sdpa"):
         model = gircse.GircseModel.from_pretrained(tmp_path, attn_implementation=name)
         assert model.language_model.config._attn_implementation == name
+        model.generate_embedding(*ids_and_mask, k=1)  # the first text, at which ways to drive a backbone are tried
         calls.clear()
         embeddings[name] = model.generate_embedding(*ids_and_mask, k=4, return_steps=True)
         counts[name] = len(calls)
@@ -671,6 +672,7 @@ def test_plain_causal_lm_is_refused_by_from_pretrained(gircse, make_plain, backb
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 TRANSFORMERS_MODULES = {"transformers", "transformers.utils"}
+GUARDED_MODULES = {"transformers.integrations.peft"}  # in a function, where it may be missing
 UNWANTED_MODULES = {"ctypes", "ftplib", "http", "importlib", "marshal", "multiprocessing", "pickle", "pty", "runpy"}
 UNWANTED_MODULES |= {"shutil", "socket", "ssl", "subprocess", "tempfile", "urllib", "webbrowser"}
 UNWANTED_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "input", "breakpoint"}
@@ -699,7 +701,8 @@ def import_problem(module: str, names: list[str], level: int, optional: bool) ->
     if any(part.startswith("_") for part in [*module.split("."), *names] if module != "__future__"):
         return f"private name in {module!r}: {names}"
     if package == "transformers":
-        return None if module in TRANSFORMERS_MODULES else f"{module!r} is not a stable place to import from"
+        stable = module in TRANSFORMERS_MODULES or (optional and module in GUARDED_MODULES)
+        return None if stable else f"{module!r} is not a stable place to import from"
     if package == "peft":
         return None if optional else "peft is imported outside of try in a function"
     if package in UNWANTED_MODULES or package not in {"torch", *sys.stdlib_module_names}:

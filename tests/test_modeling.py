@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from transformers import DynamicCache
+from transformers.utils import ModelOutput
 
 from conftest import BACKBONES, SMALL, text_config
 
@@ -211,11 +214,10 @@ def test_bidirectional_attention_reaches_the_first_token(make_model, backbone):
     """Under causal attention the first token's state can't know the second; here a change of the last token of two
     changes the average by more than its own share."""
     model = make_model(backbone, dtype=torch.float64, step_token="none", attention="bidirectional")
+    way, ones = model._find_way(model.device), torch.ones(1, 2, dtype=torch.long)
     with torch.no_grad():
-        first = [
-            model._decode_all(model.get_input_embeddings()(torch.tensor([[5, token]])), torch.ones(1, 2).long())[0, 0]
-            for token in (6, 7)
-        ]
+        prompts = (model.get_input_embeddings()(torch.tensor([[5, token]])) for token in (6, 7))
+        first = [model._decode_all(prompt, ones, way)[0, 0] for prompt in prompts]
     assert relative(*first) > 1e-3
 
 
@@ -450,6 +452,14 @@ def test_bad_k(make_model, batch, k, error):
         make_model().generate_embedding(*batch, k=k)
 
 
+def test_k_of_any_integer_type(make_model, batch):
+    model = make_model()
+    expected = model.generate_embedding(*batch, k=3)
+    for k in (np.int64(3), np.uint8(3), torch.tensor(3)):
+        assert torch.equal(model.generate_embedding(*batch, k=k), expected)
+        assert model.max_input_length(k) == 125
+
+
 def test_bad_ids_and_masks(make_model, batch):
     model, (ids, mask) = make_model(), batch
     empty = mask.clone()
@@ -514,28 +524,72 @@ def test_bad_override_at_loading(gircse, tmp_path, settings, message):
     assert changed.num_steps == 7 and unused == {"x": 1}
 
 
+def backbone_of(gircse, model_type, settings):
+    config = transformers.AutoConfig.for_model(model_type, **{"vocab_size": 99, "initializer_range": 0.2, **settings})
+    torch.manual_seed(0)
+    return gircse.GircseModel._from_config(gircse.GircseConfig(text_config=config), attn_implementation="eager").eval()
+
+
+BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+CHUNKED = {**SMALL, "intermediate_size_mlp": 48, "attention_chunk_size": 6}
+
+
 @pytest.mark.parametrize(
     "model_type, settings, reason",
-    [
-        ("mamba", {"hidden_size": 16, "num_hidden_layers": 1}, "another state"),
-        (
-            "bart",
-            {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2},
-            "takes no position_ids",
-        ),
-        ("llama4_text", {**SMALL, "intermediate_size_mlp": 48, "attention_chunk_size": 6}, "chunks of attention"),
-        ("falcon", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "alibi": True}, "ALiBi"),
-        ("bloom", {"hidden_size": 16, "n_layer": 1, "n_head": 2}, "takes no position_ids"),
-        ("mpt", {"d_model": 16, "n_layers": 1, "n_heads": 2}, "takes no position_ids"),
-    ],
+    [("bart", BART, "transformers"), ("llama4_text", CHUNKED, "chunks of attention")],
 )
-def test_backbones_that_cannot_be_supported_are_refused_by_name(gircse, model_type, settings, reason):
-    from transformers import AutoConfig
-
-    config = gircse.GircseConfig(text_config=AutoConfig.for_model(model_type, **{"vocab_size": 20, **settings}))
+def test_backbones_that_cannot_be_supported_are_refused_by_name(gircse, batch, model_type, settings, reason):
     name = model_type.removesuffix("_text")
     with pytest.raises(ValueError, match=rf"(?i){name}ForCausalLM can't be a GIRCSE backbone: .*{reason}"):
-        gircse.GircseModel(config)
+        backbone_of(gircse, model_type, settings).generate_embedding(*batch, k=2)
+
+
+@pytest.mark.parametrize(
+    "model_type, settings",
+    [
+        ("mamba2", dict(hidden_size=16, num_hidden_layers=2, state_size=4, num_heads=4, head_dim=8, n_groups=1)),
+        ("falcon", {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True}),
+        ("bloom", {"hidden_size": 16, "n_layer": 2, "n_head": 2}),
+    ],
+)
+def test_a_backbone_that_cannot_be_gone_on_from_runs_the_whole_sequence(gircse, batch, model_type, settings, caplog):
+    """State-space layers keep another state than keys and values, and these two read positions from the whole mask."""
+    logging.getLogger("transformers_modules").propagate = True
+    model = backbone_of(gircse, model_type, settings)
+    found = model.generate_embedding(*batch, k=4, return_steps=True)
+    with torch.no_grad():
+        expected = F.normalize(algorithm_1(model, *batch, 4), dim=-1)
+    assert relative(found, expected) < 1e-5
+    assert caplog.text.count("each step runs the whole sequence") == 1
+
+
+def test_a_cache_is_passed_by_whatever_name_a_decoder_has_for_it(make_model, batch, monkeypatch):
+    """As if the next version of transformers renamed the argument, and passed over the old name in silence."""
+    model = make_model()
+    expected = model.generate_embedding(*batch, k=3)
+    decoder, name = model.language_model.model, model._find_way(model.device).cache
+    original, lengths = type(decoder).forward, []
+
+    def renamed(self, inputs_embeds, attention_mask=None, position_ids=None, memory=None, use_cache=None, **kwargs):
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        output = original(self, inputs_embeds=inputs_embeds, **inputs, **{name: memory})
+        lengths.append(inputs_embeds.shape[1])
+        return ModelOutput(last_hidden_state=output.last_hidden_state, memory=output.get(name))
+
+    monkeypatch.setattr(type(decoder), "forward", renamed)
+    model._ways.clear()
+    assert relative(model.generate_embedding(*batch, k=3), expected) < 1e-6
+    assert model._find_way(model.device).cache == "memory" and lengths[-4:] == [11, 1, 1, 1]
+
+
+def test_dropout_is_as_it_was_after_the_trial_and_no_number_is_drawn(gircse):
+    config = text_config("gpt2", resid_pdrop=0.5)
+    model = gircse.GircseModel(gircse.GircseConfig(text_config=config)).train()
+    frozen = model.language_model.transformer.h[0].eval()
+    state = torch.get_rng_state()
+    model._find_way(model.device)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not frozen.training and model.language_model.transformer.h[1].mlp.training
 
 
 def test_a_backbone_by_code_of_its_own_is_refused(gircse):
@@ -554,7 +608,7 @@ def test_a_backbone_by_code_of_its_own_is_refused(gircse):
 
 
 @pytest.mark.skipif(not hasattr(DynamicCache, "has_previous_state"), reason="needs a cache of its own there")
-def test_a_hybrid_of_attention_layers_alone_is_a_backbone(gircse, batch):
+def test_a_hybrid_of_attention_layers_alone_keeps_its_cache(gircse, batch):
     """As the small dense Granite 4 is."""
     settings = {**SMALL, "num_local_experts": 0, "shared_intermediate_size": 48, "mamba_n_heads": 4}
 
@@ -562,12 +616,12 @@ def test_a_hybrid_of_attention_layers_alone_is_a_backbone(gircse, batch):
         text = transformers.AutoConfig.for_model("granitemoehybrid", **settings, layer_types=list(layer_types))
         return gircse.GircseModel(gircse.GircseConfig(text_config=text)).eval()
 
-    with pytest.raises(ValueError, match="another state"):
-        make("attention", "mamba", "attention")
-    model = make("attention", "attention", "attention")
-    with torch.no_grad():
-        expected = F.normalize(algorithm_1(model, *batch, 4), dim=-1)
-    assert relative(model.generate_embedding(*batch, k=4, return_steps=True), expected) < 1e-4
+    for kinds, cached in ((("attention", "mamba", "attention"), False), (("attention",) * 3, True)):
+        model = make(*kinds)
+        with torch.no_grad():
+            expected = F.normalize(algorithm_1(model, *batch, 4), dim=-1)
+        assert relative(model.generate_embedding(*batch, k=4, return_steps=True), expected) < 1e-4
+        assert (model._find_way(model.device).cache is not None) == cached
 
 
 def test_a_head_that_the_loop_does_not_reproduce_is_refused(gircse, tmp_path, monkeypatch):

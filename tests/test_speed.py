@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import BACKBONES, text_config
+from conftest import BACKBONES
 from test_modeling import attention_for, gradients, relative
 
 
@@ -136,20 +136,22 @@ def test_steps_read_no_value_back(make_model, batch, padded):
     model = make_model()
     ids, mask = batch if padded else (batch[0][:1].repeat(2, 1), torch.ones(2, 11, dtype=torch.long))
     with torch.no_grad():
-        steps = model._steps(*model._check_inputs(ids, mask, 5))
-        next(steps)
+        loop = module_of(model).StepLoop(model, *model._check_inputs(ids, mask, 5))
         with Reads() as reads:
-            assert len(list(steps)) == 4
+            for _ in range(5):
+                loop.step()
             assert reads.seen == []
             assert bool(mask.any()) and len(reads.seen) == 1  # the counter does count
 
 
 def test_cache_grows_by_one_position_a_step(make_model, batch):
     model = make_model()
-    caches = decoder_calls(model, "past_key_values")
+    caches = decoder_calls(model, model._find_way(model.device).cache)
     lengths = []
     with torch.no_grad():
-        for _ in model._steps(*model._check_inputs(*batch, 4)):
+        loop = module_of(model).StepLoop(model, *model._check_inputs(*batch, 4))
+        for _ in range(4):
+            loop.step()
             lengths.append(caches[-1].get_seq_length())
     assert lengths == [12, 13, 14, 15] and len({id(cache) for cache in caches}) == 1
 
@@ -186,7 +188,7 @@ def test_texts_that_have_settled_run_no_further_steps(make_model, batch):
 @pytest.fixture
 def static(gircse):
     """Skips where transformers has no static cache that counts its own tokens."""
-    if not sys.modules[gircse.GircseModel.__module__]._static_caches_count(text_config("qwen2")):
+    if not sys.modules[gircse.GircseModel.__module__]._static_caches_count():
         pytest.skip("this transformers is too old for static steps")
 
 
@@ -262,7 +264,7 @@ def test_static_steps_are_refused_where_they_cannot_be(make_model, gircse, batch
         make_model(step_token="learned").generate_embedding(*batch, k=2, cache_implementation="static")
     for backbone, window in (("mistral", "sliding_window"), ("gpt_neo", "window_size")):
         model = make_model(backbone, text_changes={window: 63})
-        supported = module_of(model)._static_caches_count(model.config.text_config)
+        supported = module_of(model)._static_caches_count()
         remedy = "sliding window" if supported else "update transformers"
         with pytest.raises(ValueError, match=remedy):
             model.generate_embedding(*batch, k=2, cache_implementation="static")  # 64 positions hold 11 + 2 tokens
