@@ -4,39 +4,56 @@ Under `instruction`, the embedding of `query` (q) belongs near each text of `pos
 hard negatives d-). The path of such a row through this file:
 
     load_pairs       file, folder, pattern or Hub id -> checked rows, memory-mapped
-    split_held_out   -> training rows and held-out rows, no query on both sides
+    split_held_out   -> training rows and held-out rows, no query and no pair on both sides
     TrainingPairs    row i of an epoch -> q, one d+, some d-, drawn by (seed, epoch, i) alone: a resumed run agrees
     SourceBatches    which rows form a batch: of one source, so that in-batch negatives are of the same task
     PairCollator     rows -> token ids, and the ids that tell false negatives
 """
 
+import ast
 import glob
-import gzip
 import hashlib
 import json
+import logging
 import math
 import os
 import random
 import re
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet
+import pyarrow.compute
 import torch
 from datasets.exceptions import DatasetGenerationError
 
+import rows_gircse
+from rows_gircse import ENDINGS, Row, RowFile, require
+
 # FlagEmbedding's names for tasks with the instruction on both sides (its "symmetric_class" has bare class names there).
 SYMMETRIC_TYPES = ("symmetric_sts", "symmetric_clustering")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 HELD_BACK = ("validation", "valid", "val", "dev", "test")  # splits that are never trained on unless asked for
 TEXT, TEXTS, FLAG = datasets.Value("string"), datasets.Sequence(datasets.Value("string")), datasets.Value("bool")
 FEATURES = datasets.Features(
     dict(query=TEXT, pos=TEXTS, neg=TEXTS, instruction=TEXT, source=TEXT, symmetric=FLAG, label=TEXT)
 )
+# Columns (query, positive) whose names say that each row is a pair; any of them may have negatives beside them.
+STATED_PAIRS = (("query", "pos"), ("anchor", "positive"), ("query", "positive"))
+# Columns of pairs in Sentence Transformers' published data sets. Elsewhere a label or a score may stand beside them.
+USUAL_PAIRS = (
+    *(("question", "answer"), ("query", "answer"), ("title", "answer"), ("title", "question")),
+    *(("title", "abstract"), ("title", "citation"), ("abstract", "citation"), ("comment", "code")),
+    *(("title", "body"), ("title", "article"), ("title", "description"), ("title", "review")),
+    *(("text", "simplified"), ("text", "summary"), ("article", "summary"), ("english", "non_english")),
+    *((f"{name}1", f"{name}2") for name in ("title", "body", "post", "caption", "sentence", "question")),
+)
+NEGATIVES = re.compile(r"neg|negatives|negative(_\d+)?")
+# What a column is called that may say of two texts that they are no pair.
+JUDGEMENTS = re.compile("label|score|similar|relevan|duplicate|entail|paraphrase|match|gold|target", re.IGNORECASE)
+
+logger = logging.getLogger("gircse")
 
 
 def load_pairs(
@@ -44,49 +61,122 @@ def load_pairs(
     *,
     config: str | None = None,
     split: str | None = None,
+    columns: Mapping[str, str | Sequence[str]] | None = None,
     symmetric_sources: Collection[str] = (),
     limit: int | None = None,
+    max_bad_share: float | None = None,
+    bad_rows_file: str | Path | None = None,
 ) -> datasets.Dataset:
-    """Reads pairs in either of two layouts, checks every row, and returns them with the columns of FEATURES.
+    """Reads pairs, checks every row, and returns them with the columns of FEATURES.
 
-    The layouts are `query, pos[, neg]` (a text or list each) and `anchor, positive[, negative, negative_1, ...]`. Both
-    take `instruction` or `prompt` (default ""), `source` (default: the file's name without ending; on the Hub the split
+    Each row has a query and positives (a text or list each) in columns of STATED_PAIRS or USUAL_PAIRS, or in those that
+    `columns` names, and may have hard negatives in `neg`, `negatives`, `negative`, `negative_1`, ... All take
+    `instruction` or `prompt` (default ""), `source` (default: the file's name without ending; on the Hub the split
     where there are several, the instruction, so that rows of one task still go together, or the id), `label`, and
     `symmetric`, which says whether documents get the instruction too. Without it, `type` (FlagEmbedding's field) or
     `symmetric_sources` does.
 
     Args:
-        source: file (.jsonl, .json with an object a line, either gzipped, .parquet), folder, glob pattern or Hub id.
+        source: file (see ENDINGS), folder, glob pattern or Hub id.
         config: the configuration of a Hub data set that has several; local files have none.
         split: the split of a Hub data set, by default `train`, or where there is none all that aren't to test on, as
             in data sets with a split a source; local files have none.
+        columns: which of the data's columns are ours, as {"query": "question", "neg": ["hard_1", "hard_2"]}; only `pos`
+            and `neg` take several. Where it names `query` or `pos`, a `label` is only read if it names that too.
         limit: read only the first rows (a Hub data set is then streamed), of several splits in proportion to their
             sizes.
+        max_bad_share: leave wrong rows out, as long as they are not more than this share (0 <= share < 1) of all that
+            are read. Without it the first wrong row is an error.
+        bad_rows_file: with `max_bad_share`, where the rows left out are listed, as {"file", "row", "reason"} a line;
+            there is no such file if there are none.
 
     Raises:
         FileNotFoundError: nothing is found under `source`.
-        ValueError: a wrong row, named as "{file}:{line}: ...", or a wrong or missing argument. A name in
-            `symmetric_sources` that no row has is wrong too, unless `limit` cuts rows off.
+        ValueError: a wrong row, named as "{file}:{line}: ...", too many of them, a file that can't be read to its end,
+            or a wrong or missing argument. A name in `columns` or `symmetric_sources` that no row has is wrong too; for
+            the latter unless `limit` cuts rows off.
     """
     if limit is not None:
         _check_count("limit", limit, minimum=1)
+    if max_bad_share is not None and not (type(max_bad_share) in (int, float) and 0 <= max_bad_share < 1):
+        raise ValueError(f"max_bad_share must be a share of the rows, 0 <= share < 1, not {max_bad_share!r}")
     files = _find_files(source)
     for name, value in (("config", config), ("split", split)):
         if files and value is not None:
             raise ValueError(f"{name}={value!r} is for data sets on the Hub, and {source!r} is local: leave it out")
+    code = (__file__, rows_gircse.__file__)
     arguments = {
         "name": source,
         "rows": files or _load_hub(source, config, split, limit),
+        "columns": _check_columns(columns or {}),
         "symmetric_sources": tuple(sorted(symmetric_sources)),
         "limit": limit,
-        "versions": tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (__file__, *files)),
+        "keeps_bad": max_bad_share is not None,
+        "versions": tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (*code, *files)),
     }
+    features = FEATURES if max_bad_share is None else datasets.Features({**FEATURES, "bad": TEXT})
     try:
-        return datasets.Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments)
+        pairs = datasets.Dataset.from_generator(_generate, features=features, gen_kwargs=arguments)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None  # ours says file and line; the wrapper only that something failed
         raise
+    return pairs if max_bad_share is None else _without_bad_rows(pairs, source, max_bad_share, bad_rows_file)
+
+
+def parse_columns(words: Iterable[str]) -> dict[str, list[str]]:
+    """`load_pairs`'s `columns` from a command line's words: `query=question,pos=answer`, `neg=hard_1,hard_2`."""
+    columns: dict[str, list[str]] = {}
+    for part in ",".join(words).split(",") if words else ():
+        ours, equals, theirs = part.rpartition("=")
+        if equals and ours not in columns:
+            columns[ours] = []
+        elif equals or not columns:
+            raise ValueError(
+                f"columns: {part!r} must be ours=theirs, with each of ours once, as query=question or neg=hard_1,hard_2"
+            )
+        if not theirs:
+            raise ValueError(f"columns: {part!r} names no column of the data; write query=question")
+        list(columns.values())[-1].append(theirs)
+    return columns
+
+
+def _check_columns(columns: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
+    checked = {ours: [theirs] if isinstance(theirs, str) else list(theirs) for ours, theirs in sorted(columns.items())}
+    for ours, theirs in checked.items():
+        if ours not in FEATURES:
+            raise ValueError(
+                f"columns: {ours!r} is none of {', '.join(FEATURES)}; give ours=theirs, as query=question pos=answer"
+            )
+        if not theirs or (len(theirs) > 1 and ours not in ("pos", "neg")):
+            raise ValueError(f"columns: {ours!r} is one column, not {theirs!r}; only pos and neg can be several")
+    return checked
+
+
+def _without_bad_rows(
+    rows: datasets.Dataset, name: str, max_bad_share: float, bad_rows_file: str | Path | None
+) -> datasets.Dataset:
+    """The good rows of what `_generate` yields, also when it was read from the cache; lists the others."""
+    column = rows.data.column("bad")
+    bad = column.drop_null().to_pylist()
+    if bad_rows_file is not None:
+        path = Path(bad_rows_file)
+        if bad:
+            path.write_text("".join(line + "\n" for line in bad), encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)  # of an earlier run
+    rows = rows.remove_columns("bad")
+    if not bad:
+        return rows
+    first = "; ".join("{file}, row {row}: {reason}".format(**json.loads(line)) for line in bad[:3])
+    listed = "" if bad_rows_file is None else f" (all of them in {bad_rows_file})"
+    if len(bad) > max_bad_share * len(rows):
+        raise ValueError(
+            f"{name}: {len(bad)} of {len(rows)} rows are wrong, more than max_bad_share={max_bad_share} "
+            f"(--max_bad_share) allows; repair them or allow more{listed}: {first}"
+        )
+    logger.warning(f"{name}: left out {len(bad)} of {len(rows)} rows, which are wrong{listed}: {first}")
+    return rows.select(pyarrow.compute.indices_nonzero(column.is_null()).to_pylist())
 
 
 def _find_files(source: str) -> tuple[str, ...]:
@@ -98,14 +188,14 @@ def _find_files(source: str) -> tuple[str, ...]:
         found = [path]
     elif re.search(r"[*?\[]", source):
         found = map(Path, glob.glob(str(path), recursive=True))
-    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not source.endswith(SUFFIXES):
+    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not source.endswith(ENDINGS):
         return ()
     else:
         raise FileNotFoundError(f"{source!r}: no such file or folder (working directory: {Path.cwd()})")
-    files = sorted(str(file.absolute()) for file in found if file.is_file() and file.name.endswith(SUFFIXES))
+    files = sorted(str(file.absolute()) for file in found if file.is_file() and file.name.endswith(ENDINGS))
     if not files:
         raise FileNotFoundError(
-            f"{source!r}: no file here ends in {', '.join(SUFFIXES)}; rename it, or for subfolders give a glob pattern"
+            f"{source!r}: no file here ends in {', '.join(ENDINGS)}; rename it, or for subfolders give a glob pattern"
         )
     return tuple(files)
 
@@ -141,82 +231,135 @@ def _load_split(name: str, config: str | None, split: str, limit: int | None) ->
 
 
 def _generate(
-    name: str, rows: Any, symmetric_sources: tuple[str, ...], limit: int | None, versions: tuple[tuple[int, int], ...]
+    name: str,
+    rows: Any,
+    columns: dict[str, list[str]],
+    symmetric_sources: tuple[str, ...],
+    limit: int | None,
+    keeps_bad: bool,
+    versions: tuple[tuple[int, int], ...],
 ) -> Iterator[dict[str, Any]]:
-    """Yields checked rows of files (a tuple of paths) or of a Hub data set's splits. `versions` is there for the cache
-    alone, which datasets names by a hash of all arguments: a changed file, or a new version of this module, is read
-    again."""
-    if isinstance(rows, tuple):
-        located = chain.from_iterable(map(_read_file, rows))
-    else:
-        located = (
-            (f"{where}: row {number}", split or row.get("instruction") or row.get("prompt") or name, row)
-            for split, part in rows.items()
-            for where in [f"{name}, {split}" if split else name]
-            for number, row in enumerate(part, 1)
-        )
-    count, present = 0, set()
-    for where, default_source, row in islice(located, limit):
-        pair = _to_pair(row, where, default_source, symmetric_sources)
-        count += 1
-        present.add(pair["source"])
-        yield pair
-    unknown = sorted(set(symmetric_sources) - present)
+    """Yields checked rows of files (a tuple of paths) or of a Hub data set's splits; with `keeps_bad` also the wrong
+    ones, empty but for `bad`. `versions` is there for the cache alone, which datasets names by a hash of all arguments:
+    a changed file, or a new version of the code, is read again."""
+    count, sources, there = 0, set(), set()
+    found = _file_rows(rows) if isinstance(rows, tuple) else _hub_rows(name, rows)
+    for count, (file, default_source, row) in enumerate(islice(found, limit), 1):  # noqa: B007
+        try:
+            if columns:
+                there.update(row.fields or ())
+            pair = _to_pair(require(row), row.where, (default_source, name), symmetric_sources, columns)
+        except ValueError as error:
+            if not keeps_bad:
+                raise
+            reason = str(error).removeprefix(f"{row.where}: ")
+            yield dict.fromkeys(FEATURES) | {"bad": json.dumps({"file": file, "row": row.number, "reason": reason})}
+            continue
+        sources.add(pair["source"])
+        yield pair | {"bad": None} if keeps_bad else pair
     if count == 0:
         raise ValueError(f"{name}: no rows; give at least one training pair")
+    missing = sorted({theirs for names in columns.values() for theirs in names} - there)
+    if missing:
+        raise ValueError(f"columns: no row of {name} has {missing}; there are {sorted(there)}")
+    unknown = sorted(set(symmetric_sources) - sources)
     if unknown and count != limit:
-        raise ValueError(f"symmetric_sources: no row of {name} has source {unknown}; its sources are {sorted(present)}")
+        raise ValueError(f"symmetric_sources: no row of {name} has source {unknown}; its sources are {sorted(sources)}")
 
 
-def _read_file(path: str) -> Iterator[tuple[str, str, Any]]:
-    """Yields (place for error messages, default source, row) for each row."""
-    stem = re.sub(r"\.(jsonl|json|parquet)(\.gz)?$", "", Path(path).name)
-    number = 0
-    try:
-        if path.endswith(".parquet"):
-            with pyarrow.parquet.ParquetFile(path) as table:
-                for number, row in enumerate(chain.from_iterable(b.to_pylist() for b in table.iter_batches(1000)), 1):
-                    yield f"{path}: row {number}", stem, row
-        else:
-            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield f"{path}:{number}", stem, json.loads(line)
-    except (EOFError, OSError, zlib.error, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}:{number + 1}: unreadable ({error}); write or download the file again") from error
-    except ValueError as error:  # a wrong encoding raises it as well
-        raise ValueError(f"{path}:{number}: bad JSON ({error}); write one JSON object a line, in UTF-8") from error
+def _file_rows(paths: tuple[str, ...]) -> Iterator[tuple[str, str, Row]]:
+    """Yields (file, default source, row)."""
+    for path in paths:
+        stem = Path(path.removesuffix(".gz")).stem
+        for row in RowFile(path).read():
+            yield path, stem, row
 
 
-def _to_pair(row: Any, where: str, default_source: str, symmetric_sources: Collection[str]) -> dict[str, Any]:
-    """Checks one row of either layout and returns it with the columns of FEATURES."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be a JSON object with named fields, not {row!r:.60}")
-    query, pos, neg = "query", "pos", ["neg"]
-    if row.get("query") is None and row.get("anchor") is not None:
-        query, pos, neg = "anchor", "positive", [name for name in row if re.fullmatch(r"negative(_\d+)?", name)]
-    for field in (query, pos):
-        if row.get(field) is None or row[field] == []:
-            raise ValueError(
-                f"{where}: field {field!r} is missing or empty; a row needs 'query' and 'pos', or 'anchor' and "
-                f"'positive' (this one has {', '.join(map(repr, row)) or 'no fields'})"
-            )
-    instruction = _optional_text(row, "instruction", where) or _optional_text(row, "prompt", where) or ""
-    source = _optional_text(row, "source", where) or default_source
-    symmetric = row.get("symmetric")
-    if symmetric is None:
-        symmetric = source in symmetric_sources or row.get("type") in SYMMETRIC_TYPES
-    elif not isinstance(symmetric, bool):
-        raise ValueError(f"{where}: field 'symmetric' is {symmetric!r:.60}; write true or false, or leave it out")
+def _hub_rows(name: str, splits: Mapping[str, datasets.Dataset]) -> Iterator[tuple[str, str, Row]]:
+    """Yields (data set and split, default source, row)."""
+    for split, part in splits.items():
+        place = f"{name}, {split}" if split else name
+        for number, fields in enumerate(part, 1):
+            yield place, split, Row(number, f"{place}: row {number}", fields)
+
+
+def _to_pair(
+    row: dict[str, Any],
+    where: str,
+    default_sources: tuple[str, str],
+    symmetric_sources: Collection[str],
+    columns: Mapping[str, list[str]],
+) -> dict[str, Any]:
+    """Checks one row and returns it with the columns of FEATURES. Its source is, unless it says so itself, the first of
+    `default_sources`, the instruction and the last of `default_sources` that isn't empty."""
+    taken = {theirs for names in columns.values() for theirs in names}
+    names = {name: [name] for name in row if name not in taken} | columns  # ours, or a name we know: the row's columns
+    query, pos = _pair_columns(row, where, names, columns)
+    negatives = [name for name in names if NEGATIVES.fullmatch(name) and ("neg" not in columns or name == "neg")]
+    instruction = _optional_text(row, names, "instruction", where) or _optional_text(row, names, "prompt", where) or ""
+    source = _optional_text(row, names, "source", where) or default_sources[0] or instruction or default_sources[1]
+    labelled = "label" in columns or not columns.keys() & {"query", "pos"}
     return {
-        "query": _text(row[query], where, query),
-        "pos": _texts(row[pos], where, pos),
-        "neg": [text for name in neg if row.get(name) is not None for text in _texts(row[name], where, name)],
+        "query": _text(row[names[query][0]], where, names[query][0]),
+        "pos": _texts(row, names[pos], where),
+        "neg": [text for name in negatives for text in _texts(row, names[name], where)],
         "instruction": instruction,
         "source": source,
-        "symmetric": symmetric,
-        "label": str(row["label"]) if type(row.get("label")) is int else _optional_text(row, "label", where),
+        "symmetric": _is_symmetric(row, names, source in symmetric_sources, where),
+        "label": _optional_text(row, names, "label", where) if labelled else None,
     }
+
+
+def _pair_columns(
+    row: Mapping[str, Any], where: str, names: Mapping[str, list[str]], columns: Mapping[str, list[str]]
+) -> tuple[str, str]:
+    """Which of `names` are the row's query and positives.
+
+    Raises:
+        ValueError: none are, several may be, or they may not be a pair.
+    """
+    full = {name for name, fields in names.items() if any(row.get(field) not in (None, []) for field in fields)}
+    stated, usual = (_allowed(pairs, columns) for pairs in (STATED_PAIRS, USUAL_PAIRS))
+    for pair in stated:
+        if full.issuperset(pair):
+            return pair
+    there = f"(this one has {', '.join(map(repr, row)) or 'no fields'})"
+    found = [pair for pair in usual if full.issuperset(pair)]
+    if not found:
+        field = ", ".join(_missing_column((*stated, *usual), full, names))
+        raise ValueError(
+            f"{where}: field {field!r} is missing or empty; a row needs 'query' and 'pos', or 'anchor' and 'positive', "
+            f"or columns that you name, as --columns query=question pos=answer {there}"
+        )
+    asked = [f"--columns query={names[query][0]} pos={names[pos][0]}" for query, pos in found]
+    if len(found) > 1:
+        raise ValueError(f"{where}: several columns may be the pair; say which, by {', or '.join(asked)} {there}")
+    judgements = [name for name in sorted(full) if JUDGEMENTS.search(name) and name not in columns]
+    if judgements:
+        raise ValueError(
+            f"{where}: {judgements[0]!r} may say that {found[0][1]!r} is no positive of {found[0][0]!r}: keep only the "
+            f"rows where it is one and leave that column out, or, if it always is, say so by {asked[0]}"
+        )
+    return found[0]
+
+
+def _allowed(pairs: Sequence[tuple[str, str]], columns: Collection[str]) -> Sequence[tuple[str, str]]:
+    """Where `columns` says what the query or the positives are, nothing else is."""
+    if "query" in columns:
+        pairs = [pair for pair in pairs if pair[0] == "query"]
+    return [pair for pair in pairs if pair[1] == "pos"] if "pos" in columns else pairs
+
+
+def _missing_column(
+    pairs: Sequence[tuple[str, str]], full: Collection[str], names: Mapping[str, list[str]]
+) -> list[str]:
+    """What the row lacks for the pair that it comes nearest to, under the data's own name."""
+
+    def nearness(pair: tuple[str, str]) -> tuple[int, int]:
+        return sum(name in full for name in pair), sum(name in names for name in pair)
+
+    missing = next(name for name in max(pairs, key=nearness) if name not in full)
+    return names.get(missing, [missing])
 
 
 def _text(value: Any, where: str, field: str) -> str:
@@ -229,14 +372,54 @@ def _text(value: Any, where: str, field: str) -> str:
     return value
 
 
-def _texts(value: Any, where: str, field: str) -> list[str]:
-    if isinstance(value, list):
-        return [_text(entry, where, f"{field}[{index}]") for index, entry in enumerate(value)]
-    return [_text(value, where, field)]
+def _texts(row: Mapping[str, Any], fields: Sequence[str], where: str) -> list[str]:
+    """The texts of several columns, in which each row has a text, a list of them, or None."""
+    texts = []
+    for field in fields:
+        value = row.get(field)
+        if isinstance(value, list):
+            texts += [_text(entry, where, f"{field}[{index}]") for index, entry in enumerate(value)]
+        elif value is not None:
+            texts.append(_text(value, where, field))
+            if _is_written_list(value):
+                raise ValueError(
+                    f"{where}: field {field!r} is a list written as one text, {value!r:.60}: give a real list, in JSON "
+                    "or Parquet, or a column for each text, as negative_1, negative_2"
+                )
+    return texts
 
 
-def _optional_text(row: Mapping[str, Any], field: str, where: str) -> str | None:
-    return None if row.get(field) in (None, "") else _text(row[field], where, field)
+def _is_written_list(text: str) -> bool:
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return False
+    for parse in (json.loads, ast.literal_eval):  # as JSON, or as Python (and so pandas) prints it
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return isinstance(value, list) and (not value or any(isinstance(entry, str) for entry in value))
+    return False
+
+
+def _optional_text(row: Mapping[str, Any], names: Mapping[str, list[str]], name: str, where: str) -> str | None:
+    field = names.get(name, [name])[0]
+    value = row.get(field) if name in names else None
+    if name == "label" and type(value) is int:
+        return str(value)
+    return None if value in (None, "") else _text(value, where, field)
+
+
+def _is_symmetric(row: Mapping[str, Any], names: Mapping[str, list[str]], default: bool, where: str) -> bool:
+    field = names.get("symmetric", ["symmetric"])[0]
+    value = row.get(field)
+    if value is None:
+        return default or ("type" in names and row["type"] in SYMMETRIC_TYPES)
+    if isinstance(value, str):  # all that a CSV can hold
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}: field {field!r} is {value!r:.60}; write true or false, or leave it out")
+    return value
 
 
 def _check_count(name: str, value: int, *, minimum: int) -> None:
@@ -247,7 +430,8 @@ def _check_count(name: str, value: int, *, minimum: int) -> None:
 def split_held_out(pairs: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Returns (training rows, held-out rows), each in the order of `pairs`; the choice is fixed by `seed`.
 
-    Rows with the same query stay together: where they do not add up to `held_out`, fewer are held out, never more.
+    Rows with the same query stay together, and so do rows with the same two texts, be it the other way round: where
+    they do not add up to `held_out`, fewer are held out, never more.
 
     Raises:
         ValueError: `held_out` is not in 0..len(pairs) - 1, or every query repeats too often to be held out.
@@ -255,10 +439,7 @@ def split_held_out(pairs: datasets.Dataset, held_out: int, seed: int) -> tuple[d
     _check_count("held_out", held_out, minimum=0)
     if held_out >= len(pairs):
         raise ValueError(f"held_out is {held_out}, but there are {len(pairs)} pairs; hold out fewer")
-    rows_of: dict[str, list[int]] = {}
-    for index, query in enumerate(pairs["query"]):
-        rows_of.setdefault(query, []).append(index)
-    groups = list(rows_of.values())
+    groups = _rows_together(pairs)
     random.Random(seed).shuffle(groups)
     chosen: set[int] = set()
     for group in groups:
@@ -267,6 +448,26 @@ def split_held_out(pairs: datasets.Dataset, held_out: int, seed: int) -> tuple[d
     if held_out and not chosen:
         raise ValueError(f"held_out is {held_out}, but every query has more pairs than that; hold out more")
     return pairs.select([i for i in range(len(pairs)) if i not in chosen]), pairs.select(sorted(chosen))
+
+
+def _rows_together(pairs: datasets.Dataset) -> list[list[int]]:
+    """The rows by query, where two queries are one if each is a positive of the other."""
+    queries = pairs["query"][:]
+    leader = {query: query for query in queries}
+
+    def find(query: str) -> str:
+        while leader[query] != query:
+            leader[query] = query = leader[leader[query]]
+        return query
+
+    directed = {(q, text) for q, texts in zip(queries, pairs["pos"], strict=True) for text in texts if text in leader}
+    for query, text in sorted(directed):
+        if (text, query) in directed:
+            leader[find(text)] = find(query)
+    rows_of: dict[str, list[int]] = {}
+    for index, query in enumerate(queries):
+        rows_of.setdefault(find(query), []).append(index)
+    return list(rows_of.values())
 
 
 class TrainingPairs(torch.utils.data.Dataset):
@@ -373,6 +574,8 @@ class PairCollator:
             document_ids (M,): hashes of the texts.
             positive_ids (B, P): hashes of all positives of the row, drawn or not; padded with -1.
             query_ids (B,): hashes of (instruction, query).
+            prompted_ids (M,): hashes of (instruction, text) of the documents, "" where they are embedded bare: what has
+                a query's id is the very input of that query.
             query_labels (B,), document_labels (M,): hashes of (source, label), -1 without one. A positive has its
                 query's label, a hard negative -1.
         """
@@ -380,14 +583,16 @@ class PairCollator:
         sides = [row["instruction"] or None if row["symmetric"] else None for row in rows]  # of the documents
         negatives = [(text, side) for row, side in zip(rows, sides, strict=True) for text in row["negatives"]]
         documents = [row["positive"] for row in rows] + [text for text, _ in negatives]
+        sides += [side for _, side in negatives]
         positive_ids = [torch.tensor([_text_id(text) for text in row["all_positives"]]) for row in rows]
         labels = [-1 if row["label"] is None else _text_id(row["source"], row["label"]) for row in rows]
         return {
             "query": self._encode([row["query"] for row in rows], instructions),
-            "document": self._encode(documents, sides + [side for _, side in negatives]),
+            "document": self._encode(documents, sides),
             "document_ids": torch.tensor([_text_id(text) for text in documents]),
             "positive_ids": torch.nn.utils.rnn.pad_sequence(positive_ids, batch_first=True, padding_value=-1),
             "query_ids": torch.tensor([_text_id(row["instruction"], row["query"]) for row in rows]),
+            "prompted_ids": torch.tensor([_text_id(s or "", t) for s, t in zip(sides, documents, strict=True)]),
             "query_labels": torch.tensor(labels),
             "document_labels": torch.tensor(labels + [-1] * len(negatives)),
         }

@@ -10,7 +10,7 @@ A row on its way through this file:
     report        what all shards set aside -> `_bad_rows.jsonl`
 
 A shard's file appears whole or not at all, and its name follows from the plan: whatever is killed, and whenever, no row
-is lost or repeated. Ray Data's own readers don't number rows, and one broken line ends them, so reading is done here.
+is lost or repeated. Ray Data's own readers don't number rows, and one broken line ends them: `rows_gircse.py` reads.
 
 Exit status: 0 if every row was embedded, 3 if bad rows were set aside, 2 for an unknown or missing argument, 1 for any
 other error. After an error the same command goes on where it ended.
@@ -20,33 +20,35 @@ from __future__ import annotations
 
 import argparse
 import glob
-import gzip
 import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import sys
+import threading
 import time
-import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from importlib.metadata import version
-from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import ray
 import torch
 from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import HF_MODULES_CACHE
+
+import rows_gircse
+from rows_gircse import ENDINGS, PARQUET, RowFile, is_text
 
 ROOT = Path(__file__).resolve().parent
 # Readers of a folder of Parquet pass over names that start with "_" or ".".
@@ -54,6 +56,7 @@ PLAN, BAD_ROWS = "_plan.json", "_bad_rows.jsonl"
 BAD_ROWS_KEY = b"gircse_bad_rows"
 EXIT_BAD_ROWS = 3
 A_DAY = 24 * 60 * 60
+LOG_SECONDS = 30  # between the lines of a log that stand for a bar
 DTYPES = ("float32", "bfloat16", "float16")
 ID_TYPES = {"int": pyarrow.int64(), "str": pyarrow.string()}
 
@@ -64,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files or quoted glob patterns: .parquet, .jsonl, .jsonl.gz")
+    add("--input", nargs="+", required=True, help=f"files or quoted glob patterns: {', '.join(ENDINGS)}")
     add("--text_column", default="text", help="column or JSON field that holds the text (default: text)")
     add("--id_column", help="int or str column that becomes `id`; by default it is file:row, rows counted from 1")
     add("--output", type=Path, required=True, help="folder of the shards, empty or of an earlier run")
@@ -96,16 +99,15 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FileNotFoundError: if a pattern of `options.input` matches no file.
         ValueError: if the folder is in use for anything else, a file can't be read, has another ending or lacks a
-            column, ids are of several types, or the model is no GIRCSE model or not trusted.
+            column, one is of a wrong type, ids are of several types, or the model is no GIRCSE model or not trusted.
     """
     files = find_files(options.input)
     names = ("text_column", "id_column", "k", "instruction", "dtype", "rows_per_shard")
     path = options.output / PLAN
     plan = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     settings = {name: getattr(options, name) for name in names}
-    settings |= identify_model(options, plan["settings"] if plan else {})
-    with ThreadPoolExecutor() as pool:
-        settings |= {f"input {file}": found for file, found in zip(files, pool.map(digest, files), strict=True)}
+    model, read = identify_model(options, plan["settings"] if plan else {})
+    settings |= model | digest(read | {f"input {file}": file for file in files})
     if plan:
         names = sorted(settings.keys() | plan["settings"].keys())
         pairs = [(name, plan["settings"].get(name), settings.get(name)) for name in names]
@@ -120,23 +122,32 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     if any(not entry.name.startswith(".") for entry in options.output.iterdir()):
         raise ValueError(f"output={str(options.output)!r} holds other files: choose an empty or a new folder")
     with ThreadPoolExecutor() as pool:
-        measured = list(pool.map(lambda file: measure(file, options.text_column, options.id_column), files))
+        found = pool.map(lambda file: measure(file, options.text_column, options.id_column), files)
+        measured = list(progress(iterable=found, total=len(files), unit=" files", desc="counting rows", leave=False))
     kinds = {kind: file for file, (_, kind) in zip(files, measured, strict=True) if kind}
     if len(kinds) > 1:
         found = ", ".join(f"{kind} in {file}" for kind, file in kinds.items())
         raise ValueError(f"id_column={options.id_column!r} is of several types ({found}): make them one")
-    # What ids and reports call a file: its path below the folder that all of them are in.
-    top = os.path.commonpath([file.parent for file in files])
     plan = {
         "settings": settings,
         "id": next(iter(kinds), "str"),
         "files": [
-            {"path": str(file), "name": file.relative_to(top).as_posix(), "rows": rows}
-            for file, (rows, _) in zip(files, measured, strict=True)
+            {"path": str(file), "name": name, "rows": rows}
+            for file, name, (rows, _) in zip(files, name_files(files), measured, strict=True)
         ],
     }
     write_whole(path, lambda file: file.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8"))
     return plan
+
+
+def list_shards(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shards in order: the names of their files, and the rows start..stop - 1 of which input file they are."""
+    size, files = plan["settings"]["rows_per_shard"], plan["files"]
+    places = [(i, start, file["rows"]) for i, file in enumerate(files) for start in range(0, file["rows"], size)]
+    return [
+        {"name": f"{number:06d}.parquet", "file": file, "start": start, "stop": min(start + size, rows)}
+        for number, (file, start, rows) in enumerate(places)
+    ]
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -150,14 +161,24 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
             raise FileNotFoundError(f"input={pattern!r} matches no file (working directory: {Path.cwd()})")
         files |= found
     for file in files:
-        if not file.name.endswith((".parquet", ".jsonl", ".jsonl.gz")):
-            raise ValueError(f"input: {file} ends in none of .parquet, .jsonl, .jsonl.gz: rename it or leave it out")
+        RowFile(file)  # refuses a file that it can't read by its name
     return sorted(files)
 
 
-def identify_model(options: argparse.Namespace, begun: dict[str, Any]) -> dict[str, Any]:
-    """Which model it is: a folder's path and the digests of its files, or an id and the commit it stands for, which is
-    that of the settings `begun` with as long as nobody asks for another."""
+def name_files(files: Sequence[Path]) -> list[str]:
+    """What ids and reports call the files: their paths below the folder that all of them are in."""
+    try:
+        top = os.path.commonpath([file.parent for file in files])
+        names = [file.relative_to(top).as_posix() for file in files]
+    except ValueError:  # they are on several drives of Windows
+        names = [file.as_posix() for file in files]
+    # Linux takes any bytes for a name; as text they could neither be an id nor be written to the report.
+    return [name.encode("utf-8", "backslashreplace").decode() for name in names]
+
+
+def identify_model(options: argparse.Namespace, begun: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Which model it is: a folder's path, and the files in it that make the vectors; or an id and the commit it stands
+    for, which is that of the settings `begun` with as long as nobody asks for another."""
     folder = Path(options.model).expanduser()
     model = str(folder.resolve()) if folder.is_dir() else options.model
     if model != str(ROOT) and not options.trust_remote_code:
@@ -168,58 +189,65 @@ def identify_model(options: argparse.Namespace, begun: dict[str, Any]) -> dict[s
         raise ValueError(
             f"model={model!r} is no GIRCSE model but of type {config.get('model_type')!r}; train one first"
         )
-    folders = {Path(model), Path(model, config.get("adapter") or "")}  # an adapter may take the weights' place
-    files = [f for path in folders for f in path.glob("*") if f.suffix in (".json", ".safetensors", ".bin")]
-    digests = {f"model file {file.relative_to(model).as_posix()}": digest(file) for file in files}
     if folder.is_dir():
-        return {"model": model, "revision": None} | digests
+        folders = {Path(model), Path(model, config.get("adapter") or "")}  # an adapter may take the weights' place
+        files = [f for path in folders for f in path.glob("*") if f.suffix in (".json", ".safetensors", ".bin")]
+        names = {f"model file {file.relative_to(model).as_posix()}": file for file in files}
+        return {"model": model, "revision": None}, names
     cached = try_to_load_from_cache(model, "config.json", revision=revision)
     if not isinstance(cached, str):
         raise ValueError(f"model={model!r}: its commit can't be told, as its files are not in the cache of the Hub")
-    return {"model": model, "revision": Path(cached).parent.name}
+    return {"model": model, "revision": Path(cached).parent.name}, {}
 
 
-def digest(file: Path) -> str:
-    """What changes with the content of a file, on whichever machine it lies."""
-    found = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as content:
-        while part := content.read(2**20):
-            found.update(part)
-    return found.hexdigest()
+def digest(files: dict[str, Path]) -> dict[str, str]:
+    """Under the same names, what changes with the content of the files, on whichever machine they lie."""
+    size = sum(file.stat().st_size for file in files.values())
+    bar = progress(total=size, unit="B", unit_scale=True, desc="reading model and input", leave=False)
+
+    def digest_one(file: Path) -> str:
+        found = hashlib.blake2b(digest_size=16)
+        with file.open("rb") as content:
+            while part := content.read(2**20):
+                found.update(part)
+                with bar.get_lock():
+                    bar.update(len(part))
+        return found.hexdigest()
+
+    with bar, ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(digest_one, files.values()), strict=True))
 
 
 def measure(file: Path, text_column: str, id_column: str | None) -> tuple[int, str | None]:
-    """The number of rows (of JSONL: lines), and the type of the ids, "int" or "str"; None if no row has one."""
+    """The number of rows (blank lines count), and the type of the ids, "int" or "str"; None if no row has one."""
     columns = [text_column] if id_column is None else [text_column, id_column]
-    try:
-        if file.suffix == ".parquet":
-            with pyarrow.parquet.ParquetFile(file) as table:
-                rows, schema = table.metadata.num_rows, table.schema_arrow
-            check_columns(file, columns, schema.names)
-            if id_column is None:
-                return rows, None
-            kind = schema.field(id_column).type
-            if pyarrow.types.is_integer(kind):
-                return rows, "int"
-            if _is_text(kind):
-                return rows, "str"
-            raise ValueError(f"{file}: id_column={id_column!r} is of type {kind}; int and str can be ids")
-        rows, kind, fields, searching = 0, None, None, True
-        with open_lines(file) as lines:
-            for line in lines:
-                rows += 1
-                if searching:
-                    with suppress(ValueError):
-                        row = line_to_row(line)
-                        fields = {**(fields or {}), **dict.fromkeys(row)}
-                        if kind is None and type(value := row.get(id_column)) in (int, str):
-                            kind = type(value).__name__
-                        searching = not fields.keys() >= set(columns) or (id_column is not None and kind is None)
-        if fields is not None:  # else no line is a row, and the report will say so of each
-            check_columns(file, columns, fields)
-        return rows, kind
-    except (EOFError, OSError, zlib.error, pyarrow.ArrowException) as error:
-        raise ValueError(f"{file} can't be read to its end ({error}): write or download it again") from error
+    reader = RowFile(file)
+    count = reader.count()
+    if reader.kind == PARQUET:
+        schema = pyarrow.parquet.read_schema(file)
+        check_columns(file, columns, schema.names)
+        _kind_of(file, schema, "text_column", text_column, ["str"])
+        return count, id_column and _kind_of(file, schema, "id_column", id_column, ["int", "str"])
+    kind, names = None, None
+    for row in reader.read():  # up to where all has been seen
+        if row.fields is not None:
+            names = {**(names or {}), **dict.fromkeys(row.fields)}
+            if kind is None and type(value := row.fields.get(id_column)) in (int, str):
+                kind = type(value).__name__
+            if names.keys() >= set(columns) and (id_column is None or kind is not None):
+                break
+    if names is not None:  # else no line is a row, and the report will say so of each
+        check_columns(file, columns, names)
+    return count, kind
+
+
+def _kind_of(file: Path, schema: pyarrow.Schema, argument: str, column: str, kinds: Sequence[str]) -> str | None:
+    """Which of `kinds` a column of Parquet is; None if it holds nothing at all, and each of its rows will be bad."""
+    found = schema.field(column).type
+    kind = "int" if pyarrow.types.is_integer(found) else "str" if is_text(found) else None
+    if kind not in kinds and not pyarrow.types.is_null(found):
+        raise ValueError(f"{file}: {argument}={column!r} is of type {found}: cast it to {' or '.join(kinds)}")
+    return kind
 
 
 def check_columns(file: Path, columns: Sequence[str], names: Collection[str]) -> None:
@@ -232,7 +260,7 @@ def check_columns(file: Path, columns: Sequence[str], names: Collection[str]) ->
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """`write(file)`, so that `path` is there with all its content or not at all. Two writers don't disturb each other:
     they write the same, and the last one to rename its file wins."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.tmp")
     write(temporary)
     temporary.replace(path)
 
@@ -240,40 +268,39 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 def is_abandoned(temporary: Path) -> bool:
     """Whether nobody is writing a file of [`write_whole`] any more: its process, of this machine, is gone, or it has
     not changed for a day. Another run may be at work on the same shards, on any machine."""
-    own = re.fullmatch(rf"\.\w+\.\w+\.{re.escape(os.uname().nodename)}-([1-9]\d*)\.tmp", temporary.name)
-    try:
-        old = time.time() - temporary.stat().st_mtime > A_DAY
-        if own:
-            os.kill(int(own[1]), 0)  # sends nothing, and fails if there is no such process
-    except ProcessLookupError:
+    own = re.fullmatch(rf"\.\w+\.\w+\.{_machine()}-([1-9]\d*)\.tmp", temporary.name)
+    if own and platform.node() and not psutil.pid_exists(int(own[1])):
         return True
+    try:
+        return time.time() - temporary.stat().st_mtime > A_DAY
     except FileNotFoundError:  # it has just got its name
         return False
-    except PermissionError:  # the process is there, of another user
+
+
+def _machine() -> str:
+    """Stands for this machine in the name of a file, whatever letters its own name is made of."""
+    return hashlib.blake2b(platform.node().encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+
+
+class _Log:
+    """What tqdm writes over and over, as lines."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
         pass
-    return old
 
 
-# Rows ----------------------------------------------------------------------------------------------------------------
+def progress(**options: Any) -> tqdm:
+    """A bar; where it can't be drawn, as in a log, a line at once and at most every LOG_SECONDS."""
+    if not sys.stderr.isatty():
+        options |= {"file": _Log(), "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS, "miniters": 0}
+    return tqdm(**options)
 
 
-def open_lines(file: str | Path) -> Any:
-    return gzip.open(file, "rb") if str(file).endswith(".gz") else open(file, "rb")
-
-
-def _is_text(kind: pyarrow.DataType) -> bool:
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-
-
-def line_to_row(line: bytes) -> dict[str, Any]:
-    """The row of a line of JSON; a ValueError says what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # of a wrong encoding, too
-        raise ValueError(f"broken JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"not a JSON object but {row!r:.60}")
-    return row
+# The actors ----------------------------------------------------------------------------------------------------------
 
 
 def field(row: dict[str, Any], name: str, kind: str) -> Any:
@@ -281,8 +308,6 @@ def field(row: dict[str, Any], name: str, kind: str) -> Any:
     if name not in row:
         raise ValueError(f"no field {name!r}, only {', '.join(map(repr, row))}"[:200])
     value = row[name]
-    if isinstance(value, bytes) and kind == "str":  # what `parquet_rows` gives for text
-        value = value.decode()
     if type(value).__name__ != kind:
         raise ValueError(f"{name!r} is {value!r:.60} ({type(value).__name__}), not {kind}")
     if kind == "str" and not value.isascii():
@@ -290,43 +315,6 @@ def field(row: dict[str, Any], name: str, kind: str) -> Any:
     if kind == "int" and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name!r} is {value!r:.60}, more than 64 bits")
     return value
-
-
-def parquet_rows(file: str, columns: set[str], start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows start..stop - 1 of a Parquet file, from its row groups that hold any of them. Text comes as bytes, since
-    Parquet does not make sure that it is UTF-8."""
-    with pyarrow.parquet.ParquetFile(file) as table:
-        counts = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-        ends = list(accumulate(counts))
-        groups = [group for group, end in enumerate(ends) if end > start and end - counts[group] < stop]
-        position = ends[groups[0]] - counts[groups[0]]
-        for batch in table.iter_batches(row_groups=groups, columns=sorted(columns)):
-            first = max(start, position)
-            part = batch[first - position : max(0, stop - position)]
-            position += len(batch)
-            as_bytes = [f.with_type(pyarrow.large_binary()) if _is_text(f.type) else f for f in part.schema]
-            yield from enumerate(part.cast(pyarrow.schema(as_bytes)).to_pylist(), first)
-
-
-class Lines:
-    """Goes forward in a file of lines, over many calls: the shards of a file come mostly in order, and a gzip file can
-    only be read from its start."""
-
-    def __init__(self) -> None:
-        self.file, self.lines, self.position = None, None, 0
-
-    def read(self, file: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-        if file != self.file or start < self.position:
-            if self.lines is not None:
-                self.lines.close()
-            self.file, self.lines, self.position = file, open_lines(file), 0
-        skipped, self.position = start - self.position, stop
-        for _ in islice(self.lines, skipped):
-            pass
-        return enumerate(islice(self.lines, stop - start), start)
-
-
-# The actors ----------------------------------------------------------------------------------------------------------
 
 
 def load_model(settings: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
@@ -337,11 +325,9 @@ def load_model(settings: dict[str, Any], trust_remote_code: bool) -> tuple[Any, 
         processor = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))
         AutoConfig.register("gircse", model.config_class, exist_ok=True)  # or loading a tokenizer asks for trust
         trust = False
-    name_of_dtype = "dtype" if int(version("transformers").split(".")[0]) >= 5 else "torch_dtype"
-    dtype = {name_of_dtype: getattr(torch, settings["dtype"])}
     common = {"revision": settings["revision"] or "main", "trust_remote_code": trust}
     return (
-        model.from_pretrained(settings["model"], **common, **dtype).eval(),
+        model.from_pretrained(settings["model"], **common, dtype=getattr(torch, settings["dtype"])).eval(),
         processor.from_pretrained(settings["model"], **common),
     )
 
@@ -355,12 +341,21 @@ class Embedder:
         batch_size: texts that go through the model together.
         device: "cuda" or "cpu".
         trust_remote_code: for [`load_model`].
+        tally: handle of a [`Tally`], which is told about each second how many rows of a shard are done.
     """
 
-    def __init__(self, plan: dict[str, Any], output: str, batch_size: int, device: str, trust_remote_code: bool):
+    def __init__(
+        self,
+        plan: dict[str, Any],
+        output: str,
+        batch_size: int,
+        device: str,
+        trust_remote_code: bool,
+        tally: Any = None,
+    ):
         self.settings, self.files, self.id_kind = plan["settings"], plan["files"], plan["id"]
         self.output, self.batch_size, self.device = Path(output), batch_size, device
-        self.lines = Lines()
+        self.tally, self.reader = tally, None
         Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
         # Loading copies the model's code there, and another actor of this node must not import half a file.
         with FileLock(Path(HF_MODULES_CACHE) / "embed_gircse.lock"):
@@ -377,16 +372,20 @@ class Embedder:
         """Embeds and writes a shard; returns how many rows it has and how many of them are bad."""
         ids, texts, bad = [], [], []
         file = self.files[shard["file"]]
-        for index, raw in self.rows(file["path"], shard["start"], shard["stop"]):
+        text_column, id_column = self.settings["text_column"], self.settings["id_column"]
+        if self.reader is None or self.reader.path != file["path"]:
+            self.reader = RowFile(file["path"])  # the shards of a file come mostly in order, and it reads on
+        for row in self.reader.read(shard["start"], shard["stop"], {text_column, id_column} - {None}):
             try:
-                row = line_to_row(raw) if isinstance(raw, bytes) else raw
-                text = field(row, self.settings["text_column"], "str")
-                name = self.settings["id_column"]
-                ids.append(f"{file['name']}:{index + 1}" if name is None else field(row, name, self.id_kind))
+                if row.fields is None:
+                    raise ValueError(row.error)
+                text = field(row.fields, text_column, "str")
+                default = f"{file['name']}:{row.number}"
+                ids.append(default if id_column is None else field(row.fields, id_column, self.id_kind))
                 texts.append(text)
             except ValueError as error:
-                bad.append({"file": file["name"], "row": index + 1, "reason": str(error)})
-        embeddings = pyarrow.array(self.embed(texts).flatten().numpy())
+                bad.append({"file": file["name"], "row": row.number, "reason": str(error)})
+        embeddings = pyarrow.array(self.embed(texts, shard["name"]).flatten().numpy())
         columns = {
             "id": pyarrow.array(ids, ID_TYPES[self.id_kind]),
             "embedding": pyarrow.FixedSizeListArray.from_arrays(embeddings, self.model.config.hidden_size),
@@ -394,26 +393,43 @@ class Embedder:
         # In the same file, so that a shard and what it set aside are there together or not at all.
         table = pyarrow.table(columns).replace_schema_metadata({BAD_ROWS_KEY: json.dumps(bad)})
         write_whole(self.output / shard["name"], lambda path: pyarrow.parquet.write_table(table, path))
-        return {"rows": shard["stop"] - shard["start"], "bad": len(bad)}
+        rows = shard["stop"] - shard["start"]
+        self.tell(shard["name"], rows)
+        return {"rows": rows, "bad": len(bad)}
 
-    def rows(self, file: str, start: int, stop: int) -> Iterator[tuple[int, Any]]:
-        """(index, row of Parquet or line of JSON); blank lines are no rows."""
-        if file.endswith(".parquet"):
-            columns = {self.settings["text_column"], self.settings["id_column"]} - {None}
-            return parquet_rows(file, columns, start, stop)
-        return ((index, line) for index, line in self.lines.read(file, start, stop) if line.strip())
+    def tell(self, shard: str, rows: int) -> None:
+        if self.tally is not None:
+            self.tally.tell.remote(shard, rows)
 
-    def embed(self, texts: list[str]) -> torch.Tensor:
+    def embed(self, texts: list[str], shard: str) -> torch.Tensor:
         """(n, d) float32 on the CPU, in the order of `texts`; texts of about one length go together."""
         embeddings = torch.empty(len(texts), self.model.config.hidden_size)
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
+        told = time.monotonic()
         for start in range(0, len(texts), self.batch_size):
             rows = order[start : start + self.batch_size]
             part, instruction = [texts[row] for row in rows], self.settings["instruction"]
             inputs = self.processor(part, instruction=instruction, max_length=self.max_length)
             vectors = self.model.generate_embedding(**inputs.to(self.device), k=self.settings["k"])
             embeddings[rows] = vectors.cpu()
+            if time.monotonic() - told > 1:
+                told = time.monotonic()
+                self.tell(shard, start + len(rows))
         return embeddings
+
+
+class Tally:
+    """An actor beside the pool that counts the rows of unfinished shards, too. A shard that begins anew, since its
+    actor died, counts anew."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, int] = {}
+
+    def tell(self, shard: str, rows: int) -> None:
+        self.rows[shard] = rows
+
+    def total(self) -> int:
+        return sum(self.rows.values())
 
 
 def size_pool(num_actors: int | None, num_gpus: float | None) -> tuple[int, float, int]:
@@ -441,7 +457,7 @@ def size_pool(num_actors: int | None, num_gpus: float | None) -> tuple[int, floa
 def report(output: Path, names: Sequence[str]) -> tuple[int, int]:
     """Writes `_bad_rows.jsonl` out of all shards; returns how many rows were embedded and how many set aside."""
     embedded, bad = 0, []
-    for name in names:
+    for name in progress(iterable=names, unit=" shards", desc="reading what was set aside", leave=False):
         with pyarrow.parquet.ParquetFile(output / name) as shard:
             embedded += shard.metadata.num_rows
             bad += json.loads(shard.schema_arrow.metadata[BAD_ROWS_KEY])
@@ -450,54 +466,68 @@ def report(output: Path, names: Sequence[str]) -> tuple[int, int]:
     return embedded, len(bad)
 
 
+def run(options: argparse.Namespace, plan: dict[str, Any], waiting: Sequence[dict[str, Any]]) -> None:
+    """Embeds the shards that are `waiting`."""
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False)  # joins the cluster of RAY_ADDRESS, or else starts one here
+    count, gpus, cpus = size_pool(options.num_actors, options.num_gpus)
+    ray.data.DataContext.get_current().enable_progress_bars = False  # they count shards; the one below, rows
+    for name, level in (("ray.data", logging.WARNING), ("ray.data._internal.progress", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
+    ray.cloudpickle.register_pickle_by_value(rows_gircse)  # a node may have no clone of this repo
+    tally = ray.remote(num_cpus=0)(Tally).remote()
+    device = "cuda" if gpus else "cpu"
+    output = str(options.output.absolute())
+    finished = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map(
+        Embedder,
+        fn_constructor_args=(plan, output, options.batch_size, device, options.trust_remote_code, tally),
+        compute=ray.data.ActorPoolStrategy(size=count),
+        num_gpus=gpus,
+        num_cpus=cpus,
+    )
+    total = sum(file["rows"] for file in plan["files"])
+    before = total - sum(shard["stop"] - shard["start"] for shard in waiting)
+    over, bad = threading.Event(), 0
+    with progress(total=total, initial=before, unit=" rows", desc=f"{count} actors load the model") as bar:
+        follower = threading.Thread(target=follow, args=(bar, tally, f"{count} actors", over.wait), daemon=True)
+        follower.start()
+        try:
+            for shard in finished.iter_rows():
+                bad += shard["bad"]
+                bar.set_postfix(bad=bad, refresh=False)
+        finally:
+            over.set()
+            follower.join()
+        bar.update(total - bar.n)
+
+
+def follow(bar: tqdm, tally: Any, working: str, wait: Callable[[float], bool]) -> None:
+    """Moves the bar each second by what a [`Tally`] has been told, until `wait(1)` is true; its title becomes `working`
+    with the first row."""
+    while not wait(1):
+        with suppress(ray.exceptions.RayError):  # it is late, or lost with its node, and the job goes on without it
+            rows = bar.initial + ray.get(tally.total.remote(), timeout=5)
+            if rows > bar.initial:
+                bar.set_description(working, refresh=False)
+            bar.update(rows - bar.n)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job; returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name with a letter that the console lacks must not end the run
+            stream.reconfigure(errors="backslashreplace")
     options = parse(argv)
     plan = make_plan(options)
-    size = options.rows_per_shard
-    places = [(index, start) for index, file in enumerate(plan["files"]) for start in range(0, file["rows"], size)]
-    shards = [
-        {
-            "name": f"{number:06d}.parquet",
-            "file": index,
-            "start": start,
-            "stop": min(start + size, plan["files"][index]["rows"]),
-        }
-        for number, (index, start) in enumerate(places)
-    ]
+    shards = list_shards(plan)
     waiting = [shard for shard in shards if not (options.output / shard["name"]).exists()]
-    total, left = (sum(shard["stop"] - shard["start"] for shard in part) for part in (shards, waiting))
-
     if waiting:
-        if not ray.is_initialized():
-            ray.init(include_dashboard=False)  # joins the cluster of RAY_ADDRESS, or else starts one here
-        count, gpus, cpus = size_pool(options.num_actors, options.num_gpus)
-        ray.data.DataContext.get_current().enable_progress_bars = False  # they count shards; the one below, rows
-        for name, level in (("ray.data", logging.WARNING), ("ray.data._internal.progress", logging.ERROR)):
-            logging.getLogger(name).setLevel(level)
-        finished = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map(
-            Embedder,
-            fn_constructor_args=(
-                plan,
-                str(options.output.absolute()),
-                options.batch_size,
-                "cuda" if gpus else "cpu",
-                options.trust_remote_code,
-            ),
-            compute=ray.data.ActorPoolStrategy(size=count),
-            num_gpus=gpus,
-            num_cpus=cpus,
-        )
-        with tqdm(total=total, initial=total - left, unit=" rows", desc=f"{count} actors") as bar:
-            bad = 0
-            for done in finished.iter_rows():
-                bad += done["bad"]
-                bar.set_postfix(bad=bad, refresh=False)
-                bar.update(done["rows"])
+        run(options, plan, waiting)
 
     embedded, bad = report(options.output, [shard["name"] for shard in shards])
     for leftover in filter(is_abandoned, options.output.glob(".*.tmp")):  # of killed runs
-        leftover.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or not ours to delete
+            leftover.unlink()
     print(f"{embedded} rows embedded in {options.output}, {len(shards)} shards, {len(shards) - len(waiting)} of before")
     if bad:
         print(f"{bad} bad rows set aside, see {options.output / BAD_ROWS}")

@@ -36,10 +36,12 @@ def candidate_mask(
     document_labels: Tensor | None = None,
     query_labels: Tensor | None = None,
     query_ids: Tensor | None = None,
+    prompted_ids: Tensor | None = None,
 ) -> Tensor:
     """Which documents are candidates for which query. Document i is the positive of query i and always is one; any
     other document is left out as a false negative when its text is one of the query's positives, in this row or in
-    another one of the same query, or when it has the query's label.
+    another one of the same query, when it has the query's label, or when it is the query itself: the same text under
+    the same prompt, whose embedding no model could tell from the query's.
 
     Args:
         document_ids: (M,) int64, the same number for the same text; M >= B.
@@ -47,6 +49,7 @@ def candidate_mask(
         document_labels: (M,) int64, -1 for none.
         query_labels: (B,) int64, -1 for none.
         query_ids: (B,) int64, the same number for the same query; without them each row is a query of its own.
+        prompted_ids: (M,) int64, a query's number for a document with its text and prompt, -1 for none.
 
     Returns:
         (B, M) bool, True for candidates.
@@ -56,6 +59,8 @@ def candidate_mask(
     if query_ids is not None:
         same_query = query_ids[:, None] == query_ids  # (B, B)
         false_negative = (same_query.float() @ false_negative.float()) > 0
+    if prompted_ids is not None and query_ids is not None:
+        false_negative |= (prompted_ids[None] == query_ids[:, None]) & (prompted_ids[None] >= 0)
     if document_labels is not None and query_labels is not None:
         false_negative |= (document_labels[None] == query_labels[:, None]) & (query_labels[:, None] >= 0)
     own = torch.eye(*false_negative.shape, dtype=torch.bool, device=false_negative.device)

@@ -5,22 +5,27 @@
     classification_X_fit, .._X_test       {"text", "label"}; a classifier is fitted on 8 texts a label of `fit`
     clustering_X                          {"text", "label"}
     retrieval_X_queries, .._corpus        {"_id", "text"}; a document may have a "title"
-    retrieval_X_qrels                     {"query-id", "corpus-id", "score"}
+    retrieval_X_qrels                     {"query-id", "corpus-id", "score"}, score a whole number, from 1 on relevant
     instruct_X                            {"text", "labels": {facet: label, ..}}
     instruct_X_triplets                   {"anchor", "positive", "negative", "facet"}
     instruct_instructions                 {"dataset": X, "facet", "instruction"}
 
-Files are JSONL, gzipped or not, and a task is called by its file, without `_test` for a classification. Each facet of
-an `instruct_X` is a task of its own, with the facet's instruction: the same texts have to be grouped by one label set
-under one instruction and by the other under the other, so only a model that heeds it scores well on both.
+Files end in whatever `rows_gircse` reads, such as the .jsonl and .tsv of BEIR; a task is called by its file, without
+`_test` for a classification. All values of a task are checked before its texts are embedded, since a wrong one would
+not fail but give a wrong score. Labels and ids are text, whole numbers or booleans, and 1 is the same as "1". Queries
+without a relevant document are left out, as all rankings are equally good for them; how many is said.
+
+Each facet of an `instruct_X` is a task of its own, with the facet's instruction: the same texts have to be grouped by
+one label set under one instruction and by the other under the other, so only a model that heeds it scores well on both.
+A text need not have all facets.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
+import math
 import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,8 @@ from mteb.abstasks import (
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
 from torch.utils.data import DataLoader
+
+from rows_gircse import ENDINGS, RowFile, require
 
 # Of the paper's instructions (Tables 11 and 12) the one for this data, where there is one; else in its manner. An entry
 # under the task's name in the prompts of a model goes before these.
@@ -61,25 +68,114 @@ INSTRUCTIONS = {
 FACETS = "instruct_instructions"
 
 
-def read_rows(path: Path, *fields: str) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a ValueError says which line has no JSON object with all of `fields`."""
-    rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+# Rows ---------------------------------------------------------------------------------------------------------------
+
+# Each takes a field's value and returns it as the task needs it. The ValueError says what it must be, and the remedy.
+Check = Callable[[Any], Any]
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("must be text, and not empty: correct the row or remove it")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can hold one, as \ud83d
+        raise ValueError("has half a character (a lone surrogate): write the text anew or remove the row")
+    return value
+
+
+def text_or_none(value: Any) -> str:
+    return "" if value is None or value == "" else text(value)
+
+
+def name(value: Any) -> str:
+    """A label or an id."""
+    if isinstance(value, float) and value.is_integer():  # what pandas makes of whole numbers beside a gap
+        value = int(value)
+    if isinstance(value, bool):
+        value = str(value).lower()  # as in JSON and most tables
+    if not isinstance(value, (str, int)) or value == "":
+        raise ValueError("must be text, a whole number, true or false: correct the row or remove it")
+    return str(value)
+
+
+def number(value: Any) -> float:
+    """From a number or, as tables have it, the text of one."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError("must be a finite number: correct the row or remove it")
+    return found
+
+
+def grade(value: Any) -> int:
+    """mteb's nDCG takes whole grades alone, and its other metrics count a document as relevant from grade 1 on. So
+    which grades are relevant is for whoever made them to say, and 0.5 can neither be cut to 0 nor scaled here."""
+    if (found := number(value)) != int(found):
+        raise ValueError("must be a whole number, from 1 on for what is relevant: rewrite all of the file's grades so")
+    return int(found)
+
+
+def binary(value: Any) -> int:
+    found = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}.get(str(value).lower())
+    if found is None:
+        raise ValueError("must be 0 or 1: correct the row or remove it")
+    return found
+
+
+def facet_labels(value: Any) -> dict[str, str]:
+    """Label by facet. One that is null is none: Parquet has all facets in all rows."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object, {facet: label, ..}; a table can't hold it: write a JSON object a line")
+    return {facet: name(label) for facet, label in value.items() if label is not None}
+
+
+def name_in_files(value: Any) -> str:
+    """Results are kept in files that are called by it, on any system."""
+    if re.search(r'[<>:"/\\|?*\x00-\x1f]', text(value)):
+        raise ValueError("is part of a file's name, which can't hold any of < > : \" / \\ | ? *: rename it")
+    return value
+
+
+def read_rows(path: Path, **checks: Check) -> list[dict[str, Any]]:
+    """The rows of a file with the fields that `checks` names, in its order, as the checks return them.
+
+    Raises:
+        ValueError: if the file can't be read or has no rows; for a row that can't be read, lacks a field or has a wrong
+            value, with its place, field and value.
+    """
+    return [values for _, values in located_rows(path, checks)]
+
+
+def located_rows(path: Path, checks: dict[str, Check]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`read_rows`, each row with its place for an error message."""
+    row = None
+    for row in RowFile(path).read():
+        fields, values = require(row), {}
+        for field, check in checks.items():
+            if field not in fields and check is not text_or_none:
+                raise ValueError(f"{row.where}: there is no {field}, but {', '.join(fields)}: add it or rename one")
             try:
-                row = json.loads(line)
-                lacking = [field for field in fields if field not in row]
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path.name}, line {number}: {line.strip()!r:.80} is not a JSON object") from error
-            if lacking:
-                raise ValueError(f"{path.name}, line {number} lacks {', '.join(lacking)}")
-            rows.append(row)
-    return rows
+                values[field] = check(fields.get(field))
+            except ValueError as error:
+                raise ValueError(f"{row.where}: {field}={fields.get(field)!r:.80} {error}") from error
+        yield row.where, values
+    if row is None:
+        raise ValueError(f"{path} has no rows: fill it or remove it")
+
+
+def must_differ(path: Path, field: str, values: Sequence[Any]) -> None:
+    """Raises a ValueError if all are the same, which leaves nothing to score."""
+    if len({*values}) < 2:
+        raise ValueError(f"{path}: {field} is {values[0]!r:.80} in all rows: at least two different ones are needed")
 
 
 def columns(rows: list[dict[str, Any]], **names: str) -> Dataset:
     """A data set whose column `new` holds the field `names[new]`."""
     return Dataset.from_dict({new: [row[field] for row in rows] for new, field in names.items()})
+
+
+# Tasks --------------------------------------------------------------------------------------------------------------
 
 
 class LocalTask:
@@ -106,7 +202,7 @@ class LocalTask:
         """
         content = hashlib.sha256()
         for path in files.values():
-            content.update(hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
+            content.update(_hash_of(path))
         metadata = TaskMetadata(
             name=name,
             description=f"{cls.kind}, from {', '.join(path.name for path in files.values())}",
@@ -122,7 +218,8 @@ class LocalTask:
     def unavailable(self) -> str | None:
         """Which files are missing, or None."""
         missing = [path.name for path in self.files.values() if not path.exists()]
-        return f"there is no {' and no '.join(missing)}" if missing else None
+        endings = " ".join(ending for ending in ENDINGS if not ending.endswith(".gz"))
+        return f"there is no {' and no '.join(missing)} that ends in one of {endings}" if missing else None
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
         if not self.data_loaded:
@@ -134,7 +231,8 @@ class LocalSTS(LocalTask, AbsTaskSTS):
     kind, group, main_score = "STS", "STS", "cosine_spearman"
 
     def read(self) -> DatasetDict:
-        rows = read_rows(self.files["data"], "sentence1", "sentence2", "score")
+        rows = read_rows(self.files["data"], sentence1=text, sentence2=text, score=number)
+        must_differ(self.files["data"], "score", [row["score"] for row in rows])
         return DatasetDict(test=columns(rows, sentence1="sentence1", sentence2="sentence2", score="score"))
 
 
@@ -142,7 +240,8 @@ class LocalPairClassification(LocalTask, AbsTaskPairClassification):
     kind, group, main_score = "PairClassification", "PairClassification", "max_ap"
 
     def read(self) -> DatasetDict:
-        rows = read_rows(self.files["data"], "sentence1", "sentence2", "label")
+        rows = read_rows(self.files["data"], sentence1=text, sentence2=text, label=binary)
+        must_differ(self.files["data"], "label", [row["label"] for row in rows])
         return DatasetDict(test=columns(rows, sentence1="sentence1", sentence2="sentence2", labels="label"))
 
 
@@ -150,13 +249,21 @@ class LocalClassification(LocalTask, AbsTaskClassification):
     kind, group, main_score = "Classification", "Classification", "accuracy"
 
     def read(self) -> DatasetDict:
-        splits = {split: read_rows(self.files[split], "text", "label") for split in ("fit", "test")}
+        fit = read_rows(self.files["fit"], text=text, label=name)
+        must_differ(self.files["fit"], "label", [row["label"] for row in fit])
         # mteb's average precision of two classes wants numbers
-        numbers = {label: i for i, label in enumerate(sorted({str(r["label"]) for s in splits.values() for r in s}))}
-        for rows in splits.values():
-            for row in rows:
-                row["label"] = numbers[str(row["label"])]
-        train, test = (columns(splits[split], text="text", label="label") for split in ("fit", "test"))
+        numbers = {label: i for i, label in enumerate(sorted({row["label"] for row in fit}))}
+        test = []
+        for where, row in located_rows(self.files["test"], {"text": text, "label": name}):
+            if row["label"] not in numbers:
+                raise ValueError(
+                    f"{where}: label={row['label']!r:.80} is on no text of {self.files['fit'].name}, so no classifier "
+                    "can learn it: add some there or remove the row"
+                )
+            test.append(row)
+        for row in (*fit, *test):
+            row["label"] = numbers[row["label"]]
+        train, test = (columns(rows, text="text", label="label") for rows in (fit, test))
         return DatasetDict(train=train, test=test)
 
 
@@ -166,9 +273,9 @@ class LocalClustering(LocalTask, AbsTaskClustering):
     max_documents_per_cluster = 4096
 
     def read(self) -> DatasetDict:
-        return DatasetDict(
-            test=columns(read_rows(self.files["data"], "text", "label"), sentences="text", labels="label")
-        )
+        rows = read_rows(self.files["data"], text=text, label=name)
+        must_differ(self.files["data"], "label", [row["label"] for row in rows])
+        return DatasetDict(test=columns(rows, sentences="text", labels="label"))
 
 
 class LocalFacetClustering(LocalClustering):
@@ -177,9 +284,12 @@ class LocalFacetClustering(LocalClustering):
     group = "Instruction following"
 
     def read(self) -> DatasetDict:
-        rows = [row for row in read_rows(self.files["data"], "text", "labels") if self.facet in row["labels"]]
-        labels = [row["labels"][self.facet] for row in rows]
-        return DatasetDict(test=Dataset.from_dict({"sentences": [row["text"] for row in rows], "labels": labels}))
+        found = read_rows(self.files["data"], text=text, labels=facet_labels)
+        rows = [{**row, "label": row["labels"][self.facet]} for row in found if self.facet in row["labels"]]
+        if not rows:
+            raise ValueError(f"{self.files['data']}: no row has a label of facet {self.facet!r}, which {FACETS} names")
+        must_differ(self.files["data"], f"label of facet {self.facet!r}", [row["label"] for row in rows])
+        return DatasetDict(test=columns(rows, sentences="text", labels="label"))
 
 
 class LocalRetrieval(LocalTask, AbsTaskRetrieval):
@@ -187,18 +297,55 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
     symmetric = False
 
     def read(self) -> dict[str, dict[str, dict[str, Any]]]:
-        queries = read_rows(self.files["queries"], "_id", "text")
-        corpus = [{"title": "", **row} for row in read_rows(self.files["corpus"], "_id", "text")]
-        relevant: dict[str, dict[str, int]] = {}
-        for row in read_rows(self.files["qrels"], "query-id", "corpus-id", "score"):
-            relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
+        queries = self._read_by_id("queries", text=text)
+        corpus = self._read_by_id("corpus", text=text_or_none, title=text_or_none)
+        relevant = self._read_judgements(queries, corpus)
         split = {
-            "queries": columns(queries, id="_id", text="text"),
-            "corpus": columns(corpus, id="_id", title="title", text="text"),
+            "queries": columns([queries[query] for query in relevant], id="_id", text="text"),
+            "corpus": columns([*corpus.values()], id="_id", title="title", text="text"),
             "relevant_docs": relevant,
             "top_ranked": None,
         }
         return {"default": {"test": split}}
+
+    def _read_by_id(self, role: str, **checks: Check) -> dict[str, dict[str, str]]:
+        rows: dict[str, dict[str, str]] = {}
+        for where, row in located_rows(self.files[role], {"_id": name, **checks}):
+            if row["_id"] in rows:
+                raise ValueError(f"{where}: _id={row['_id']!r:.80} has been given before: each row needs its own")
+            if not row["text"] and not row["title"]:  # BEIR has documents that are a title alone
+                raise ValueError(f"{where}: text and title are empty: write one or remove the row")
+            rows[row["_id"]] = row
+        return rows
+
+    def _read_judgements(
+        self, queries: dict[str, dict[str, str]], corpus: dict[str, dict[str, str]]
+    ) -> dict[str, dict[str, int]]:
+        """Grade by query and document, of the queries that have a relevant one, in the order of `queries`."""
+        judged: dict[str, dict[str, int]] = {query: {} for query in queries}
+        sides = {"query-id": ("queries", queries), "corpus-id": ("corpus", corpus)}
+        checks = {"query-id": name, "corpus-id": name, "score": grade}
+        for where, row in located_rows(self.files["qrels"], checks):
+            for field, (role, known) in sides.items():
+                if row[field] not in known:
+                    raise ValueError(
+                        f"{where}: {field}={row[field]!r:.80} is no _id of {self.files[role].name}: "
+                        "add it there or remove the judgement"
+                    )
+            grades = judged[row["query-id"]]
+            if row["corpus-id"] in grades:
+                raise ValueError(
+                    f"{where}: query-id={row['query-id']!r:.80}, corpus-id={row['corpus-id']!r:.80} has been judged "
+                    f"before, with score={grades[row['corpus-id']]}: keep one of the two"
+                )
+            grades[row["corpus-id"]] = row["score"]
+        relevant = {query: grades for query, grades in judged.items() if max(grades.values(), default=0) > 0}
+        if not relevant:
+            raise ValueError(f"{self.files['qrels']}: no score is 1 or more, so that no document is relevant")
+        if left_out := [query for query in queries if query not in relevant]:
+            shown = f"{', '.join(map(ascii, left_out[:3]))}{', ..' if len(left_out) > 3 else ''}"
+            print(f"  {len(left_out)} of {len(queries)} queries have no relevant document and are left out: {shown}")
+        return relevant
 
 
 class LocalTriplets(LocalTask, AbsTask):
@@ -209,7 +356,10 @@ class LocalTriplets(LocalTask, AbsTask):
 
     def read(self) -> DatasetDict:
         sides = ("anchor", "positive", "negative")
-        rows = [row for row in read_rows(self.files["data"], *sides, "facet") if row["facet"] == self.facet]
+        found = read_rows(self.files["data"], **dict.fromkeys(sides, text), facet=text)
+        rows = [row for row in found if row["facet"] == self.facet]
+        if not rows:
+            raise ValueError(f"{self.files['data']}: no row is of facet {self.facet!r}, which {FACETS} names")
         return DatasetDict(test=columns(rows, **{side: side for side in sides}))
 
     def _evaluate_subset(
@@ -239,47 +389,80 @@ def local_tasks(folder: str | Path) -> list[LocalTask]:
     """The tasks of all files of `folder`, by name; also those of which a file is missing.
 
     Raises:
-        ValueError: if `folder` is no folder, or the instructions' file is broken.
+        ValueError: if `folder` is no folder or has two files for one part of a task, or the instructions' file is
+            broken.
     """
-    if not Path(folder).is_dir():
-        raise ValueError(f"data={str(folder)!r} is no folder")
-    paths = {}
-    for path in sorted(Path(folder).iterdir()):
-        if match := re.fullmatch(r"(.+)\.jsonl(\.gz)?", path.name):
-            paths[match[1]] = path
+    paths = data_files(folder)
 
     def files(**stems: str) -> dict[str, Path]:
-        return {role: paths.get(stem, Path(folder, f"{stem}.jsonl.gz")) for role, stem in stems.items()}
+        return {role: paths.get(stem, Path(folder, stem)) for role, stem in stems.items()}
 
     tasks = {}
     for stem in paths:
         layout = stem.partition("_")[0]
         if layout == "sts":
-            task, name, needed = LocalSTS, stem, files(data=stem)
+            task, title, needed = LocalSTS, stem, files(data=stem)
         elif layout == "pairclass":
-            task, name, needed = LocalPairClassification, stem, files(data=stem)
+            task, title, needed = LocalPairClassification, stem, files(data=stem)
         elif layout == "clustering":
-            task, name, needed = LocalClustering, stem, files(data=stem)
+            task, title, needed = LocalClustering, stem, files(data=stem)
         elif match := re.fullmatch(r"(classification_.+)_(fit|test)", stem):
-            task, name = LocalClassification, match[1]
-            needed = files(fit=f"{name}_fit", test=f"{name}_test")
+            task, title = LocalClassification, match[1]
+            needed = files(fit=f"{title}_fit", test=f"{title}_test")
         elif match := re.fullmatch(r"(retrieval_.+)_(queries|corpus|qrels)", stem):
-            task, name = LocalRetrieval, match[1]
-            needed = files(**{role: f"{name}_{role}" for role in ("queries", "corpus", "qrels")})
+            task, title = LocalRetrieval, match[1]
+            needed = files(**{role: f"{title}_{role}" for role in ("queries", "corpus", "qrels")})
         else:
             continue
-        if name not in tasks:
-            tasks[name] = task.make(name, needed, INSTRUCTIONS.get(name, INSTRUCTIONS[layout]))
+        if title not in tasks:
+            tasks[title] = task.make(title, needed, INSTRUCTIONS.get(title, INSTRUCTIONS[layout]))
 
-    facets = read_rows(paths[FACETS], "dataset", "facet", "instruction") if FACETS in paths else []
-    for row in facets:
-        for stem, task in ((row["dataset"], LocalFacetClustering), (f"{row['dataset']}_triplets", LocalTriplets)):
+    described = read_instructions(paths[FACETS]) if FACETS in paths else {}
+    for (dataset, facet), instruction in described.items():
+        for stem, task in ((dataset, LocalFacetClustering), (f"{dataset}_triplets", LocalTriplets)):
             if f"instruct_{stem}" in paths or task is LocalFacetClustering:
-                name = f"instruct_{stem}-{row['facet']}"
-                tasks[name] = task.make(name, files(data=f"instruct_{stem}"), row["instruction"], row["facet"])
-    described = {row["dataset"] for row in facets}
+                title = f"instruct_{stem}-{facet}"
+                tasks[title] = task.make(title, files(data=f"instruct_{stem}"), instruction, facet)
     for stem in paths:
         dataset = stem.removeprefix("instruct_").removesuffix("_triplets")
-        if stem.startswith("instruct_") and stem != FACETS and dataset not in described:
+        if stem.startswith("instruct_") and stem != FACETS and dataset not in {known for known, _ in described}:
             raise ValueError(f"{paths[stem].name}: {FACETS} has no instruction for dataset {dataset!r}")
-    return [tasks[name] for name in sorted(tasks)]
+    return [tasks[title] for title in sorted(tasks)]
+
+
+def data_files(folder: str | Path) -> dict[str, Path]:
+    """The files of the layouts above, by their names without ending."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"data={str(folder)!r} is no folder")
+    paths: dict[str, Path] = {}
+    layouts = "sts|pairclass|classification|clustering|retrieval|instruct"
+    pattern = re.compile(rf"((?:{layouts})_.+?)(?:{'|'.join(map(re.escape, ENDINGS))})")
+    for path in sorted(Path(folder).iterdir()):
+        match = pattern.fullmatch(path.name)
+        if not match or not path.is_file():
+            continue
+        if match[1] in paths:
+            both = f"{paths[match[1]].name} and {path.name}"
+            raise ValueError(f"data={str(folder)!r} has both {both}: remove or rename one of them")
+        paths[match[1]] = path
+    return paths
+
+
+def read_instructions(path: Path) -> dict[tuple[str, str], str]:
+    """Instruction by data set and facet."""
+    instructions: dict[tuple[str, str], str] = {}
+    checks = {"dataset": text, "facet": name_in_files, "instruction": text}
+    for where, row in located_rows(path, checks):
+        key = row["dataset"], row["facet"]
+        if key in instructions:
+            raise ValueError(f"{where}: dataset={key[0]!r} has an instruction for facet={key[1]!r} before: keep one")
+        instructions[key] = row["instruction"]
+    return instructions
+
+
+def _hash_of(path: Path) -> bytes:
+    """Of the content; of nothing, if there is no such file."""
+    if not path.exists():
+        return hashlib.sha256().digest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

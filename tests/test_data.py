@@ -1,8 +1,12 @@
 """What `data_gircse` promises: bad rows are named by file and line, draws and batches are fixed by seed and epoch, and
 the collator tells apart what the loss must tell apart."""
 
+import csv
 import gzip
+import io
 import json
+import logging
+import math
 import os
 import types
 from collections import Counter
@@ -13,7 +17,8 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 
-from data_gircse import PairCollator, SourceBatches, TrainingPairs, load_pairs, split_held_out
+from data_gircse import PairCollator, SourceBatches, TrainingPairs, load_pairs, parse_columns, split_held_out
+from losses_gircse import candidate_mask, icr_loss
 
 PAIR = {"query": "q", "pos": ["p"]}
 
@@ -28,6 +33,17 @@ def write(path: Path, rows: list) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
         file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    return str(path)
+
+
+def write_table(path: Path, rows: list[dict]) -> str:
+    """Writes rows as a CSV, or a TSV if the name says so; None is an empty cell."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, list(rows[0]), delimiter="\t" if "tsv" in path.name else ",")
+    table.writeheader()
+    table.writerows(rows)
+    content = text.getvalue().encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return str(path)
 
 
@@ -74,10 +90,212 @@ def test_sentence_transformers_layout(tmp_path):
     assert (pairs[1]["query"], pairs[1]["pos"], pairs[1]["neg"]) == ("b", ["c"], [])
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.json.gz"])
-def test_json_endings(tmp_path, name):
-    pairs = load_pairs(write(tmp_path / name, [{"query": "naïve 😀", "pos": ["p"]}]))
+@pytest.mark.parametrize("ending", ["jsonl", "ndjson", "json"])
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_json_endings(tmp_path, ending, gz):
+    pairs = load_pairs(write(tmp_path / f"x.{ending}{gz}", [{"query": "naïve 😀", "pos": ["p"]}]))
     assert (pairs[0]["query"], pairs[0]["source"]) == ("naïve 😀", "x")
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.json.gz"])
+def test_json_array(tmp_path, name):
+    rows = json.dumps([{**PAIR, "query": "a"}, {**PAIR, "query": "b"}], indent=2)
+    pairs = load_pairs(write(tmp_path / name, [rows]))
+    assert pairs["query"][:] == ["a", "b"] and set(pairs["source"]) == {"x"}
+    with pytest.raises(ValueError, match=rf"{name}: row 2: field 'query' is empty"):
+        load_pairs(write(tmp_path / name, [json.dumps([PAIR, {**PAIR, "query": ""}])]))
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "x.tsv", "x.tsv.gz"])
+def test_tables(tmp_path, name):
+    """An empty cell of an optional column isn't there; `symmetric` is text in a table, and so is a label."""
+    full = {"anchor": "a, b", "positive": "two\nlines", "negative_1": "n1", "negative_2": "n2", "instruction": "do"}
+    full |= {"source": "s", "label": "3", "symmetric": "True"}
+    path = write_table(tmp_path / name, [full, dict.fromkeys(full) | {"anchor": "c", "positive": "p"}])
+    assert list(load_pairs(path)) == [
+        {
+            "query": "a, b",
+            "pos": ["two\nlines"],
+            "neg": ["n1", "n2"],
+            "instruction": "do",
+            "source": "s",
+            "symmetric": True,
+            "label": "3",
+        },
+        {
+            "query": "c",
+            "pos": ["p"],
+            "neg": [],
+            "instruction": "",
+            "source": "x",
+            "symmetric": False,
+            "label": None,
+        },
+    ]
+    for column, cell, error in (("positive", None, "'positive' is missing or empty"), ("symmetric", "x", "true or fa")):
+        with pytest.raises(ValueError, match=rf"{name}: row 2: .*{error}"):
+            load_pairs(write_table(tmp_path / name, [full, full | {column: cell}]))
+
+
+PUBLISHED = [  # of sentence-transformers/...
+    ("anchor", "positive"),  # all-nli (pair, triplet), quora-duplicates, specter
+    ("query", "positive"),  # msmarco-...
+    ("question", "answer"),  # gooaq, squad, eli5
+    ("query", "answer"),  # natural-questions, trivia-qa, amazon-qa, paq
+    ("title", "answer"),  # yahoo-answers, each pair of three columns
+    ("title", "question"),
+    ("title", "abstract"),  # s2orc
+    ("title", "citation"),
+    ("abstract", "citation"),
+    ("title", "body"),  # npr
+    ("title", "article"),  # ccnews
+    ("title", "description"),  # agnews
+    ("title", "review"),  # amazon-reviews
+    ("text", "simplified"),  # altlex, simple-wiki, sentence-compression
+    ("text", "summary"),  # wikihow
+    ("article", "summary"),  # xsum
+    ("comment", "code"),  # codesearchnet
+    ("english", "non_english"),  # parallel-sentences-...
+    ("caption1", "caption2"),  # coco-captions, flickr30k-captions
+    ("title1", "title2"),  # stackexchange-duplicates
+    ("body1", "body2"),
+    ("post1", "post2"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+]
+
+
+@pytest.mark.parametrize("query, positive", PUBLISHED)
+def test_columns_of_published_data_sets(tmp_path, query, positive):
+    """Alone, with negatives as `mine_hard_negatives` adds them, and in the order of the pair, not of the columns."""
+    rows = [
+        {query: "q", positive: "p", "id": 7},
+        {positive: ["p1", "p2"], query: "q", "negative": "n"},
+        {query: "q", positive: "p", "negative_1": "n1", "negative_2": "n2"},
+        {query: "q", positive: "p", "negatives": ["n1", "n2"]},
+    ]
+    pairs = load_pairs(write(tmp_path / "x.jsonl", rows))
+    assert set(pairs["query"]) == {"q"} and pairs["pos"][:] == [["p"], ["p1", "p2"], ["p"], ["p"]]
+    assert pairs["neg"][:] == [[], ["n"], ["n1", "n2"], ["n1", "n2"]]
+
+
+def test_columns_that_are_null_are_not_there(tmp_path):
+    """As in a Parquet file or a Hub data set that was put together from several."""
+    rows = [{"anchor": "a", "positive": "p"}, {"question": "q", "answer": "p"}, {"query": "x", "pos": ["p"]}]
+    datasets.Dataset.from_list([dict.fromkeys(r for row in rows for r in row) | row for row in rows]).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    assert load_pairs(str(tmp_path / "x.parquet"))["query"][:] == ["a", "q", "x"]
+
+
+@pytest.mark.parametrize("judgement", ["label", "labels", "score", "is_duplicate", "similarity_score", "gold_label"])
+@pytest.mark.parametrize("query, positive", [("sentence1", "sentence2"), ("question", "answer")])
+def test_rows_that_a_label_may_make_a_non_pair_are_refused(tmp_path, query, positive, judgement):
+    path = write(tmp_path / "x.jsonl", [{query: "q", positive: "p", judgement: 0}])
+    remedy = (
+        f"'{judgement}' may say that '{positive}' is no positive of '{query}': keep only .* by --columns query={query}"
+    )
+    with pytest.raises(ValueError, match=rf"x\.jsonl:1: {remedy} pos={positive}$"):
+        load_pairs(path)
+    pairs = load_pairs(path, columns={"query": query, "pos": positive})
+    assert (pairs["query"][0], pairs["pos"][0], pairs["label"][0]) == ("q", ["p"], None)  # 0 is no class of texts
+    null = write(tmp_path / "null.jsonl", [{query: "q", positive: "p", judgement: None}])
+    assert load_pairs(null)["query"][:] == ["q"]
+
+
+def test_columns_with_several_pairs_are_refused(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"title": "t", "question": "q", "answer": "a"}])
+    with pytest.raises(
+        ValueError, match=r"x\.jsonl:1: several .* --columns query=question pos=answer, or --columns query=t"
+    ):
+        load_pairs(path)
+    pairs = load_pairs(path, columns={"query": "title", "pos": "answer"})
+    assert (pairs["query"][0], pairs["pos"][0]) == ("t", ["a"])
+
+
+def test_columns_are_named_by_an_argument(tmp_path):
+    row = {
+        "prompt": "q",
+        "good": "p1",
+        "better": ["p2"],
+        "hard_1": "n1",
+        "hard_2": None,
+        "neg": "not this",
+        "task": "do",
+    }
+    row |= {"kind": "c", "from": "s", "both": True, "query": "nor this", "label": "nor this"}
+    words = "query=prompt pos=good,better neg=hard_1,hard_2 instruction=task source=from symmetric=both".split()
+    path = write(tmp_path / "x.jsonl", [row])
+    expected = {
+        "query": "q",
+        "pos": ["p1", "p2"],
+        "neg": ["n1"],
+        "instruction": "do",
+        "source": "s",
+        "symmetric": True,
+        "label": None,
+    }
+    assert list(load_pairs(path, columns=parse_columns(words))) == [expected]
+    assert list(load_pairs(path, columns=parse_columns([*words, "label=kind"]))) == [expected | {"label": "c"}]
+    without_task = load_pairs(path, columns={"query": "prompt", "pos": "good", "neg": ["hard_1"]})
+    assert without_task["instruction"][0] == ""  # a column that has been given another meaning has lost its own
+
+
+def test_columns_may_name_a_part(tmp_path):
+    rows = [{"question": "q", "positive": "p", "task": "do", "label": "c"}]
+    pairs = load_pairs(write(tmp_path / "x.jsonl", rows), columns={"query": "question"})
+    assert (pairs["query"][0], pairs["pos"][0], pairs["instruction"][0]) == ("q", ["p"], "")
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: field 'pos' is missing or empty"):  # not the usual pair then
+        load_pairs(
+            write(tmp_path / "x.jsonl", [{"title": "t", "question": "q", "body": "b"}]), columns={"query": "title"}
+        )
+    rows = [{**PAIR, "task": "do", "label": "c"}]
+    pairs = load_pairs(write(tmp_path / "x.jsonl", rows), columns={"instruction": "task"})
+    assert (pairs["query"][0], pairs["instruction"][0], pairs["label"][0]) == ("q", "do", "c")
+
+
+def test_wrong_columns(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"question": "q", "answer": "p"}])
+    for columns, error in (
+        (
+            {"question": "query"},
+            "columns: 'question' is none of query, pos, neg, .*; give ours=theirs, as query=question",
+        ),
+        (
+            {"query": ["question", "answer"]},
+            r"columns: 'query' is one column, not \['question', 'answer'\]; only pos and",
+        ),
+        ({"neg": []}, r"columns: 'neg' is one column, not \[\]"),
+        ({"query": "qestion"}, r"x.jsonl:1: field 'qestion' is missing .*this one has 'question', 'answer'"),
+        ({"instruction": "task"}, r"columns: no row of .*x.jsonl has \['task'\]; there are \['answer', 'question'\]"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            load_pairs(path, columns=columns)
+    for words in (["query"], ["query="], ["neg=a,,b"], ["query=a", "query=b"]):
+        with pytest.raises(ValueError, match=f"columns: '{words[-1]}' must be ours=theirs, with each of ours once"):
+            parse_columns(words)
+    assert parse_columns(["query=a b", "pos=c=d", "neg=e,f"]) == {"query": ["a b"], "pos": ["c=d"], "neg": ["e", "f"]}
+
+
+@pytest.mark.parametrize("cell", ['["b", "c"]', "['b', 'c']", "['b'\n 'c']", "[]", ' ["b", 1] '])
+@pytest.mark.parametrize("column", ["pos", "neg"])
+def test_a_list_written_as_a_text_is_refused(tmp_path, column, cell):
+    row = {"query": "q", "pos": "p", "neg": "n", column: cell}
+    paths = write_table(tmp_path / "x.csv", [row]), write(tmp_path / "x.jsonl", [row])
+    for path, where in zip(paths, (r"x\.csv: row 1", r"x\.jsonl:1"), strict=True):
+        with pytest.raises(
+            ValueError, match=f"{where}: field '{column}' is a list written as one text, .*give a real list"
+        ):
+            load_pairs(path)
+
+
+@pytest.mark.parametrize("text", ["[citation needed]", "[1]", "[b, c]", "['b', 'c'] is a list", "['b', 'c'"])
+def test_a_text_in_brackets_is_a_text(tmp_path, text):
+    assert load_pairs(write_table(tmp_path / "x.csv", [{"query": "q", "pos": text}]))["pos"][0] == [text]
+    assert load_pairs(write(tmp_path / "x.jsonl", [{"query": "q", "pos": [text, '["b"]']}]))["pos"][0] == [
+        text,
+        '["b"]',
+    ]
 
 
 def test_parquet(tmp_path):
@@ -128,6 +346,16 @@ def test_hub_id(monkeypatch):
     hub = datasets.Dataset.from_list([{"anchor": "a", "positive": "p"}, {"anchor": "a", "positive": ""}])
     with pytest.raises(ValueError, match="someone/some-pairs: row 2: field 'positive' is empty"):
         load_pairs("someone/some-pairs")
+
+
+def test_hub_data_set_with_other_columns(monkeypatch):
+    hub = datasets.Dataset.from_list([{"question": "q", "answer": "p", "task": f"Do {i}."} for i in range(3)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, *, split: hub)
+    monkeypatch.setattr(datasets, "get_dataset_config_info", hub_info("train"))
+    assert load_pairs("someone/some-questions")["pos"][:] == [["p"]] * 3
+    pairs = load_pairs("someone/some-questions", columns={"query": "answer", "pos": "question", "instruction": "task"})
+    assert (pairs["query"][0], pairs["pos"][0]) == ("p", ["q"])
+    assert pairs["source"][:] == ["Do 0.", "Do 1.", "Do 2."] == pairs["instruction"][:]
 
 
 def test_hub_data_set_of_several_configurations(monkeypatch, tmp_path):
@@ -242,7 +470,7 @@ def test_symmetric_by_field_then_by_source(tmp_path):
 def test_limit_reads_no_further(tmp_path):
     path = write(tmp_path / "x.jsonl", [{**PAIR, "query": f"q{i}"} for i in range(3)] + ["not JSON"])
     assert load_pairs(path, limit=3)["query"][:] == ["q0", "q1", "q2"]
-    with pytest.raises(ValueError, match=r"x\.jsonl:4: bad JSON"):
+    with pytest.raises(ValueError, match=r"x\.jsonl:4: broken JSON"):
         load_pairs(path, limit=4)
     for limit in (0, -1, True, 1.5):
         with pytest.raises(ValueError, match="limit must be an integer >= 1"):
@@ -267,14 +495,17 @@ def test_unchanged_file_is_read_once(tmp_path, monkeypatch):
 
 
 BAD_ROWS = {
-    "{'query': 1": "bad JSON",
-    '{"query": "q", "pos": ["p"]': "bad JSON",
+    "{'query': 1": "broken JSON",
+    '{"query": "q", "pos": ["p"]': "broken JSON",
     '["q", "p"]': r"must be a JSON object with named fields, not \['q', 'p'\]",
     '{"pos": ["p"]}': r"'query' is missing or empty; a row needs 'query' and 'pos', or .* \(this one has 'pos'\)",
     "{}": r"'query' is missing .*no fields",
     '{"query": "q"}': "'pos' is missing",
     '{"query": "q", "pos": []}': "'pos' is missing or empty",
-    '{"query": "q", "positive": "p"}': "'pos' is missing",
+    '{"query": "q", "positive": null}': "'positive' is missing",
+    '{"question": null, "answer": "p"}': r"'question' is missing .*, as --columns query=question pos=answer",
+    '{"premise": "a", "hypothesis": "b", "label": 2}': r"'query' is missing .*has 'premise', 'hypothesis', 'label'",
+    '{"query": 1, "positive": 2, "negative": 3}': r"'query' must be text, not 1 \(int\)",
     '{"anchor": "q"}': "'positive' is missing",
     '{"query": " ", "pos": ["p"]}': "'query' is empty",
     '{"query": 7, "pos": ["p"]}': r"'query' must be text, not 7 \(int\)",
@@ -289,6 +520,7 @@ BAD_ROWS = {
     '{"query": "q", "pos": ["p"], "label": 0.5}': "'label' must be text",
     '{"query": "q", "pos": ["p"], "label": true}': "'label' must be text",
     '{"query": "q", "pos": ["p"], "symmetric": "yes"}': "'symmetric' is 'yes'; write true or false",
+    '{"query": "q", "pos": ["p"], "negative": ""}': "'negative' is empty",
     '{"query": "q \\ud83d", "pos": ["p"]}': "'query' holds half a character",
 }
 
@@ -304,16 +536,18 @@ def test_bad_row_names_file_and_line(tmp_path, line):
 def test_unreadable_files(tmp_path):
     path = Path(write(tmp_path / "cut.jsonl.gz", [{**PAIR, "query": f"q{i * 7919}"} for i in range(200)]))
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r"cut\.jsonl\.gz:\d+: unreadable"):
-        load_pairs(str(path))
+    with pytest.raises(
+        ValueError, match=r"cut\.jsonl\.gz can't be read to its end after row 1\d\d .*download it again"
+    ):
+        load_pairs(str(path), max_bad_share=0.9)  # rows that can't be counted are not left out
     (tmp_path / "not.jsonl.gz").write_bytes(b"plain text")
-    with pytest.raises(ValueError, match=r"not\.jsonl\.gz:1: unreadable"):
+    with pytest.raises(ValueError, match=r"not\.jsonl\.gz can't be read to its end"):
         load_pairs(str(tmp_path / "not.jsonl.gz"))
     (tmp_path / "not.parquet").write_bytes(b"plain text")
-    with pytest.raises(ValueError, match=r"not\.parquet:1: unreadable"):
+    with pytest.raises(ValueError, match=r"not\.parquet can't be read to its end"):
         load_pairs(str(tmp_path / "not.parquet"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"query": "q", "pos": ["p"]}\n{"query": "caf\xe9", "pos": ["p"]}\n')
-    with pytest.raises(ValueError, match=r"latin\.jsonl:2: bad JSON .* in UTF-8"):
+    with pytest.raises(ValueError, match=r"latin\.jsonl:2: broken JSON .* in UTF-8"):
         load_pairs(str(tmp_path / "latin.jsonl"))
 
 
@@ -323,7 +557,121 @@ def test_bad_parquet_row_is_numbered(tmp_path):
         load_pairs(str(tmp_path / "x.parquet"))
 
 
+# Leaving bad rows out
+
+MIXED = [PAIR, '{"query": "cut', {**PAIR, "query": "q2"}, "", {"query": "q3", "pos": []}, {**PAIR, "query": "q4"}]
+
+
+def test_bad_rows_are_left_out_and_listed(tmp_path, caplog):
+    path, listed = write(tmp_path / "x.jsonl", MIXED), tmp_path / "bad_rows.jsonl"
+    with caplog.at_level(logging.WARNING, "gircse"):
+        pairs = load_pairs(path, max_bad_share=0.4, bad_rows_file=listed)
+    assert pairs["query"][:] == ["q", "q2", "q4"] and pairs.column_names == list(make_pairs([PAIR]).column_names)
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [(row["file"], row["row"]) for row in rows] == [(path, 2), (path, 5)]
+    assert rows[0]["reason"].startswith("broken JSON (Invalid control character at: line 1")
+    assert rows[1]["reason"].startswith("field 'pos' is missing or empty; a row needs")
+    (record,) = caplog.records
+    assert (
+        f"{path}: left out 2 of 5 rows, which are wrong (all of them in {listed}): {path}, row 2: bro" in record.message
+    )
+
+
+def test_bad_rows_are_left_out_of_what_the_cache_has(tmp_path, monkeypatch):
+    path, listed = write(tmp_path / "x.jsonl", MIXED), tmp_path / "bad_rows.jsonl"
+    first = load_pairs(path, max_bad_share=0.4)
+    monkeypatch.setattr("data_gircse._to_pair", lambda *args: pytest.fail("read again"))
+    assert list(load_pairs(path, max_bad_share=0.5, bad_rows_file=listed)) == list(first)
+    assert len(listed.read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match="2 of 5 rows are wrong"):
+        load_pairs(path, max_bad_share=0.39)
+
+
+def test_too_many_bad_rows(tmp_path):
+    path, listed = write(tmp_path / "x.jsonl", MIXED), tmp_path / "bad_rows.jsonl"
+    reasons = rf"\(all of them in {listed}\): {path}, row 2: broken JSON .*; {path}, row 5: field 'pos' is missing"
+    for share in (0, 0.1, 0.39):
+        with pytest.raises(
+            ValueError, match=rf"2 of 5 rows are wrong, more than max_bad_share={share} .* more {reasons}"
+        ):
+            load_pairs(path, max_bad_share=share, bad_rows_file=listed)
+        assert len(listed.read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match="1 of 2 rows are wrong"):  # of the rows that are read
+        load_pairs(path, max_bad_share=0.4, limit=2)
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: broken JSON"):
+        load_pairs(path)
+    everything = write(tmp_path / "y.jsonl", ["no JSON"] * 9)
+    with pytest.raises(ValueError, match=r"y\.jsonl: 9 of 9 rows are wrong"):
+        load_pairs(everything, max_bad_share=0.99)
+
+
+def test_without_bad_rows_none_are_listed(tmp_path):
+    path, listed = write(tmp_path / "x.jsonl", [PAIR]), tmp_path / "bad_rows.jsonl"
+    listed.write_text("of an earlier run")
+    assert list(load_pairs(path, max_bad_share=0, bad_rows_file=listed)) == list(load_pairs(path))
+    assert not listed.exists()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 1.5, True, "0.1", float("nan")])
+def test_max_bad_share_is_a_share(tmp_path, share):
+    with pytest.raises(ValueError, match="max_bad_share must be a share of the rows, 0 <= share < 1, not "):
+        load_pairs(write(tmp_path / "x.jsonl", [PAIR]), max_bad_share=share)
+
+
+def test_bad_rows_of_the_hub(monkeypatch, tmp_path):
+    rows = {"a": ["q", "", "q2"], "b": ["q3", "q4", ""]}
+    rows = {s: datasets.Dataset.from_list([{"query": q, "pos": ["p"]} for q in queries]) for s, queries in rows.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, *, split: rows[split])
+    monkeypatch.setattr(datasets, "get_dataset_config_info", hub_info("a", "b"))
+    listed = tmp_path / "bad_rows.jsonl"
+    pairs = load_pairs("someone/split-pairs", max_bad_share=0.5, bad_rows_file=listed)
+    assert pairs["query"][:] == ["q", "q2", "q3", "q4"] and pairs["source"][:] == ["a", "a", "b", "b"]
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [(line["file"], line["row"]) for line in lines] == [
+        ("someone/split-pairs, a", 2),
+        ("someone/split-pairs, b", 3),
+    ]
+
+
+def test_reading_is_shown_unless_progress_bars_are_off(tmp_path, capfd):
+    datasets.enable_progress_bars()
+    load_pairs(write(tmp_path / "x.jsonl", [PAIR]))
+    assert "1 examples" in capfd.readouterr().err
+    datasets.disable_progress_bars()
+    try:
+        load_pairs(write(tmp_path / "y.jsonl", [PAIR]))
+    finally:
+        datasets.enable_progress_bars()
+    assert capfd.readouterr().err == ""
+
+
 # Held-out rows
+
+
+def test_held_out_keeps_pairs_in_both_directions_together():
+    both = [(f"a{i}", f"b{i}") for i in range(20)]
+    rows = [{"query": q, "pos": [p], "symmetric": True} for q, p in both] + [{"query": p, "pos": [q]} for q, p in both]
+    train, held_out = split_held_out(make_pairs(rows), 11, seed=0)
+    assert len(held_out) == 10  # five pairs in both directions; a sixth would be too many
+
+    def texts(part: datasets.Dataset) -> set[str]:
+        return {text for row in part for text in (row["query"], *row["pos"])}
+
+    assert not texts(train) & texts(held_out)
+
+
+def test_held_out_follows_chains_of_pairs_in_both_directions():
+    chain = [("a", "b"), ("b", "a"), ("b", "c"), ("c", "b"), ("c", "d"), ("d", "c")]
+    others = [{"query": f"q{i}", "pos": ["a"]} for i in range(4)]  # many queries may have one positive
+    pairs = make_pairs([{"query": q, "pos": [p]} for q, p in chain] + others)
+    for seed in range(10):
+        train, held_out = split_held_out(pairs, 6, seed=seed)
+        assert len({*"abcd"} & {*held_out["query"]}) in (0, 4) and not {*train["query"]} & {*held_out["query"]}
+
+
+def test_a_pair_in_one_direction_holds_no_queries_together():
+    pairs = make_pairs([{"query": f"q{i}", "pos": [f"q{i + 1}"]} for i in range(9)])
+    assert len(split_held_out(pairs, 3, seed=0)[1]) == 3
 
 
 def test_held_out_keeps_equal_queries_together():
@@ -553,9 +901,73 @@ def test_collator_ids_tell_equal_texts():
     labels = batch["query_labels"].tolist()
     assert labels[0] == labels[1] >= 0 and labels[2] not in (-1, labels[0]) and labels[3] == -1
     assert batch["document_labels"].tolist() == labels + [-1, -1, -1]
-    names = ("document_ids", "positive_ids", "query_ids", "query_labels", "document_labels")
+    names = ("document_ids", "positive_ids", "query_ids", "prompted_ids", "query_labels", "document_labels")
     assert all(batch[name].dtype == torch.int64 for name in names)
     assert (batch["document_ids"] >= 0).all()
+
+
+def test_prompted_ids_tell_the_input_of_a_query():
+    """Symmetric documents have the query's prompt; others are bare, which is the same input for a bare query alone."""
+    rows = [
+        training_row("a", "b", ["a"], instruction="same", symmetric=True),
+        training_row("b", "a", instruction="same", symmetric=True),
+        training_row("a", "c", ["a"], instruction="find"),
+        training_row("a", "d", ["a"]),
+    ]
+    batch = PairCollator(FakeProcessor())(rows)
+    same, query_ids = batch["prompted_ids"][None] == batch["query_ids"][:, None], batch["query_ids"]
+    documents = ["b", "a", "c", "d", "a", "a", "a"]  # the last: of rows 0, 2 and 3
+    assert [[documents[i] for i in row.nonzero()] for row in same] == [["a", "a"], ["b"], [], ["a", "a"]]
+    assert same[0].nonzero().flatten().tolist() == [1, 4] and same[3].nonzero().flatten().tolist() == [5, 6]
+    assert batch["prompted_ids"].dtype == torch.int64 and len(query_ids.unique()) == 4
+    assert (batch["document_ids"][[1, 4, 5, 6]] == batch["document_ids"][1]).all()  # the texts alone are the same
+
+
+def loss_of(rows: list[dict], alike: str) -> float:
+    """The loss of a model that embeds the texts of `alike` as one vector, whatever their prompt, and all other texts at
+    right angles to it and to each other."""
+    texts = {text for row in rows for text in (row["query"], row["positive"], *row["negatives"])}
+    axes = {text: 0 if text in alike else 1 + i for i, text in enumerate(sorted(texts))}
+    axes_of_ids = {ord(text): axis for text, axis in axes.items()}
+    batch = PairCollator(FakeProcessor())(rows)
+    vectors = torch.eye(len(texts) + 1)
+    queries, documents = (
+        vectors[[axes_of_ids[int(token)] for token in batch[side]["input_ids"][:, 0]]][:, None]
+        for side in ("query", "document")
+    )
+    names = ("document_ids", "positive_ids", "document_labels", "query_labels", "query_ids", "prompted_ids")
+    return icr_loss(queries, documents, candidate_mask(*(batch[name] for name in names)), temperature=0.02).total.item()
+
+
+def symmetric(query: str, positive: str, negatives: str = "") -> dict:
+    return training_row(query, positive, negatives, instruction="same", symmetric=True)
+
+
+def test_a_perfect_model_has_no_loss_on_pairs_in_both_directions():
+    assert loss_of([symmetric("a", "b"), symmetric("b", "a")], alike="ab") == pytest.approx(0, abs=1e-6)
+    assert loss_of([symmetric("a", "b"), symmetric("b", "a"), symmetric("x", "x")], alike="ab") == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_a_hard_negative_with_the_text_of_the_query_is_no_candidate():
+    assert loss_of([symmetric("a", "b", "ac"), symmetric("c", "c")], alike="ab") == pytest.approx(0, abs=1e-6)
+    bare = [training_row("a", "b", "ac"), training_row("c", "c")]  # neither side has an instruction
+    assert loss_of(bare, alike="ab") == pytest.approx(0, abs=1e-6)
+
+
+def test_the_link_of_a_chain_is_no_negative_of_itself():
+    # Document b, the positive of a, is the second query. That c is right for a, too, no row says.
+    for rows in ([symmetric("a", "b"), symmetric("b", "c")], [symmetric("b", "c"), symmetric("a", "b")]):
+        assert loss_of(rows, alike="abc") == pytest.approx(math.log(2) / 2, abs=1e-6)
+
+
+def test_a_bare_document_with_the_text_of_a_prompted_query_stays_a_candidate():
+    rows = [training_row("a", "b", instruction="find"), training_row("c", "a", instruction="find")]
+    assert loss_of(rows, alike="abc") == pytest.approx(math.log(2), abs=1e-5)  # both documents for both queries
+    assert loss_of([{**row, "instruction": ""} for row in rows], alike="abc") == pytest.approx(
+        math.log(2) / 2, abs=1e-5
+    )
 
 
 def test_a_query_is_the_same_under_the_same_instruction():

@@ -3,16 +3,21 @@ worker or the whole job is killed."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import os
+import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +31,8 @@ import pyarrow.parquet as pq
 import ray
 
 import embed_gircse
-from embed_gircse import BAD_ROWS, EXIT_BAD_ROWS, PLAN, Lines, main, make_plan, parquet_rows, parse
+import rows_gircse
+from embed_gircse import BAD_ROWS, EXIT_BAD_ROWS, PLAN, main, make_plan, parse
 
 if not (ROOT / "model.safetensors").exists():
     pytest.skip("the repo root holds no model.safetensors to embed with", allow_module_level=True)
@@ -39,6 +45,7 @@ INSTRUCTION = "Given a question, retrieve an answer."
 @pytest.fixture(scope="module")
 def cluster():
     """One local Ray for the tests that kill nothing."""
+    ray.shutdown()  # one that tests of another file may have left
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -114,7 +121,7 @@ def test_every_kind_of_input_keeps_ids_and_sets_bad_rows_aside(cluster, tmp_path
         "None",
         "JSON",
         "no field 'text'",
-        "not a JSON object",
+        "must be a JSON object",
         "5 (int)",
         "JSON",
         "'six' (str)",
@@ -122,7 +129,12 @@ def test_every_kind_of_input_keeps_ids_and_sets_bad_rows_aside(cluster, tmp_path
         "surr",
     ]
     assert [word in reason for word, (*_, reason) in zip(reasons, reported, strict=True)] == [True] * len(reasons)
-    assert "47 rows embedded" in (printed := capsys.readouterr().out) and "9 bad rows" in printed
+    printed = capsys.readouterr()
+    assert "47 rows embedded" in printed.out and "9 bad rows" in printed.out
+    for wait in ("reading model and input", "counting rows", "2 actors load the model", "reading what was set aside"):
+        assert wait in printed.err
+
+    assert b"_text_rows" in ray.cloudpickle.dumps(rows_gircse.RowFile)  # the code itself, for nodes without this repo
 
     before = stamps(output)
     assert main(call) == EXIT_BAD_ROWS and stamps(output) == before  # all there, nothing done again
@@ -147,30 +159,103 @@ def test_another_model_default_ids_and_status_0(cluster, tmp_path):
     assert bad_rows(output) == []
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-def test_lines_of_any_part_in_any_order(tmp_path, suffix):
-    lines = [{"n": n} for n in range(50)]
-    files = [str(write_lines(tmp_path / f"{name}.{suffix}", lines)) for name in "ab"]
-    reader = Lines()
-    for file, start, stop in [(0, 0, 10), (0, 30, 35), (0, 35, 50), (0, 10, 30), (1, 5, 6), (0, 5, 6), (0, 45, 50)]:
-        assert [(n, json.loads(line)["n"]) for n, line in reader.read(files[file], start, stop)] == [
-            (n, n) for n in range(start, stop)
-        ]
-
-
-def test_rows_of_any_part_of_a_parquet_file(tmp_path):
-    pq.write_table(pa.table({"n": range(50), "m": range(50)}), tmp_path / "a.parquet", row_group_size=8)
-    for start, stop in [(0, 50), (0, 8), (7, 9), (8, 16), (3, 5), (20, 45), (49, 50)]:
-        rows = list(parquet_rows(str(tmp_path / "a.parquet"), {"n"}, start, stop))
-        assert rows == [(n, {"n": n}) for n in range(start, stop)]
+def embed_alone(call: list[str], order: int = 1) -> int:
+    """Runs a job without Ray, its shards in this order; returns its exit status."""
+    options = parse(call)
+    plan = make_plan(options)
+    embedder = embed_gircse.Embedder(plan, str(options.output), options.batch_size, "cpu", False)
+    for shard in embed_gircse.list_shards(plan)[::order]:
+        if not (options.output / shard["name"]).exists():
+            assert embedder(shard)["rows"] == shard["stop"] - shard["start"]
+    return main(call)
 
 
 def finished(tmp_path: Path, lines: list[dict], *more: str) -> list[str]:
     """The call of a job whose one shard is there, made without Ray."""
     call = arguments(write_lines(tmp_path / "a.jsonl", lines), tmp_path / "out", *more)
-    embedder = embed_gircse.Embedder(make_plan(parse(call)), str(tmp_path / "out"), 4, "cpu", False)
-    assert embedder({"name": "000000.parquet", "file": 0, "start": 0, "stop": len(lines)})["bad"] == 0
+    assert embed_alone(call) == 0
     return call
+
+
+def test_tables_and_arrays_are_embedded_in_any_order_of_their_shards(tmp_path):
+    texts = [f"{word} {i}" for word in ("one", "two", "three", "four", "five") for i in range(7)]
+    parts = [texts[start : start + 7] for start in range(0, 35, 7)]
+
+    def write_table(name: str, part: list[str], delimiter: str) -> None:
+        content = io.StringIO()
+        writer = csv.writer(content, delimiter=delimiter)
+        writer.writerows([["note", "text"], *([i, text] for i, text in enumerate(part))])
+        write_lines(tmp_path / name, [content.getvalue().rstrip().encode()])
+
+    write_table("a.csv", [*parts[0], ""], ";")
+    write_table("b.tsv.gz", parts[1], "\t")
+    array = json.dumps([{"text": parts[2][0]}, 3, *({"text": text} for text in parts[2][1:])], indent=1)
+    (tmp_path / "c.json").write_bytes(b"\xef\xbb\xbf" + array.encode())
+    write_lines(tmp_path / "d.ndjson.gz", [b"", *({"text": text} for text in parts[3])])
+    pq.write_table(pa.table({"text": parts[4]}), tmp_path / "e.parquet", row_group_size=3)
+    call = arguments(tmp_path / "[a-e].*", tmp_path / "out", "--k", "1", "--rows_per_shard", "3")
+    assert embed_alone(call, order=-1) == EXIT_BAD_ROWS
+
+    found = read(tmp_path / "out")
+    rows = [("a.csv", 1), ("b.tsv.gz", 1), ("c.json", 1), ("c.json", 3), ("d.ndjson.gz", 2), ("e.parquet", 1)]
+    counts = [7, 7, 1, 6, 7, 7]
+    ids = [f"{name}:{row + i}" for (name, row), count in zip(rows, counts, strict=True) for i in range(count)]
+    assert list(found) == ids
+    assert F.cosine_similarity(torch.stack(list(found.values())), expected(texts, 1)).min() > 0.9999
+    assert [row[:2] for row in bad_rows(tmp_path / "out")] == [("a.csv", 8), ("c.json", 2)]
+
+
+def as_kind(values: list[bytes | None], kind: str) -> pa.Array:
+    """Text of any Arrow type, of bytes that need not be UTF-8."""
+    if kind == "string_view":
+        return pa.Array.from_buffers(pa.string_view(), len(values), pa.array(values, pa.binary_view()).buffers())
+    large = pa.Array.from_buffers(pa.large_string(), len(values), pa.array(values, pa.large_binary()).buffers())
+    return large.dictionary_encode() if kind == "category" else large
+
+
+@pytest.mark.parametrize("kind", ["string_view", "category", "large_string"])
+def test_text_of_any_arrow_type_and_a_broken_byte(tmp_path, kind):
+    """Also when the job is started again, with a shard that is missing."""
+    texts = [b"one", "zwei \u00e4".encode(), b"not \xff", None, b"one", b"a text too long to be in the view itself"]
+    ids = [b"a", "\u00e4".encode(), b"c", b"d", b"not \xff", b"f"]
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": as_kind(texts, kind), "key": as_kind(ids, kind)}), file)
+    assert str(pq.read_schema(file).field("key").type).startswith("dictionary" if kind == "category" else kind)
+    call = arguments(file, tmp_path / "out", *"--id_column key --k 1 --rows_per_shard 4".split())
+    assert embed_alone(call) == EXIT_BAD_ROWS
+    (tmp_path / "out" / "000000.parquet").unlink()
+    assert embed_alone(call) == EXIT_BAD_ROWS
+    found = read(tmp_path / "out")
+    assert list(found) == ["a", "\u00e4", "f"]
+    vectors = expected([texts[row].decode() for row in (0, 1, 5)], 1)
+    assert F.cosine_similarity(torch.stack(list(found.values())), vectors).min() > 0.9999
+    reported = bad_rows(tmp_path / "out")
+    assert [row for _, row, _ in reported] == [3, 4, 5]
+    assert "UTF-8" in reported[0][2] and "None" in reported[1][2] and "UTF-8" in reported[2][2]
+
+
+def test_integer_ids_of_any_width(tmp_path):
+    widths = {"int8": -(2**7), "uint16": 2**16 - 1, "int32": -(2**31), "int64": -(2**63), "uint64": 2**63 - 1}
+    for name, value in widths.items():
+        table = pa.table({"text": [name], "n": pa.array([value], getattr(pa, name)())})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    pq.write_table(pa.table({"text": ["x"], "n": pa.array([2**63], pa.uint64())}), tmp_path / "z.parquet")
+    call = arguments(tmp_path / "*.parquet", tmp_path / "out", "--id_column", "n", "--k", "1")
+    assert embed_alone(call) == EXIT_BAD_ROWS
+    found = read(tmp_path / "out")
+    assert list(found) == [widths[name] for name in sorted(widths)]
+    assert F.cosine_similarity(torch.stack(list(found.values())), expected(sorted(widths), 1)).min() > 0.9999
+    assert [(file, row, "64 bits" in why) for file, row, why in bad_rows(tmp_path / "out")] == [("z.parquet", 1, True)]
+
+
+def test_a_column_of_nothing_is_told_of_each_row(tmp_path):
+    """As a part of a larger corpus may have it."""
+    pq.write_table(pa.table({"text": pa.nulls(2), "n": pa.nulls(2)}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["x", "y"], "n": [None, 7]}), tmp_path / "b.parquet")
+    call = arguments(tmp_path / "*.parquet", tmp_path / "out", "--id_column", "n", "--k", "1")
+    assert embed_alone(call) == EXIT_BAD_ROWS
+    assert list(read(tmp_path / "out")) == [7]
+    assert [row[:2] for row in bad_rows(tmp_path / "out")] == [("a.parquet", 1), ("a.parquet", 2), ("b.parquet", 1)]
 
 
 def test_a_large_k_truncates_long_texts(tmp_path):
@@ -195,7 +280,7 @@ def test_what_others_write_is_left_to_them(tmp_path):
     call, output = finished(tmp_path, [{"text": "x"}], "--k", "1"), tmp_path / "out"
     gone = subprocess.Popen(["true"])
     gone.wait()
-    here = os.uname().nodename
+    here = embed_gircse._machine()
     kept = [f".000001.parquet.{here}-{os.getpid()}.tmp", ".000002.parquet.elsewhere-1.tmp"]
     kept += [f".000003.parquet.domain.{here}-{gone.pid}.tmp"]  # a longer name of another machine
     old = [f".000004.parquet.{here}-{os.getpid()}.tmp", ".000005.parquet.elsewhere-1.tmp"]
@@ -205,6 +290,99 @@ def test_what_others_write_is_left_to_them(tmp_path):
         os.utime(output / name, (time.time() - 2 * 24 * 3600,) * 2)
     assert main(call) == 0
     assert sorted(file.name for file in output.glob(".*")) == sorted(kept)
+
+
+@pytest.mark.parametrize("name", ["a-1.b", "", "x/y:*?", "B\u00fcro \u4e2d", "\udcff", "n" * 300])
+def test_a_machine_may_be_called_anything(tmp_path, monkeypatch, name):
+    """And nobody is killed to find out whether he lives, as Windows understands signal 0."""
+    monkeypatch.setattr(platform, "node", lambda: name)
+    monkeypatch.setattr(embed_gircse.psutil, "pid_exists", lambda process: process == os.getpid())
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal was sent"))
+    monkeypatch.delattr(os, "uname")
+    seen = []
+    embed_gircse.write_whole(tmp_path / "000001.parquet", lambda file: (file.write_text("x"), seen.append(file)))
+    assert (tmp_path / "000001.parquet").read_text() == "x" and not seen[0].exists()
+    assert seen[0].name.isascii() and not set(seen[0].name) & set('/\\:*?"<>| ')
+    own = os.getpid()
+    left = [tmp_path / seen[0].name.replace(f"-{own}.", f"-{process}.") for process in (own, own + 1)]
+    for file in left:
+        file.touch()
+    assert [embed_gircse.is_abandoned(file) for file in left] == [False, name != ""]  # no name is no proof
+    monkeypatch.setattr(platform, "node", lambda: "another")
+    assert not any(map(embed_gircse.is_abandoned, left))
+
+
+# What is shown -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_that_lacks_letters(tmp_path, monkeypatch, encoding):
+    data = write_lines(tmp_path / "\u4e2d.jsonl", [{"text": "x"}, b"bad"])
+    call = arguments(data, tmp_path / "\u2192 out", "--k", "1")
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", console)
+    assert embed_alone(call) == EXIT_BAD_ROWS
+    with pytest.raises(SystemExit) as error:
+        main(["--help"])
+    assert error.value.code == 0
+    console.flush()
+    printed = console.buffer.getvalue()
+    assert b"1 rows embedded in" in printed and rb"\u2192 out" in printed and b".ndjson.gz" in printed
+    assert list(read(tmp_path / "\u2192 out")) == ["\u4e2d.jsonl:1"]
+
+
+def test_a_log_has_a_line_at_once_and_one_every_half_minute(capsys, monkeypatch):
+    with embed_gircse.progress(total=3, desc="at work") as bar:
+        bar.update(1)
+        bar.update(1)
+    assert capsys.readouterr().err.count("at work") == 2  # at the begin and at the end
+    monkeypatch.setattr(embed_gircse, "LOG_SECONDS", 0)
+    with embed_gircse.progress(total=3, desc="at work") as bar:
+        bar.update(1)
+        bar.update(0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.search(r"(\d)/3", line)[1] for line in lines] == ["0", "1", "1", "1"]
+
+
+def test_an_actor_tells_how_far_it_is(tmp_path, monkeypatch):
+    """Each second, and of bad rows at the end."""
+    file = write_lines(tmp_path / "a.jsonl", [*({"text": str(i)} for i in range(5)), b"bad"])
+    call = arguments(file, tmp_path / "out", "--k", "1")
+    tally = embed_gircse.Tally()
+    told = []
+    remote = SimpleNamespace(tell=SimpleNamespace(remote=lambda *of: (told.append(of), tally.tell(*of))))
+    embedder = embed_gircse.Embedder(make_plan(parse(call)), str(tmp_path / "out"), 2, "cpu", False, remote)
+    seconds = iter(range(0, 100, 2))
+    monkeypatch.setattr(embed_gircse, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    embedder({"name": "000000.parquet", "file": 0, "start": 0, "stop": 6})
+    assert told == [("000000.parquet", rows) for rows in (2, 4, 5, 6)]
+    tally.tell("000001.parquet", 10)
+    assert tally.total() == 16
+
+
+def test_the_bar_follows_the_tally_while_it_can_be_asked(monkeypatch, capsys):
+    monkeypatch.setattr(embed_gircse, "LOG_SECONDS", 0)
+    answers = [0, ray.exceptions.GetTimeoutError(), 3, ray.exceptions.RayActorError(), 2, 5]  # 2: a shard began anew
+
+    def get(reference, timeout):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray, "get", get)
+    tally = SimpleNamespace(total=SimpleNamespace(remote=lambda: None))
+    with embed_gircse.progress(total=30, initial=20, desc="load") as bar:
+        embed_gircse.follow(bar, tally, "work", lambda seconds: not answers)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.search(r"(\w+): .* (\d+)/30", line).groups() for line in lines] == [
+        ("load", "20"),
+        ("load", "20"),
+        ("work", "23"),
+        ("work", "22"),
+        ("work", "25"),
+        ("work", "25"),
+    ]
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
@@ -329,7 +507,11 @@ def test_pool_of_actors(monkeypatch, nodes, asked, actors):
 
 def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_model):
     good = write_lines(tmp_path / "good.jsonl", [{"text": "x", "n": 1, "list": []}])
-    pq.write_table(pa.table({"text": ["x"], "n": ["a"], "real": [1.5]}), tmp_path / "b.parquet")
+    odd = {"real": [1.5], "money": [Decimal("10.5")], "bytes": [b"x"]}
+    pq.write_table(pa.table({"text": ["x"], "n": ["a"], **odd}), tmp_path / "b.parquet")
+    (tmp_path / "array.json").write_text('[{"text": "x"}')
+    (tmp_path / "array.json.gz").write_text('[{"text": "x"}]')
+    (tmp_path / "none.csv").touch()
     write_lines(tmp_path / "a.txt", [b"x"])
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
     write_lines(tmp_path / "sparse.jsonl.gz", [b"", b'{"body"', b"[3]", {"m": 1}, {"text": "x"}])
@@ -343,7 +525,13 @@ def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_mo
         ("a.txt", "", "ends in none of"),
         ("cut.jsonl.gz", "", "can't be read to its end"),
         ("b.parquet", "--text_column body", "no column 'body', only 'text', 'n'"),
-        ("b.parquet", "--id_column real", "of type double"),
+        ("b.parquet", "--id_column real", "id_column='real' is of type double: cast it to int or str"),
+        ("b.parquet", "--id_column money", "id_column='money' is of type decimal128(3, 1): cast it to int or str"),
+        ("b.parquet", "--text_column real", "text_column='real' is of type double: cast it to str"),
+        ("b.parquet", "--text_column bytes", "text_column='bytes' is of type binary: cast it to str"),
+        ("array.json", "", "broken JSON array"),
+        ("array.json.gz", "", "can't be read to its end"),
+        ("none.csv", "", "no header"),
         (good.name, "--text_column body", "no column 'body', only 'text', 'n', 'list'"),
         (good.name, "--id_column key", "no column 'key', only 'text', 'n', 'list'"),
         ("sparse.jsonl.gz", "--text_column body", "no column 'body', only 'm', 'text'"),
@@ -368,6 +556,24 @@ def test_columns_of_lines_may_come_late_or_not_at_all(tmp_path):
     for lines in ([], [b"", b"broken", b"[3]"]):  # no row, so that the report says what is wrong with each line
         file = write_lines(tmp_path / "broken.jsonl", lines)
         assert embed_gircse.measure(file, "text", "n") == (len(lines), None)
+
+
+def test_lines_are_counted_without_being_parsed(tmp_path, monkeypatch):
+    file = write_lines(tmp_path / "a.jsonl.gz", [{"m": 1}, {"n": 2, "text": "x"}, *[{"n": 3, "text": "y"}] * 1000])
+    loads, calls = json.loads, []
+    monkeypatch.setattr(rows_gircse.json, "loads", lambda line: (calls.append(line), loads(line))[1])
+    assert embed_gircse.measure(file, "text", "n") == (1002, "int") and len(calls) == 2
+
+
+def test_files_have_names_whatever_they_are_called_and_wherever_they_lie(tmp_path, monkeypatch):
+    files = [tmp_path / "x" / "a.csv", tmp_path / "y" / "\udcff\u4e2d.csv"]  # what no UTF-8 is, as Python has it
+    assert embed_gircse.name_files(files) == ["x/a.csv", "y/\\udcff\u4e2d.csv"]
+
+    def commonpath(_):
+        raise ValueError("Paths don't have the same drive")
+
+    monkeypatch.setattr(os.path, "commonpath", commonpath)
+    assert embed_gircse.name_files(files[:1]) == [files[0].as_posix()]
 
 
 def test_another_adapter_for_the_same_output_is_refused(tmp_path):
@@ -459,7 +665,7 @@ def test_a_killed_job_and_a_killed_worker_lose_and_repeat_no_row(tmp_path):
     wait_for(lambda: not any(map(alive, below)), log)  # Ray's processes end with the job that started them
     before = stamps(output)
     assert 2 <= len(before) < 24 and not (output / BAD_ROWS).exists()
-    (output / f".000023.parquet.{os.uname().nodename}-{job.pid}.tmp").write_text("half of a shard")
+    (output / f".000023.parquet.{embed_gircse._machine()}-{job.pid}.tmp").write_text("half of a shard")
 
     job = start(call, log)
     try:

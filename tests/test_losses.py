@@ -87,6 +87,17 @@ def test_a_positive_in_one_row_is_no_negative_in_another_row_of_the_same_query()
     ]
 
 
+def test_a_document_that_is_the_query_itself_is_no_candidate():
+    # Queries 7 and 8 under their prompts; document 0 is query 8, document 1, the positive of query 8, is that query
+    # too, and the hard negatives are query 7, neither, and, in another process' padding, nothing.
+    prompted, queries = torch.tensor([8, 8, 7, 9, -1]), torch.tensor([7, 8])
+    documents, positives = torch.tensor([10, 11, 12, 13, -1]), torch.tensor([[10], [11]])
+    assert candidate_mask(documents, positives, query_ids=queries, prompted_ids=prompted).tolist() == [
+        [True, True, False, True, True],
+        [False, True, True, True, True],
+    ]
+
+
 def test_padding_ids_match_nothing():
     assert candidate_mask(torch.tensor([10, -1]), torch.tensor([[10, -1]])).tolist() == [[True, True]]
 

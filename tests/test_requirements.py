@@ -34,6 +34,9 @@ def imported_by(name: str) -> set[str]:
         ("report_gircse.py", "requirements-eval.txt"),
         ("tasks_gircse.py", "requirements-eval.txt"),
         ("embed_gircse.py", "requirements-embed.txt"),
+        ("train_gircse.py", "requirements-train.txt"),
+        ("data_gircse.py", "requirements-train.txt"),
+        *(("rows_gircse.py", f"requirements-{use}.txt") for use in ("embed", "eval", "train")),
     ],
 )
 def test_requirements_have_all_that_a_script_imports(script, needed):
