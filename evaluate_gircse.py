@@ -9,9 +9,9 @@ of the folder. A model is a GIRCSE folder or Hub id, the baselines with `step_to
 Sentence Transformers loads. Only a GIRCSE model with steps has several k, z_1..z_K of one pass (Eq. 4).
 
 Texts go under the prompts of the model's `config_sentence_transformers.json`, by mteb's name of the task: the paper's
-instructions. A task without one there takes that of the task it was adapted from, then mteb's own; documents of a
-search are embedded bare. A model of others that has no prompts gets those of mteb's registry. A run that is started
-again with the same output_dir does what is missing.
+instructions. A task without one there takes that of the task it was adapted from, then mteb's own, then its type's;
+documents of a search are embedded bare. A model of others that has no prompts gets those of mteb's registry. A run that
+is started again with the same output_dir does what is missing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,6 @@ from typing import Any
 import mteb
 import numpy as np
 import torch
-import transformers
 from huggingface_hub import HfApi, ModelCard, constants
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.abstask import AbsTask, get_abstask_prompt
@@ -49,10 +49,19 @@ from transformers.utils import cached_file
 
 from report_gircse import CODE_OF_ITS_OWN, markdown, write_report
 from tasks_gircse import local_tasks
-from train_gircse import ROOT, ModelArguments, commit_of, load_model, sentence_transformers_settings
+from train_gircse import (
+    ROOT,
+    ModelArguments,
+    commit_of,
+    lenient_console,
+    load_model,
+    sentence_transformers_settings,
+    unescape,
+)
 
 BENCHMARKS = {"mteb": "MTEB(eng, v2)", "nanobeir": "NanoBEIR", "followir": "FollowIR"}
 STEPS = (1, 3, 5, 10, 15, 20)
+SECONDS_BETWEEN_LINES = 60  # of progress, in a log
 # What the paper's Table 9 reports of FollowIR, on the queries with their original instructions; mteb's score is p-MRR.
 TABLE_9 = {
     "Robust04InstructionRetrieval": "map_at_1000",
@@ -104,7 +113,13 @@ class Subject:
             instruction = None
         if not instruction and side is not None:
             return self.prompts.get(side, "")
+        if not instruction and metadata.type in self.prompts:
+            return self.prompts[metadata.type]
         return self.template.replace("{instruction}", instruction or get_abstask_prompt(metadata.name))
+
+
+def say(line: str) -> None:
+    print(line, flush=True)  # a log would else get it hours later
 
 
 def load_subject(args: argparse.Namespace) -> Subject:
@@ -159,7 +174,7 @@ def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
 
     template = args.prompt_template or processor.prompt_template
     settings = file_of(args.model, "config_sentence_transformers.json")
-    prompts = json.loads(settings.read_text(encoding="utf-8"))["prompts"] if settings else {}
+    prompts = json.loads(settings.read_text(encoding="utf-8")).get("prompts", {}) if settings else {}
     if args.prompt_template or not any(prompts.values()):
         prompts = repo_prompts(template)
     size = model.num_parameters()
@@ -179,7 +194,7 @@ def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
 
 
 def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subject:
-    name_of_dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    name_of_dtype = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # transformers < 4.56
     model = SentenceTransformer(
         args.model,
         device=device,
@@ -201,7 +216,7 @@ def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subj
         if any(prompts.values()):
             settings, loader_kwargs = {"prompts": "mteb"}, {"model_prompts": prompts}
         else:
-            print(
+            say(
                 f"{args.model} has no prompts, nor has mteb's registry any prefixes for it: texts are embedded bare. "
                 "If it was trained with prompts, give --prompt_template, or the --model_name that mteb knows it by."
             )
@@ -277,8 +292,8 @@ def content_hash(folder: Path) -> str:
         folders.add(folder / settings["adapter"])
     paths = {p for f in folders if f.is_dir() for p in f.iterdir() if p.suffix in (".safetensors", ".bin", ".json")}
     digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(str(path.relative_to(folder)).encode())
+    for path in sorted(paths, key=lambda path: path.relative_to(folder).parts):  # alike on any system
+        digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
@@ -313,7 +328,9 @@ class Vectors:
         keys = [self._key(text, prompt, side) for text in texts]
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.rows}
         by_length = sorted(new, key=lambda key: len(new[key]), reverse=True)  # so that little is padded
-        for start in tqdm(range(0, len(by_length), self.batch_size), desc="batches", leave=False, disable=None):
+        if new:
+            say(f"  embedding {len(new):,} texts")
+        for start in progress(range(0, len(by_length), self.batch_size)):
             batch = by_length[start : start + self.batch_size]
             embeddings = self.subject.embed([new[key] for key in batch], prompt, side, self.steps)  # (B, |k|, d)
             for column, file in enumerate(self.files.values()):
@@ -327,6 +344,17 @@ class Vectors:
     def _key(text: str, prompt: str, side: str | None) -> bytes:
         parts = json.dumps([text, prompt, side])
         return hashlib.blake2b(parts.encode(), digest_size=16).digest()  # the texts themselves would fill the memory
+
+
+def progress(starts: range) -> Iterator[int]:
+    """Goes through the starts of batches with a bar in a terminal; in a log, which has no room for one, with a line
+    every minute."""
+    bar, said = tqdm(starts, desc="batches", leave=False, disable=None), time.monotonic()
+    for done, start in enumerate(bar):
+        if bar.disable and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            say(f"  {done:,} of {len(starts):,} batches")
+        yield start
 
 
 class StepEncoder(AbsEncoder):
@@ -410,12 +438,15 @@ def evaluate_task(task: AbsTask, subject: Subject, cache: mteb.ResultCache, batc
     """Writes the task's result to the cache for each k that isn't there yet."""
     steps = [k for k in subject.steps if not is_done(cache, task, subject.meta_at(k))]
     if not steps:
+        say("  has been evaluated before")
         return
+    say("  reading its data")
     task.load_data()
     # Some tasks draw their texts. Each k gets the same ones, those that a run of its own would draw.
     drawn, drawn_by_numpy = task.rng_state.getstate(), task.np_rng.bit_generator.state
     with Vectors(subject, steps, batch_size) as vectors:
         for k in steps:
+            say(f"  evaluating{'' if k is None else f' k = {k}'}")  # mteb's classifiers and clusters take a while, too
             task.rng_state.setstate(drawn)
             task.np_rng.bit_generator.state = drawn_by_numpy
             mteb.evaluate(
@@ -489,7 +520,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--trust_remote_code", action="store_true", help="run the code of a Hub model that is not a GIRCSE model")
     args = parser.parse_args(argv)
     if args.prompt_template:
-        args.prompt_template = args.prompt_template.replace("\\n", "\n")  # a shell's quotes leave it as two characters
+        args.prompt_template = unescape(args.prompt_template)
         if "{instruction}" not in args.prompt_template:
             parser.error(f"prompt_template={args.prompt_template!r} has no '{{instruction}}'")
     return args
@@ -497,24 +528,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 if a task failed or none could be had."""
+    lenient_console()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse(argv)
     tasks = choose_tasks(args.tasks, args.data)
+    say(f"looking for the data of {len(tasks)} tasks, here and on the Hub")
     failed = unavailable(tasks)
-    print(f"{len(tasks) - len(failed)} of {len(tasks)} data sets can be had")
+    say(f"{len(tasks) - len(failed)} of {len(tasks)} data sets can be had")
     for name, reason in failed.items():
-        print(f"  not {name}: {reason}")
+        say(f"  not {name}: {reason}")
     tasks = [task for task in tasks if task.metadata.name not in failed]
     if not tasks:
         return 1
 
+    say(f"loading {args.model}")
     subject = load_subject(args)
     out, command = Path(args.output_dir), shlex.join(["python", "evaluate_gircse.py", *argv])
     cache = mteb.ResultCache(out)
     broken, rows = False, []
     for number, task in enumerate(tasks, 1):
         name = task.metadata.name
-        print(f"[{number}/{len(tasks)}] {name}", flush=True)
+        say(f"[{number}/{len(tasks)}] {name}")
         try:
             evaluate_task(task, subject, cache, args.batch_size)
         except Exception as error:  # hours of other tasks are not to be lost for this one
@@ -524,7 +558,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rows := collect(tasks[:number], subject, cache):
             write_report(out, rows, failed, subject.meta, subject.settings, subject.shown, command)
     if rows:
-        print(f"\n{markdown(rows)}\n\nWritten to {out}")
+        say(f"\n{markdown(rows)}\n\nWritten to {out}")
     return int(broken)
 
 

@@ -1,33 +1,51 @@
 """Writes the root's files for Sentence Transformers, `modules.json` and `config_sentence_transformers.json`.
 
-The prompts are the paper's instructions, in `instructions.json`, under the names by which mteb looks for them: the
-task's name (of all versions of a task), followed by `-query` or `-document` where the two sides differ.
+The prompts have the names by which mteb looks for them, and no other, since it warns of each that it doesn't know:
 
-    pip install mteb && python recipes/write_prompts.py
+- a task's (all versions of it), followed by `-query` or `-document` where the two sides differ: the paper's
+  instructions, in `instructions.json`. Those of the paper's tasks that mteb doesn't have stay there;
+- a type's, for any other task whose texts are all alike, such as one of your own: `tasks_gircse.INSTRUCTIONS`;
+- `query` and `document`, for any other search. Reranking is one of these: most of mteb's are of passages for a query.
+
+    pip install -r requirements-eval.txt && python recipes/write_prompts.py
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import mteb
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tasks_gircse import INSTRUCTIONS
+
 ROOT = Path(__file__).resolve().parents[1]
 SPELLINGS = {"BIOSESSES": "BIOSSES", "SCIDOCs": "SCIDOCS"}  # the paper's and mteb's
 SIDES = {"Q": "query", "C": "document"}
 GENERAL_TASK = "MSMARCO-Q"  # whose instruction suits a query of any search
+TYPES = {
+    "BitextMining": "Retrieve parallel sentences.",
+    "Classification": INSTRUCTIONS["classification"],
+    "Clustering": INSTRUCTIONS["clustering"],
+    "MultilabelClassification": INSTRUCTIONS["classification"],
+    "PairClassification": INSTRUCTIONS["pairclass"],
+    "Regression": "Predict the value of the given text.",
+    "STS": INSTRUCTIONS["sts"],
+    "Summarization": INSTRUCTIONS["sts"],
+}
 
 
 def prompt_names(tasks: list[str], known: set[str]) -> dict[str, list[str]]:
-    """The names of each of the paper's tasks: of all its versions in mteb, or its own if mteb has none."""
+    """The names of each of the paper's tasks: of all its versions in mteb, which may be none."""
     names = {}
     for task in tasks:
         name, side = re.fullmatch(r"(.*?)(?:-([QC]))?", task).groups()
         name = SPELLINGS.get(name, name)
-        versions = [other for other in known if _without_version(other) == _without_version(name)] or [name]
+        versions = [other for other in known if _without_version(other) == _without_version(name)]
         names[task] = [f"{version}-{SIDES[side]}" if side else version for version in versions]
     return names
 
@@ -36,29 +54,39 @@ def _without_version(name: str) -> str:
     return re.sub(r"\.v\d+$", "", name)
 
 
+def prompts(paper: dict[str, str], known: set[str], template: str) -> dict[str, str]:
+    """Literal prefix by name.
+
+    Args:
+        paper: instruction by the paper's names of tasks.
+        known: mteb's names of tasks.
+        template: of a prefix, with `{instruction}`.
+    """
+    instructions = {}
+    for task, names in prompt_names(list(paper), known).items():
+        instructions |= dict.fromkeys(names, paper[task])
+    for name in [name.removesuffix("-query") for name in instructions if name.endswith("-query")]:
+        if instructions[f"{name}-query"] == instructions.get(f"{name}-document"):  # one name for both sides
+            instructions[name] = instructions.pop(f"{name}-query")
+            del instructions[f"{name}-document"]
+    instructions = {"query": paper[GENERAL_TASK], **TYPES, **dict(sorted(instructions.items()))}
+    return {"document": ""} | {name: template.replace("{instruction}", text) for name, text in instructions.items()}
+
+
 def write(name: str, content: Any) -> None:
     (ROOT / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    paper = json.loads((ROOT / "recipes/instructions.json").read_text(encoding="utf-8"))
+    paper = json.loads((ROOT / "recipes/instructions.json").read_text(encoding="utf-8"))["mteb"]
     template = json.loads((ROOT / "processor_config.json").read_text(encoding="utf-8"))["prompt_template"]
     known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
-    instructions = dict(paper["instruction_following"])
-    for task, names in prompt_names(list(paper["mteb"]), known).items():
-        instructions |= dict.fromkeys(names, paper["mteb"][task])
-    for name in [name.removesuffix("-query") for name in instructions if name.endswith("-query")]:
-        if instructions[f"{name}-query"] == instructions.get(f"{name}-document"):  # one name for both sides
-            instructions[name] = instructions.pop(f"{name}-query")
-            del instructions[f"{name}-document"]
-    prompts = {"query": paper["mteb"][GENERAL_TASK], **dict(sorted(instructions.items()))}
-    prompts = {name: template.replace("{instruction}", instruction) for name, instruction in prompts.items()}
     write("modules.json", [{"idx": 0, "name": "0", "path": "", "type": "sentence_gircse.SentenceGircse"}])
     write(
         "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
-            "prompts": {"document": "", **prompts},
+            "prompts": prompts(paper, known, template),
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
         },

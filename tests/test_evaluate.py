@@ -7,20 +7,24 @@ import gzip
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
+import pandas
 import pytest
 import torch
 
 mteb = pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from mteb.abstasks import AbsTaskRetrieval
+from mteb.abstasks import AbsTaskClassification, AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS
+from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sklearn.metrics import average_precision_score
@@ -30,7 +34,7 @@ import evaluate_gircse
 import report_gircse
 from conftest import ROOT, text_config
 from evaluate_gircse import StepEncoder, Subject, Vectors, choose_tasks, main, unavailable
-from tasks_gircse import INSTRUCTIONS, LocalTriplets, local_tasks, read_rows
+from tasks_gircse import INSTRUCTIONS, LocalTriplets, local_tasks
 from test_sentence_transformers import make_processor
 from train_gircse import ModelArguments, export, load_model
 
@@ -149,7 +153,7 @@ class Passes:
 def run(folder: Path, out: Path, *options: str, data: Path | None = None, tasks=("local",), status: int = 0) -> dict:
     argv = ["--model", str(folder), "--tasks", *tasks, "--output_dir", str(out), "--device", "cpu", *options]
     assert main([*argv, "--data", str(data)] if data else argv) == status
-    return json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
+    return json.loads((out / "results.json").read_text(encoding="utf-8")) if (out / "results.json").exists() else {}
 
 
 def scores(report: dict) -> dict[str, dict[str, float]]:
@@ -213,7 +217,9 @@ def test_scores_equal_an_independent_computation(evaluated, embed, k):
     cosines = [embed(a, instruction, k) @ embed(b, instruction, k) for a, b, *_ in PAIRS]
     assert found["sts_pairs"] == pytest.approx(100 * spearmanr(cosines, [pair[2] for pair in PAIRS])[0], abs=0.01)
 
-    pairs = json.loads(result_files(evaluated.out)[f"k_{k}/pairclass_pairs"].read_text())["scores"]["test"][0]
+    pairs = json.loads(result_files(evaluated.out)[f"k_{k}/pairclass_pairs"].read_text(encoding="utf-8"))["scores"][
+        "test"
+    ][0]
     precision = average_precision_score([pair[3] for pair in PAIRS], cosines)  # the two instructions are the same
     assert pairs["cosine_ap"] == pytest.approx(precision, abs=1e-5)
     assert found["pairclass_pairs"] == pytest.approx(100 * pairs["max_ap"], abs=0.01)
@@ -246,6 +252,239 @@ def test_a_tie_of_a_triplet_is_no_success(data):
         result = mteb.evaluate(StepEncoder(vectors, None), task, cache=None, co2_tracker=False)
     assert result.task_results[0].get_score() == 0
     assert task.metadata.name == "instruct_scenes_triplets-animal"  # mteb unloads tasks, which must keep their name
+
+
+# Files and values ---------------------------------------------------------------------------------------------------
+
+
+def write_as(path: Path, rows: list[dict]) -> None:
+    """In the way of the file's ending; text files as Windows' editors write them, with blank lines."""
+    table, ending = pandas.DataFrame(rows), path.suffix
+    if ending == ".parquet":
+        table.to_parquet(path)
+    elif ending == ".json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
+    elif ending in (".csv", ".tsv"):
+        table.to_csv(
+            path, sep={".csv": ",", ".tsv": "\t"}[ending], index=False, encoding="utf-8-sig", lineterminator="\r\n"
+        )
+    else:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n\r\n" for row in rows)
+        path.write_text(lines, encoding="utf-8-sig", newline="")
+
+
+def read_task(folder: Path, name: str):
+    [task] = [task for task in local_tasks(folder) if task.metadata.name == name]
+    task.load_data()
+    return task.dataset
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"])
+def test_a_file_of_any_ending_holds_the_same_data(data, tmp_path, ending):
+    names = ["classification_rooms", "clustering_rooms", "pairclass_pairs", "retrieval_little", "sts_pairs"]
+    if ending not in (".csv", ".tsv"):  # which can't hold labels by facet
+        names += ["instruct_scenes-animal", "instruct_scenes_triplets-place"]
+    for path in data.iterdir():
+        if path.name.startswith("instruct") and ending in (".csv", ".tsv"):
+            continue
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        write_as(tmp_path / f"{path.name.partition('.')[0]}{ending}", rows)
+    assert [task.metadata.name for task in local_tasks(tmp_path) if task.metadata.name in names] == sorted(names)
+
+    def plain(dataset):
+        if isinstance(dataset, dict) and "default" in dataset:  # retrieval
+            split = dataset["default"]["test"]
+            return [split["queries"].to_list(), split["corpus"].to_list(), split["relevant_docs"]]
+        return {split: rows.to_list() for split, rows in dataset.items()}
+
+    for name in names:
+        assert plain(read_task(tmp_path, name)) == plain(read_task(data, name)), name
+
+
+def write_search(folder: Path, queries: list[dict], corpus: list[dict], judgements: str) -> Path:
+    """BEIR's layout."""
+    write(folder / "retrieval_x_queries.jsonl", queries)
+    write(folder / "retrieval_x_corpus.jsonl", corpus)
+    (folder / "retrieval_x_qrels.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judgements}", encoding="utf-8")
+    return folder
+
+
+SEARCHED = [{"_id": i, "text": text} for i, text in enumerate(("first", "second", "third", "fourth"))]
+
+
+def scored(folder: Path, vectors: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """mteb's scores of `retrieval_x` if each text has the given vector."""
+    [task] = local_tasks(folder)
+    embed = lambda texts, *_: np.array([[vectors[text]] for text in texts], np.float32)  # noqa: E731
+    subject = Subject(ModelMeta.create_empty(), {}, [None], embed, {}, "{instruction}", None)
+    with Vectors(subject, [None], 8) as made:
+        result = mteb.evaluate(StepEncoder(made, None), task, cache=None, co2_tracker=False)
+    return result.task_results[0].scores["test"][0]
+
+
+def test_beirs_layout_has_the_score_that_it_has_by_hand(tmp_path, capsys):
+    """Ids are numbers in one file and text in the other. Ranked for `ask`: first (0), second (1), third (2)."""
+    queries = [{"_id": "7", "text": "ask"}, {"_id": 8, "text": "all are wrong"}, {"_id": 9, "text": "not judged"}]
+    folder = write_search(tmp_path, queries, SEARCHED, "7\t1\t1\n7\t2\t2\n7\t0\t0\n8\t3\t0\n")
+    vectors = {"ask": (1, 0), "first": (1, 0), "second": (0.8, 0.6), "third": (0.6, 0.8), "fourth": (0, 1)}
+    gain, ideal = 0 + 1 / np.log2(3) + 2 / np.log2(4), 2 + 1 / np.log2(3)
+    assert scored(folder, vectors)["ndcg_at_10"] == pytest.approx(
+        gain / ideal, abs=1e-5
+    )  # 0.6199, not halved or a third
+    assert "2 of 3 queries have no relevant document and are left out: '8', '9'\n" in capsys.readouterr().out
+
+
+def test_a_document_may_be_a_title_alone(tmp_path):
+    corpus = [{"_id": "d0", "title": "Titled", "text": ""}, {"_id": "d1", "title": None, "text": "texted"}]
+    folder = write_search(tmp_path, [{"_id": "q", "text": "ask"}], corpus, "q\td0\t1\n")
+    texts = [(row["title"], row["text"]) for row in read_task(folder, "retrieval_x")["default"]["test"]["corpus"]]
+    assert texts == [("Titled", ""), ("", "texted")]
+    write(folder / "retrieval_x_corpus.jsonl", [*corpus, {"_id": "d2", "title": "", "text": ""}])
+    with pytest.raises(ValueError, match=r"corpus.jsonl:3: text and title are empty: write one or remove the row"):
+        read_task(folder, "retrieval_x")
+
+
+@pytest.mark.parametrize(
+    ("judgements", "message"),
+    [
+        (
+            "q\t0\t0.5\n",
+            "qrels.tsv: row 1: score='0.5' must be a whole number, from 1 on for what is relevant: rewrite",
+        ),
+        ("q\t0\t1\nq\t1\tnan\n", "qrels.tsv: row 2: score='nan' must be a finite number: correct the row or remove it"),
+        ("q\t0\t\n", "qrels.tsv: row 1: score=None must be a finite number"),
+        ("q\t0\thigh\n", "qrels.tsv: row 1: score='high' must be a finite number"),
+        ("p\t0\t1\n", "row 1: query-id='p' is no _id of retrieval_x_queries.jsonl: add it there or remove the judg"),
+        ("q\t0\t1\nq\t00\t1\n", "row 2: corpus-id='00' is no _id of retrieval_x_corpus.jsonl: add it there or remove"),
+        ("q\t0\t1\nq\t0\t2\n", "row 2: query-id='q', corpus-id='0' has been judged before, with score=1: keep one of"),
+        ("q\t0\t0\nq\t1\t-1\n", "qrels.tsv: no score is 1 or more, so that no document is relevant"),
+        ("", "qrels.tsv has no rows"),
+    ],
+)
+def test_wrong_judgements_are_refused(tmp_path, judgements, message):
+    folder = write_search(tmp_path, [{"_id": "q", "text": "ask"}], SEARCHED, judgements)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_task(folder, "retrieval_x")
+
+
+@pytest.mark.parametrize("role", ["queries", "corpus"])
+def test_an_id_that_comes_twice_is_refused_also_as_a_number(tmp_path, role):
+    rows = {"queries": [{"_id": "1", "text": "ask"}], "corpus": SEARCHED[1:]}
+    rows[role].append({"_id": 1, "text": "other"})
+    folder = write_search(tmp_path, rows["queries"], rows["corpus"], "1\t1\t1\n")
+    with pytest.raises(
+        ValueError, match=rf"retrieval_x_{role}.jsonl:\d: _id='1' has been given before: each row needs"
+    ):
+        read_task(folder, "retrieval_x")
+
+
+GOOD = {
+    "sts_x": {"sentence1": "a", "sentence2": "b", "score": 1},
+    "pairclass_x": {"sentence1": "a", "sentence2": "b", "label": 1},
+    "clustering_x": {"text": "a", "label": "l"},
+    "classification_x_fit": {"text": "a", "label": "l"},
+}
+
+
+@pytest.mark.parametrize(
+    ("stem", "field", "value", "message"),
+    [
+        ("sts_x", "score", None, "must be a finite number: correct the row or remove it"),
+        ("sts_x", "score", float("nan"), "must be a finite number"),
+        ("sts_x", "score", float("inf"), "must be a finite number"),
+        ("sts_x", "score", "4,2", "must be a finite number"),
+        ("sts_x", "score", True, "must be a finite number"),
+        ("sts_x", "sentence1", " ", "must be text, and not empty: correct the row or remove it"),
+        ("sts_x", "sentence2", 3, "must be text, and not empty"),
+        ("sts_x", "sentence2", "half \ud83d", "has half a character (a lone surrogate): write the text anew or remove"),
+        ("pairclass_x", "label", None, "must be 0 or 1: correct the row or remove it"),
+        ("pairclass_x", "label", 2, "must be 0 or 1"),
+        ("pairclass_x", "label", "yes", "must be 0 or 1"),
+        ("pairclass_x", "sentence1", None, "must be text, and not empty"),
+        ("clustering_x", "label", None, "must be text, a whole number, true or false: correct the row or remove it"),
+        ("clustering_x", "label", ["l"], "must be text, a whole number, true or false"),
+        ("clustering_x", "label", 0.5, "must be text, a whole number, true or false"),
+        ("classification_x_fit", "label", None, "must be text, a whole number, true or false"),
+        ("classification_x_fit", "text", "", "must be text, and not empty"),
+    ],
+)
+def test_wrong_values_are_refused_with_their_place(tmp_path, stem, field, value, message):
+    write(tmp_path / f"{stem}.jsonl", [GOOD[stem], {**GOOD[stem], field: value}])
+    write(tmp_path / "classification_x_test.jsonl", [GOOD["classification_x_fit"]])
+    expected = f"{tmp_path / stem}.jsonl:2: {field}={value!r} {message}"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        read_task(tmp_path, stem.removesuffix("_fit"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{no json", ":3: broken JSON"),
+        ("3", ":3: a row must be a JSON object with named fields, not 3"),
+        ('{"text": "a"}', ":3: there is no label, but text: add it or rename one"),
+        ('{"text": "b", "label": "l"}', ": label is 'l' in all rows: at least two different ones are needed"),
+    ],
+)
+def test_broken_rows_and_nothing_to_score_are_named(tmp_path, line, message):
+    (tmp_path / "clustering_x.jsonl").write_text('{"text": "a", "label": "l"}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match=re.escape(f"clustering_x.jsonl{message}")):
+        read_task(tmp_path, "clustering_x")
+
+
+def test_labels_are_compared_as_text(tmp_path):
+    """And those of pairs may be numbers, text or booleans."""
+    labels = [0, "0", False, "False", 0.0, 1, "1", True, "true", 1.0]
+    write(tmp_path / "pairclass_x.jsonl", [{**GOOD["pairclass_x"], "label": label} for label in labels])
+    assert read_task(tmp_path, "pairclass_x")["test"]["labels"] == [0] * 5 + [1] * 5
+    write(tmp_path / "classification_x_fit.jsonl", [{"text": "a", "label": label} for label in (7, "8", True, 9.0)])
+    (tmp_path / "classification_x_test.csv").write_text("text;label\na;7\nb;8\nc;true\nd;9\n")
+    dataset = read_task(tmp_path, "classification_x")
+    assert dataset["train"]["label"] == dataset["test"]["label"] == [0, 1, 3, 2]
+    (tmp_path / "classification_x_test.csv").write_text("text;label\na;7\nb;eight\n")
+    message = "classification_x_test.csv: row 2: label='eight' is on no text of classification_x_fit.jsonl, so no class"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_task(tmp_path, "classification_x")
+
+
+def test_two_files_of_one_part_of_a_task_are_refused(tmp_path):
+    for name in ("sts_x.jsonl", "sts_x.csv.gz", "notes.json", "notes.csv"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=re.escape("has both sts_x.csv.gz and sts_x.jsonl: remove or rename one of them")
+    ):
+        local_tasks(tmp_path)
+    (tmp_path / "sts_x.csv.gz").unlink()
+    assert [task.metadata.name for task in local_tasks(tmp_path)] == ["sts_x"]
+
+
+def test_facets(tmp_path):
+    data = write_data(tmp_path / "data")
+    (data / "instruct_scenes.jsonl.gz").unlink()
+    rows = [*SCENES, {"text": "a dog", "labels": {"animal": "dog", "place": None}}]
+    write(data / "instruct_scenes.jsonl", rows)
+    assert read_task(data, "instruct_scenes-animal")["test"]["labels"][-1] == "dog"
+    assert len(read_task(data, "instruct_scenes-place")["test"]) == len(
+        SCENES
+    )  # no label of this facet: not in its task
+    write(data / "instruct_scenes.jsonl", [{**row, "labels": str(row["labels"])} for row in rows])
+    with pytest.raises(
+        ValueError, match=r"scenes.jsonl:1: labels=.+ must be an object, \{facet: label, ..\}; a table can"
+    ):
+        read_task(data, "instruct_scenes-place")
+    write(data / "instruct_scenes.jsonl", [{"text": "a", "labels": {"animal": "cat"}}])
+    with pytest.raises(ValueError, match="no row has a label of facet 'place', which instruct_instructions names"):
+        read_task(data, "instruct_scenes-place")
+    (data / "instruct_instructions.jsonl.gz").unlink()
+    given = {"dataset": "scenes", "facet": "place", "instruction": "Identify the place."}
+    for second, message in [
+        (given, ":2: dataset='scenes' has an instruction for facet='place' before: keep one"),
+        ({**given, "facet": "in/out"}, ":2: facet='in/out' is part of a file's name, which can't hold any of"),
+    ]:
+        write(data / "instruct_instructions.jsonl", [given, second])
+        with pytest.raises(ValueError, match=re.escape(f"instruct_instructions.jsonl{message}")):
+            local_tasks(data)
 
 
 # All k from one pass ------------------------------------------------------------------------------------------------
@@ -294,7 +533,9 @@ def test_vectors_are_those_of_separate_calls(folder, embed):
 def test_each_k_has_results_of_its_own(evaluated):
     files = result_files(evaluated.out)
     assert set(files) == {f"k_{k}/{name}" for k in (1, 3) for name in TASKS}
-    values = [json.loads(files[f"k_{k}/retrieval_little"].read_text())["scores"]["test"][0] for k in (1, 3)]
+    values = [
+        json.loads(files[f"k_{k}/retrieval_little"].read_text(encoding="utf-8"))["scores"]["test"][0] for k in (1, 3)
+    ]
     assert values[0]["ndcg_at_10"] != values[1]["ndcg_at_10"]
 
 
@@ -309,18 +550,21 @@ def test_other_weights_data_and_settings_are_evaluated_anew(gircse, evaluated, f
         return passes.texts - before
 
     assert texts(folder) == 14
-    first = scores(json.loads((out / "results.json").read_text()))
+    first = scores(json.loads((out / "results.json").read_text(encoding="utf-8")))
     assert texts(folder) == 0  # nothing to do
     other = make_folder(gircse, tmp_path / "tiny", seed=1)
     assert texts(other) == 14
-    assert scores(json.loads((out / "results.json").read_text())) != first
+    assert scores(json.loads((out / "results.json").read_text(encoding="utf-8"))) != first
     assert texts(folder, "--max_length", "8") == 14
     assert texts(folder) == 0
-    assert scores(json.loads((out / "results.json").read_text())) == first
-    rows = read_rows(data / "sts_pairs.jsonl", "score")
+    assert scores(json.loads((out / "results.json").read_text(encoding="utf-8"))) == first
+    rows = [json.loads(line) for line in (data / "sts_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     write(data / "sts_pairs.jsonl", [{**row, "score": 5 - row["score"]} for row in rows])
     assert texts(folder) == 14
-    assert scores(json.loads((out / "results.json").read_text()))["sts_pairs"]["3"] == -first["sts_pairs"]["3"]
+    assert (
+        scores(json.loads((out / "results.json").read_text(encoding="utf-8")))["sts_pairs"]["3"]
+        == -first["sts_pairs"]["3"]
+    )
 
 
 # What is missing ----------------------------------------------------------------------------------------------------
@@ -338,14 +582,14 @@ def test_missing_data_is_named_before_the_model_loads(folder, tmp_path, monkeypa
     report = run(folder, tmp_path / "out", "--k", "1", data=data, tasks=names)
     assert "1 of 4 data sets can be had" in said[0]
     for line in (
-        "not retrieval_little: there is no retrieval_little_qrels.jsonl.gz",
-        "not classification_rooms: there is no classification_rooms_fit.jsonl.gz",
+        "not retrieval_little: there is no retrieval_little_qrels that ends in one of .jsonl .ndjson .json .csv .tsv ",
+        "not classification_rooms: there is no classification_rooms_fit that ends in one of ",
         "not STS12: mteb/sts12-sts: ",
     ):
         assert line in said[0]
     assert list(scores(report)) == ["sts_pairs"]
     assert set(report["not_evaluated"]) == set(names[1:])
-    assert "STS12 was not evaluated" in (tmp_path / "out" / "results.md").read_text()
+    assert "STS12 was not evaluated" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
 
 
 def test_no_data_at_all_is_an_error(folder, tmp_path, monkeypatch, capsys):
@@ -395,17 +639,6 @@ def test_names_of_tasks(data):
         choose_tasks(["local"], str(data / "nowhere"))
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [("{no json", "line 2: '{no json' is not"), ("3", "line 2: '3' is not"), ('{"text": "a"}', "line 2 lacks label")],
-)
-def test_broken_rows_are_named(tmp_path, line, message):
-    path = tmp_path / "clustering_bad.jsonl"
-    path.write_text('{"text": "a", "label": "b"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=re.escape(f"clustering_bad.jsonl, {message}")):
-        read_rows(path, "text", "label")
-
-
 def test_a_data_set_without_instruction_is_named(tmp_path):
     data = write_data(tmp_path / "data")
     write(data / "instruct_others.jsonl", SCENES)
@@ -430,8 +663,10 @@ def test_an_interrupted_run_goes_on(evaluated, folder, data, tmp_path, monkeypat
         run(folder, tmp_path, "--k", "1", "3", data=data, tasks=names)
     done = result_files(tmp_path)
     assert set(done) == {"k_1/sts_pairs", "k_3/sts_pairs", "k_1/retrieval_little"}
-    assert list(scores(json.loads((tmp_path / "results.json").read_text()))) == names[:1]
-    done["k_1/sts_pairs"].write_text(done["k_1/sts_pairs"].read_text()[:100])  # as if killed while writing
+    assert list(scores(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")))) == names[:1]
+    done["k_1/sts_pairs"].write_text(
+        done["k_1/sts_pairs"].read_text(encoding="utf-8")[:100]
+    )  # as if killed while writing
     kept = done["k_3/sts_pairs"].stat().st_mtime_ns
 
     passes = Passes(monkeypatch)
@@ -447,7 +682,21 @@ def test_a_task_that_fails_takes_no_other_along(folder, tmp_path, capsys):
     write(data / "pairclass_pairs.jsonl", [{"sentence1": "a"}])
     report = run(folder, tmp_path / "out", "--k", "1", data=data, tasks=["pairclass_pairs", "sts_pairs"], status=1)
     assert list(scores(report)) == ["sts_pairs"]
-    assert "pairclass_pairs.jsonl, line 1 lacks sentence2, label" in report["not_evaluated"]["pairclass_pairs"]
+    reason = "pairclass_pairs.jsonl:1: there is no sentence2, but sentence1: add it or rename one"
+    assert reason in report["not_evaluated"]["pairclass_pairs"]
+
+
+def test_a_log_says_what_is_being_done(folder, data, tmp_path, monkeypatch, capsys):
+    """It is no terminal, so that it gets no bar but a line from time to time; here before every batch."""
+    monkeypatch.setattr(evaluate_gircse, "SECONDS_BETWEEN_LINES", -1)
+    batches = ["  embedding 7 texts", "  0 of 2 batches", "  1 of 2 batches"]
+    for scored in ([*["  reading its data", "  evaluating k = 1"], *batches, *batches, "  evaluating k = 3"], []):
+        run(folder, tmp_path, "--k", "1", "3", "--batch_size", "5", data=data, tasks=["sts_pairs"])
+        said = capsys.readouterr()
+        start = ["looking for the data of 1 tasks, here and on the Hub", "1 of 1 data sets can be had"]
+        start += [f"loading {folder}", "[1/1] sts_pairs", *(scored or ["  has been evaluated before"])]
+        assert said.out.splitlines()[: len(start) + 1] == [*start, ""]
+        assert "batches:" not in said.err
 
 
 # Other models -------------------------------------------------------------------------------------------------------
@@ -477,7 +726,7 @@ def test_any_sentence_transformers_model(static, data, tmp_path):
     assert prompts["sts_pairs"] == {"both": "compare: "} and prompts["clustering_rooms"] == {"both": ""}
     assert prompts["retrieval_little"] == {"query": "query: ", "document": "passage: "}
     assert not (tmp_path / "k_curve.png").exists()
-    assert "| task | metric | score |" in (tmp_path / "results.md").read_text()
+    assert "| task | metric | score |" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
     template = "Task: {instruction}\\nText: "
     report = run(static, tmp_path, "--prompt_template", template, data=data, tasks=names)
@@ -486,9 +735,20 @@ def test_any_sentence_transformers_model(static, data, tmp_path):
     assert scores(report)["sts_pairs"]["None"] != pytest.approx(expected, abs=0.01)
 
 
+def test_a_template_is_read_as_training_reads_it():
+    """A shell's quotes leave a line break, a tab and a backslash as two characters each."""
+    typed = r"Instruct: {instruction}\n\tQuery\\: "
+    args = evaluate_gircse.parse(["--tasks", "STS12", "--prompt_template", typed])
+    assert args.prompt_template == "Instruct: {instruction}\n\tQuery\\: "
+    assert args.prompt_template == ModelArguments(prompt_template=typed).prompt_template
+
+
 def test_prompts_that_only_the_registry_of_mteb_has(static, data, tmp_path, monkeypatch, capsys):
     """As it has those of E5; a model's own go before them, and having none at all is said."""
-    name, own = "intfloat/e5-base-v2", json.loads((static / "config_sentence_transformers.json").read_text())
+    name, own = (
+        "intfloat/e5-base-v2",
+        json.loads((static / "config_sentence_transformers.json").read_text(encoding="utf-8")),
+    )
     bare = shutil.copytree(static, tmp_path / "bare")
     empty = {**own, "prompts": {"query": "", "document": ""}}
     (bare / "config_sentence_transformers.json").write_text(json.dumps(empty))
@@ -565,7 +825,7 @@ def test_a_large_k_truncates_long_texts(folder):
 def test_prompts_of_the_tasks(folder, data):
     args = evaluate_gircse.parse(["--model", str(folder), "--tasks", "mteb", "--device", "cpu"])
     subject = evaluate_gircse.load_subject(args)
-    paper = json.loads((ROOT / "recipes" / "instructions.json").read_text())["mteb"]
+    paper = json.loads((ROOT / "recipes" / "instructions.json").read_text(encoding="utf-8"))["mteb"]
 
     def prompt(name: str, side: str | None = None) -> str:
         [task] = choose_tasks([name], str(data))
@@ -593,18 +853,99 @@ def test_prompts_of_the_tasks(folder, data):
         assert instruction in paper.values(), task.metadata.name
 
 
+def made_up(layout: type, metric: str, rows: list[dict]):
+    """A task of one's own, as mteb has them, without an instruction."""
+    kind = layout.__name__.removeprefix("AbsTask")
+    metadata = TaskMetadata(
+        name=f"Own{kind}",
+        description="made up",
+        dataset={"path": "local/own", "revision": "1"},
+        type=kind,
+        category="t2t",
+        eval_langs=["eng-Latn"],
+        main_score=metric,
+    )
+
+    def load_data(self, num_proc=None, **kwargs):
+        self.dataset = DatasetDict(dict.fromkeys(("train", "test"), Dataset.from_list(rows)))
+        self.data_loaded = True
+
+    return type(metadata.name, (layout,), {"metadata": metadata, "load_data": load_data})()
+
+
+OWN_TASKS = [
+    (AbsTaskSTS, "cosine_spearman", [{"sentence1": a, "sentence2": b, "score": s} for a, b, s, _ in PAIRS], "sts"),
+    (
+        AbsTaskPairClassification,
+        "max_ap",
+        [{"sentence1": a, "sentence2": b, "labels": s} for a, b, _, s in PAIRS],
+        "pairclass",
+    ),
+    (
+        AbsTaskClassification,
+        "accuracy",
+        [{"text": r["text"], "label": i % 2} for i, r in enumerate(SCENES)],
+        "classification",
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "metric", "rows", "instruction"), OWN_TASKS)
+def test_mteb_embeds_a_task_of_ones_own_under_its_types_instruction(
+    folder, monkeypatch, caplog, layout, metric, rows, instruction
+):
+    """And has no complaint about our prompts. Ours is the same."""
+    expected = f"Instruct: {INSTRUCTIONS[instruction]}\nQuery: "
+    task, prompts = made_up(layout, metric, rows), set()
+    model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    preprocess = model[0].preprocess
+    monkeypatch.setattr(
+        model[0], "preprocess", lambda texts, prompt=None, **k: prompts.add(prompt) or preprocess(texts, prompt, **k)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mteb.evaluate(model, task, cache=None, co2_tracker=False)
+    assert prompts == {expected}
+    said = [str(warning.message) for warning in caught] + [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "prompt" in line.lower() or "not valid" in line] == []
+    args = evaluate_gircse.parse(["--model", str(folder), "--tasks", "mteb", "--device", "cpu"])
+    assert evaluate_gircse.load_subject(args).prompt(task.metadata, None) == expected
+
+
+def test_all_published_prompts_have_names_that_mteb_takes(caplog):
+    prompts = json.loads((ROOT / "config_sentence_transformers.json").read_text(encoding="utf-8"))["prompts"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert AbsEncoder.validate_task_to_prompt_name(prompts) == prompts
+    assert caplog.records == []
+    assert {"Banking77Classification", "STSBenchmark", "NQ-query", "query", "document"} <= set(prompts)  # of the README
+
+
+def test_prompts_of_the_published_scores_are_those_of_today(data):
+    """Those of the folders' tasks come from `tasks_gircse`, whatever the model's prompts have for their types."""
+    args = evaluate_gircse.parse(["--model", str(ROOT), "--tasks", "local", "--k", "1", "--device", "cpu"])
+    subject = evaluate_gircse.load_subject(args)
+    for row in json.loads((ROOT / "results" / "root.json").read_text(encoding="utf-8"))["tasks"]:
+        if not row["task"].startswith("instruct"):
+            instruction = INSTRUCTIONS.get(row["task"], INSTRUCTIONS[row["task"].partition("_")[0]])
+            prompt = instruction if "both" in row["prompts"] else {"query": instruction}
+            metadata = SimpleNamespace(name=row["task"], type=row["type"], prompt=prompt, adapted_from=None)
+            sides = {side: subject.prompt(metadata, None if side == "both" else side) for side in row["prompts"]}
+            assert sides == row["prompts"], row["task"]
+
+
 # What is written ----------------------------------------------------------------------------------------------------
 
 
 def test_report(evaluated, folder):
-    text = (evaluated.out / "results.md").read_text()
+    text = (evaluated.out / "results.md").read_text(encoding="utf-8")
     table = scores(evaluated.report)
     for name, values in table.items():
         assert f"| {name} | {TASKS[name]} | {values['1']:.2f} | {values['3']:.2f} |" in text
     assert "| task | metric | k = 1 | k = 3 |" in text
     assert f"python evaluate_gircse.py --model {folder}" in text and "mteb" in evaluated.report["versions"]
     assert (evaluated.out / "k_curve.png").read_bytes()[:4] == b"\x89PNG"
-    card = ModelCard((evaluated.out / "card_metadata.yaml").read_text())
+    card = ModelCard((evaluated.out / "card_metadata.yaml").read_text(encoding="utf-8"))
     found = {result.dataset_name: result for result in card.data.eval_results}
     assert {name: result.metric_value for name, result in found.items()} == {n: v["3"] for n, v in table.items()}
     assert found["sts_pairs"].metric_type == "cosine_spearman" and found["sts_pairs"].metric_name.endswith("(k = 3)")
@@ -661,7 +1002,7 @@ def test_scores_of_other_languages_in_the_cache_are_left_out(tmp_path):
 
 def registered(out: Path) -> ModelMeta:
     names = {}
-    exec((out / "model_meta.py").read_text(), names)
+    exec((out / "model_meta.py").read_text(encoding="utf-8"), names)
     return names["model"]
 
 
@@ -674,7 +1015,7 @@ def test_registry_entry_trusts_what_needs_it(evaluated, static, data, tmp_path):
 
 def test_nothing_is_trusted_unasked():
     for name in ("evaluate_gircse.py", "tasks_gircse.py", "report_gircse.py"):
-        source = (ROOT / name).read_text()
+        source = (ROOT / name).read_text(encoding="utf-8")
         assert re.findall(r"trust_remote_code=(?!args\.)\S+", source) == []
 
 
@@ -697,7 +1038,7 @@ def test_revision_of_a_folder_is_its_content(folder, tmp_path):
     assert evaluate_gircse.content_hash(copy) == evaluate_gircse.content_hash(folder)
     (copy / "README.md").write_text("another card")
     assert evaluate_gircse.content_hash(copy) == evaluate_gircse.content_hash(folder)
-    settings = json.loads((copy / "config_sentence_transformers.json").read_text())
+    settings = json.loads((copy / "config_sentence_transformers.json").read_text(encoding="utf-8"))
     settings["prompts"]["STS12"] = "other"
     (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
     assert evaluate_gircse.content_hash(copy) != evaluate_gircse.content_hash(folder)
@@ -713,7 +1054,7 @@ def test_published_scores_are_of_the_published_weights():
 def test_revision_of_an_adapter_only_folder_is_its_adapter_too(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "model.safetensors").unlink()
-    config = json.loads((copy / "config.json").read_text())
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     (copy / "config.json").write_text(json.dumps({**config, "adapter": "lora"}))
     (copy / "lora").mkdir()
     hashes = set()

@@ -269,3 +269,34 @@ def test_every_run_of_the_experiments_has_a_result_and_settings_that_training_ta
         assert axes[names[0]] == axes[names[1]]
     assert models["gircse_end_token-20000-seed2"].suffix == models["causal_eos-20000-seed0"].suffix != ""
     assert settings["no_refinement-20000-seed0"].refinement_weight == 0
+
+
+def test_prompts_are_under_mtebs_names_alone():
+    """Both sides alike under one name; a task that mteb lacks under none; types for tasks of one's own."""
+    pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
+    import write_prompts
+
+    paper = {"MSMARCO-Q": "Find.", "Lost": "Seek.", "BIOSESSES": "Compare.", "Same-Q": "Sort.", "Same-C": "Sort."}
+    paper |= {"Both-Q": "Ask.", "Both-C": "Answer."}
+    known = {"MSMARCO", "BIOSSES", "BIOSSES.v2", "Same", "Both", "Unheard"}
+    found = write_prompts.prompts(paper, known, "<{instruction}>")
+    expected = {"document": "", "query": "<Find.>", "MSMARCO-query": "<Find.>", "Same": "<Sort.>"}
+    expected |= {"BIOSSES": "<Compare.>", "BIOSSES.v2": "<Compare.>"}
+    expected |= {"Both-query": "<Ask.>", "Both-document": "<Answer.>"}
+    types = {name: f"<{instruction}>" for name, instruction in write_prompts.TYPES.items()}
+    assert types["STS"] == types["PairClassification"] == "<Retrieve semantically similar text.>"
+    assert types["Classification"] == "<Classify the given text.>" and "Reranking" not in types
+    assert found == expected | types
+
+
+def test_published_prompts_are_those_of_the_recipe():
+    mteb = pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
+    import write_prompts
+
+    def read(name: str) -> dict:
+        return json.loads((ROOT / name).read_text(encoding="utf-8"))
+
+    known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
+    template = read("processor_config.json")["prompt_template"]
+    expected = write_prompts.prompts(read("recipes/instructions.json")["mteb"], known, template)
+    assert read("config_sentence_transformers.json")["prompts"] == expected
