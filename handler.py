@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from transformers import AutoModel, AutoProcessor
 
 # What one request may ask for.
@@ -37,7 +36,6 @@ PARAMETERS = {
     "truncate_dim": None,
     "return_steps": False,
 }
-DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
 
 
 class EndpointHandler:
@@ -47,21 +45,26 @@ class EndpointHandler:
         path: the folder of the repo. Its code is run, and nothing is downloaded.
 
     Raises:
-        ValueError: if `path` is not a folder, or holds an adapter without its backbone.
+        ValueError: if `path` is not the folder of a GIRCSE model, or holds an adapter without its backbone.
     """
 
     def __init__(self, path: str) -> None:
         if not Path(path).is_dir():
             raise ValueError(f"path={path!r} is not a folder: download the repo and give the folder it is in")
-        config = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
-        if config.get("adapter"):
+        settings = Path(path, "config.json")
+        config = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+        if config.get("adapter") or Path(path, "adapter_config.json").exists():
             raise ValueError(
                 f"path={path!r} holds an adapter, whose backbone would have to be downloaded: serve a folder with the "
-                "merged weights, which training writes without --save_adapter"
+                "merged weights, which training writes without --save_adapter; of a model loaded by Sentence "
+                "Transformers, model[0].merge_adapter() and model.save_pretrained(folder) make one"
             )
+        if config.get("model_type") != "gircse":
+            found = f"is of type {config.get('model_type')!r}" if settings.exists() else "is not there"
+            raise ValueError(f"path={path!r} is no GIRCSE model, as its config.json {found}: serve a trained folder")
         on_gpu = torch.cuda.is_available()
-        dtype = {DTYPE_ARGUMENT: torch.bfloat16 if on_gpu else torch.float32}
-        model = AutoModel.from_pretrained(path, trust_remote_code=True, local_files_only=True, **dtype)
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        model = AutoModel.from_pretrained(path, trust_remote_code=True, local_files_only=True, dtype=dtype)
         self.model = model.to("cuda" if on_gpu else "cpu")
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True, local_files_only=True)
         settings = Path(path, "config_sentence_transformers.json")

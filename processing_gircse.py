@@ -10,12 +10,40 @@ released code. The suffix (empty by default) is appended after truncation, so an
 """
 
 import json
+import operator
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
+from typing import Any
 
 from transformers import BatchEncoding, ProcessorMixin
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+# Tokenizers' names of what can be done; True stands for the first and False for the last.
+PADDINGS = ("longest", "max_length", "do_not_pad")
+TRUNCATIONS = ("longest_first", "only_first", "do_not_truncate")
+# What else callers of tokenizers and processors pass: the value that asks for what is done anyway, if there is one, and
+# how to have another.
+OTHER_ARGUMENTS = {
+    "add_special_tokens": (False, "no special tokens are added: write them into prompt or suffix"),
+    "return_attention_mask": (True, "it is always returned: drop it from the result"),
+    "return_token_type_ids": (False, "the model takes none"),
+    "return_overflowing_tokens": (False, "split the text before"),
+    "return_special_tokens_mask": (False, "no special tokens are added"),
+    "return_offsets_mapping": (False, "ask processor.tokenizer for it"),
+    "return_length": (False, "attention_mask.sum(1) is the length"),
+    "is_split_into_words": (False, "join the words to a text"),
+    "stride": (0, "split the text before"),
+    "truncation_side": ("right", "texts are cut at their end, so that the instruction stays"),
+    "pad_to_multiple_of": (None, "for batches of one width use padding='max_length'"),
+    "padding_side": (None, "set processor.padding_side"),
+    "text_pair": (None, "one text at a time is embedded: join the two, or embed each"),
+    "text_target": (None, "an embedding has no target: embed it as a text"),
+    "images": (None, "the model takes texts alone"),
+    "videos": (None, "the model takes texts alone"),
+    "audio": (None, "the model takes texts alone"),
+}
 
 
 def _check_texts(texts: list, argument: str, optional: bool = False) -> None:
@@ -23,8 +51,9 @@ def _check_texts(texts: list, argument: str, optional: bool = False) -> None:
     `optional`)."""
     for index, item in enumerate(texts):
         if not isinstance(item, str) and not (optional and item is None):
+            shown = " ".join(repr(item).split())  # of pandas, several lines
             raise TypeError(
-                f"{argument}[{index}] is {item!r:.80} of type {type(item).__name__}, but must be a str. "
+                f"{argument}[{index}] is {shown:.80} of type {type(item).__name__}, but must be a str. "
                 f"Pass a str or a list of str{', None for a text without instruction' if optional else ''}."
             )
         try:
@@ -34,6 +63,35 @@ def _check_texts(texts: list, argument: str, optional: bool = False) -> None:
                 f"{argument}[{index}] is {item!r:.80} and holds half a character (a lone surrogate). Cut texts between "
                 "characters, or replace such halves."
             ) from error
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise an error for an argument of tokenizers that asks for what is not done, telling how to have it."""
+    for name, value in arguments.items():
+        if name not in OTHER_ARGUMENTS:
+            raise TypeError(
+                f"GircseProcessor got {name}={value!r:.80}, an argument that it does not know. It takes text, "
+                "instruction, prompt, max_length, padding, truncation and return_tensors."
+            )
+        done, remedy = OTHER_ARGUMENTS[name]
+        if value is not None and not (isinstance(value, (int, str)) and value == done):
+            raise ValueError(f"{name}={value!r:.80} is not supported ({remedy}). Leave {name} out.")
+
+
+def _choose(argument: str, value: Any, names: tuple[str, ...]) -> str:
+    """The one of `names` that `value` stands for; it may be one of transformers' enums, and None says nothing."""
+    value = getattr(value, "value", value)
+    if value is None or isinstance(value, bool):
+        return names[-1] if value is False else names[0]
+    if value not in names:
+        raise ValueError(f"{argument}={value!r:.80} is unknown. Choose True, False or one of {', '.join(names)}.")
+    return value
+
+
+def _is_single(value: Any) -> bool:
+    """Whether `value` is one text, or what should be one, and not an ordered collection: a list, an array, a column of
+    a table, a generator."""
+    return isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, Iterable)
 
 
 def _respell_tokenizer_config(folder: Path) -> None:
@@ -59,7 +117,8 @@ class GircseProcessor(ProcessorMixin):
         tokenizer: the backbone's tokenizer; it is never modified.
         prompt_template: what precedes a text that has an instruction; must contain `{instruction}`.
         suffix: appended to every text, and kept when the text is truncated.
-        max_length: most tokens per text, prompt and suffix included; an int above the suffix's token count.
+        max_length: most tokens per text, prompt and suffix included; an int above the suffix's token count. It is also
+            `model_max_length`, as tokenizers call it; the tokenizer's own is not read.
 
     Invalid settings raise a ValueError.
     """
@@ -83,7 +142,7 @@ class GircseProcessor(ProcessorMixin):
             )
         if not isinstance(suffix, str):
             raise ValueError(f"suffix must be a str, got {suffix!r}. Use '' for none.")
-        self._check_max_length(max_length, len(self._tokenize([suffix])[0]))
+        self._checked_length(max_length, len(self._tokenize([suffix])[0]))
         self.prompt_template = prompt_template
         self.suffix = suffix
         self.max_length = max_length
@@ -92,6 +151,31 @@ class GircseProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "GircseProcessor":
+        """As [`ProcessorMixin.from_pretrained`], with any of the settings; `max_length` may be called
+        `model_max_length`."""
+        if "model_max_length" in kwargs:  # which would go to the tokenizer, whose own length is not read
+            kwargs.setdefault("max_length", kwargs.pop("model_max_length"))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def max_length(self) -> int:
+        return self.__dict__["max_length"]
+
+    @max_length.setter
+    def max_length(self, value: int) -> None:
+        # Under its own name, where the base class looks for what to save. The suffix may be set after it.
+        self.__dict__["max_length"] = self._checked_length(value)
+
+    @property
+    def model_max_length(self) -> int:
+        return self.max_length
+
+    @model_max_length.setter
+    def model_max_length(self, value: int) -> None:
+        self.max_length = value
 
     @property
     def pad_token_id(self) -> int:
@@ -115,13 +199,16 @@ class GircseProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        text: str | list[str],
+        text: str | Iterable[str],
+        text_pair: Any = None,
         *,
-        instruction: str | list[str | None] | None = None,
+        instruction: str | Iterable[str | None] | None = None,
         prompt: str | None = None,
         max_length: int | None = None,
-        padding: bool = True,
+        padding: bool | str = True,
+        truncation: bool | str = True,
         return_tensors: str | None = "pt",
+        **kwargs: Any,
     ) -> BatchEncoding:
         """Tokenize B texts; a str is a batch of one.
 
@@ -130,37 +217,46 @@ class GircseProcessor(ProcessorMixin):
             instruction: one for all texts, or one per text (None or "": no prompt).
             prompt: a literal prefix for all texts, instead of `instruction` (what Sentence Transformers passes).
             max_length: overrides the processor's setting for this call.
-            padding: pad to the longest row, on `tokenizer.padding_side`.
+            padding: True or "longest", to the longest row; "max_length"; False or "do_not_pad". On
+                `tokenizer.padding_side`.
+            truncation: True or "longest_first": a text is cut so that it has `max_length` tokens; False or
+                "do_not_truncate": it stays whole.
             return_tensors: "pt", "np", or None for lists.
+            text_pair, kwargs: what else callers pass to tokenizers, at the values that ask for what is done anyway
+                (`add_special_tokens=False`, `return_attention_mask=True`, ...).
 
         Returns:
             `input_ids` and `attention_mask`, int64 of shape (B, N); (0, 0) for an empty list.
 
         Raises:
-            TypeError: a text, an instruction or the prompt is not a str.
+            TypeError: a text, an instruction or the prompt is not a str, or an argument is unknown.
             ValueError: one of them holds half a character (a lone surrogate), both `instruction` and `prompt` are
-                given, the number of instructions differs from B, `max_length` is too small, or a row is empty and the
-                tokenizer has no eos, bos or pad token.
+                given, the number of instructions differs from B, `max_length` is too small, a row is empty and the
+                tokenizer has no eos, bos or pad token, rows of several lengths are to be a tensor without padding, or
+                an argument asks for what is not done.
         """
-        texts = list(text) if isinstance(text, (list, tuple)) else [text]
+        _check_arguments({"text_pair": text_pair, **kwargs})
+        padding = _choose("padding", padding, PADDINGS)
+        cut = _choose("truncation", truncation, TRUNCATIONS) != "do_not_truncate"
+        texts = [text] if _is_single(text) else list(text)
         _check_texts(texts, "text")
         prompts = self._prompts(len(texts), instruction, prompt)
         # Read and checked anew: 4.x sets the settings given to from_pretrained after the constructor.
         suffix_ids = self._tokenize([self.suffix])[0]
-        max_length = self.max_length if max_length is None else max_length
-        self._check_max_length(max_length, len(suffix_ids))
+        max_length = self._checked_length(self.max_length if max_length is None else max_length, len(suffix_ids))
         room = max_length - len(suffix_ids)
         # Prompt and text are one string, so that BPE merges across their boundary are the natural ones.
         rows = self._tokenize([before + item for before, item in zip(prompts, texts, strict=True)])
-        truncated = sum(len(ids) > room for ids in rows)
+        truncated = sum(len(ids) > room for ids in rows) if cut else 0
         if truncated and not self._warned_truncation:
             self._warned_truncation = True
             logger.warning(
                 f"{truncated} of {len(rows)} texts were truncated to max_length={max_length} tokens, prompt and suffix "
                 "included. Raise max_length to embed more of them. This is said once per processor."
             )
-        rows = [(ids[:room] + suffix_ids) or [self._empty_id()] for ids in rows]
-        return self._batch(rows, padding, return_tensors)
+        rows = [((ids[:room] if cut else ids) + suffix_ids) or [self._empty_id()] for ids in rows]
+        width = {"longest": max(map(len, rows), default=0), "max_length": max_length, "do_not_pad": 0}[padding]
+        return self._batch(rows, width, return_tensors)
 
     def decode(self, *args, **kwargs) -> str:
         """Forwarded to the tokenizer (`ProcessorMixin` has no such method in transformers 4.51)."""
@@ -187,24 +283,27 @@ class GircseProcessor(ProcessorMixin):
                 raise ValueError(f"instruction={instruction!r:.80} and prompt={prompt!r:.80} are both given: drop one.")
             _check_texts([prompt], "prompt")
             return [prompt] * count
-        if not isinstance(instruction, (list, tuple)):
-            instruction = [instruction] * count
-        if len(instruction) != count:
-            raise ValueError(f"instruction has {len(instruction)} entries for {count} texts. Give a str, or one text.")
-        _check_texts(instruction, "instruction", optional=True)
-        return [self.prompt_for(item) for item in instruction]
+        instructions = [instruction] * count if _is_single(instruction) else list(instruction)
+        if len(instructions) != count:
+            raise ValueError(f"instruction has {len(instructions)} entries for {count} texts. Give a str, or one text.")
+        _check_texts(instructions, "instruction", optional=True)
+        return [self.prompt_for(item) for item in instructions]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         # 4.x raises IndexError on []. verbose=False drops the tokenizer's own length warning, wrong as we truncate.
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     @staticmethod
-    def _check_max_length(max_length: int, suffix_tokens: int) -> None:
-        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length <= suffix_tokens:
-            raise ValueError(
-                f"max_length must be an int greater than the suffix's {suffix_tokens} tokens, got {max_length!r}. "
-                "Raise max_length or shorten suffix."
-            )
+    def _checked_length(max_length: int, suffix_tokens: int = 0) -> int:
+        try:
+            number = operator.index(max_length)  # numpy's, too
+        except TypeError:
+            number = 0
+        if isinstance(max_length, bool) or number <= suffix_tokens:
+            least = f"greater than the suffix's {suffix_tokens} tokens" if suffix_tokens else ">= 1"
+            remedy = "Raise max_length or shorten suffix." if number else "Give for example 512."
+            raise ValueError(f"max_length must be an int {least}, got {max_length!r}. {remedy}")
+        return number
 
     def _empty_id(self) -> int:
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
@@ -212,10 +311,15 @@ class GircseProcessor(ProcessorMixin):
                 return token_id
         raise ValueError("a text has no token, and tokenizer no eos, bos or pad token to replace it: set eos_token.")
 
-    def _batch(self, rows: list[list[int]], padding: bool, return_tensors: str | None) -> BatchEncoding:
+    def _batch(self, rows: list[list[int]], width: int, return_tensors: str | None) -> BatchEncoding:
+        """Rows as they are, or padded to `width` where they are shorter."""
+        if return_tensors is not None and len({max(len(ids), width) for ids in rows}) > 1:
+            raise ValueError(
+                f"return_tensors={return_tensors!r} needs rows of one length: give return_tensors=None for lists, "
+                "padding=True, or truncation=True with padding='max_length'"
+            )
         # Not tokenizer.pad: it refuses tokenizers without a pad token, and giving them one would change the user's.
         left = self.padding_side == "left"
-        width = max(map(len, rows), default=0) if padding else 0
 
         def pad(values: list[int], fill: int) -> list[int]:
             fills = [fill] * (width - len(values))

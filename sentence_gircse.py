@@ -9,21 +9,46 @@ embeddings are the library's.
 
 from __future__ import annotations
 
+import copy
+import json
+import operator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.utils import cached_file
 
 try:
     from sentence_transformers.base.modules import InputModule
 except ImportError:  # before sentence-transformers 5.4
     from sentence_transformers.models import InputModule
 
+# Where a saved folder holds an adapter in place of weights; its configuration says so.
+ADAPTER_FOLDER = "adapter"
+
+
+class Outputs(dict):
+    """What `forward` returns; `encode(output_value=...)` may ask it for what GIRCSE doesn't have."""
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(
+            f"output_value={name!r}: there is one embedding of a text, of generated tokens, and none of each of its "
+            "tokens. Use 'sentence_embedding' or None; the states of the generated tokens are "
+            "model[0].model(**model.preprocess(texts)).step_states"
+        )
+
 
 class SentenceGircse(InputModule):
     """The only module of a GIRCSE `SentenceTransformer`; `SentenceTransformer(modules=[SentenceGircse(...)])` makes one
     of a model in memory.
+
+    Each folder brings classes of its own. Where two models must be of one class, as in `SentenceTransformer.merge`, the
+    second is made of the first's:
+
+        module = type(first[0])(type(first[0].model).from_pretrained(folder), first[0].processor)
+        second = SentenceTransformer(modules=[module])
 
     Args:
         model: a `GircseModel`.
@@ -78,8 +103,12 @@ class SentenceGircse(InputModule):
             if processing_kwargs.keys() - {"text"} or text.keys() - {"max_length", "truncation"}:
                 raise ValueError(f"processing_kwargs={processing_kwargs!r} may only be {{'text': {{'max_length': N}}}}")
             max_length = text.get("max_length", max_length)
-        if max_length is None and (k is None or isinstance(k, int)):  # a wrong k is refused by `forward`
-            room = self.model.max_input_length(k)
+        if max_length is None:
+            try:
+                steps = None if k is None else operator.index(k)
+            except TypeError:  # refused by `forward`
+                steps = None
+            room = self.model.max_input_length(steps)
             if room is not None and 0 < room < self.max_seq_length:
                 max_length = room
         return self.processor(list(inputs), prompt=prompt, max_length=max_length).data
@@ -99,15 +128,21 @@ class SentenceGircse(InputModule):
             TypeError, ValueError: as in `GircseModel.forward`.
         """
         output = self.model(features["input_ids"], features["attention_mask"], k=k)
-        return {**features, "sentence_embedding": output.embeddings}
+        features = {**features, "sentence_embedding": output.embeddings}
+        # In training a plain dict, into which wrappers for several processes look for tensors.
+        return features if torch.is_grad_enabled() else Outputs(features)
 
     @property
     def max_seq_length(self) -> int:
-        """Most tokens of a text, prompt and suffix included."""
+        """Most tokens of a text, prompt and suffix included; an int above the suffix's token count. None stands for as
+        many as the backbone's positions leave beside the generated tokens, which are the limit of any other value, too.
+        It is the processor's; the tokenizer's `model_max_length` is not read."""
         return self.processor.max_length
 
     @max_seq_length.setter
-    def max_seq_length(self, value: int) -> None:
+    def max_seq_length(self, value: int | None) -> None:
+        if value is None and (value := self.model.max_input_length()) is None:
+            raise ValueError("max_seq_length=None: the backbone's positions have no limit; give an int")
         self.processor.max_length = value
 
     @property
@@ -163,18 +198,98 @@ class SentenceGircse(InputModule):
             "local_files_only": local_files_only,
             "trust_remote_code": trust_remote_code,
         }
-        for_model = {**common, **(config_kwargs or {}), **(model_kwargs or {})}
+        for_model = {**(config_kwargs or {}), **(model_kwargs or {})}
         for_processor = {**common, **(tokenizer_kwargs or {}), **(processor_kwargs or {})}
-        if "model_max_length" in for_processor:
-            for_processor.setdefault("max_length", for_processor.pop("model_max_length"))
         return cls(
-            AutoModel.from_pretrained(model_name_or_path, **for_model),
+            _load_model(model_name_or_path, common, for_model),
             AutoProcessor.from_pretrained(model_name_or_path, **for_processor),
         )
 
+    def merge_adapter(self) -> None:
+        """Adds what the active adapters (`add_adapter`, `load_adapter`) do to the weights, and removes all adapters:
+        the same embeddings, faster, and a model that is saved with all of its weights.
+
+        Raises:
+            ValueError: if there is no adapter.
+        """
+        if not self.model._hf_peft_config_loaded:
+            raise ValueError("merge_adapter: the model has no adapter; load or add one first")
+        for module in list(self.model.modules()):
+            if hasattr(module, "base_layer"):  # PEFT's, around a layer
+                if not module.disable_adapters:
+                    module.merge()
+            elif hasattr(module, "original_module") and not module.disable_adapters:  # and in place of a module
+                for name in module.active_adapters:
+                    module.original_module.load_state_dict(module.modules_to_save[name].state_dict())
+        self.model.delete_adapter(list(self.model.peft_config))
+
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Saves weights, configuration, tokenizer, settings and all code; the library adds its own JSON files."""
-        self.model.save_pretrained(output_path, safe_serialization=safe_serialization)
+        """Saves weights, configuration, tokenizer, settings and all code; the library adds its own JSON files.
+
+        Of a model with an adapter, the adapter is saved in place of the weights, and loads with the folder or the repo
+        that the model was loaded from; where there is none to load it with, it is merged.
+        """
+        model, config = self.model, self.model.config
+        base = Path(config.name_or_path)
+        if not model._hf_peft_config_loaded:
+            model.save_pretrained(output_path, safe_serialization=safe_serialization)
+        # A model made in memory can't be loaded again, nor one in whose place this is saved; an adapter's file has no
+        # learned tokens.
+        elif not config.name_or_path or base.resolve() == Path(output_path).resolve() or config.step_token == "learned":
+            merged = copy.deepcopy(self)
+            merged.merge_adapter()
+            merged.model.save_pretrained(output_path, safe_serialization=safe_serialization)
+        else:
+            self._save_adapter(output_path, str(base.resolve()) if base.exists() else config.name_or_path)
         self.processor.save_pretrained(output_path)
         # The library copies this file only if it was loaded from a model's folder, and not if it was imported.
         Path(output_path, "sentence_gircse.py").write_bytes(Path(__file__).read_bytes())
+
+    def _save_adapter(self, output_path: str, base: str) -> None:
+        """The active adapter, as one of the plain causal LM, with the configuration and the code of the model."""
+        backbone, folder = self.model.language_model, Path(output_path, ADAPTER_FOLDER)
+        # The code, and the adapter as one of this model, in whose place there is another.
+        self.model.save_pretrained(output_path)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            Path(output_path, name).unlink()
+        config = copy.deepcopy(self.model.config)
+        config.adapter = ADAPTER_FOLDER
+        config.save_pretrained(output_path)
+        tuned = {name for name, module in backbone.named_modules() if hasattr(module, "base_layer")}
+        backbone.peft_config, backbone._hf_peft_config_loaded = copy.deepcopy(self.model.peft_config), True
+        for adapter in backbone.peft_config.values():
+            adapter.base_model_name_or_path, adapter.revision = base, getattr(config, "_commit_hash", None)
+            adapter.inference_mode = False
+            if isinstance(adapter.target_modules, str) or any("." in name for name in adapter.target_modules or ()):
+                adapter.target_modules = tuned  # they may be names in this model
+        try:
+            backbone.save_pretrained(folder)
+        finally:
+            del backbone.peft_config
+            backbone._hf_peft_config_loaded = False
+        Path(folder, "generation_config.json").unlink(missing_ok=True)
+
+
+def _load_model(name: str, where: dict[str, Any], settings: dict[str, Any]) -> Any:
+    """The model of a folder or repo. An adapter that `save` wrote is kept apart from the weights: training goes on with
+    it, which compares the loaded weights with its own by their names."""
+    try:
+        config = AutoConfig.from_pretrained(name, **where)
+    except (OSError, ValueError):
+        config = None  # there is none beside an adapter that transformers saved, and loads; else it says what is wrong
+    adapter = getattr(config, "adapter", None)
+    if adapter is not None:
+        place = {key: value for key, value in where.items() if key != "trust_remote_code"}
+        place["subfolder"] = "/".join(filter(None, (place["subfolder"], adapter)))
+        saved = json.loads(Path(cached_file(name, "adapter_config.json", **place)).read_text(encoding="utf-8"))
+    if adapter is None or saved["inference_mode"]:
+        return AutoModel.from_pretrained(name, **{**where, **settings})
+    # The folder's own code is run, and none of what it was trained from.
+    with torch.device("meta"):
+        code = type(AutoModel.from_config(config, trust_remote_code=where["trust_remote_code"]))
+    kept = {key: getattr(config, key) for key in ("num_steps", "logit_temperature")}
+    settings = {**place, "subfolder": "", "revision": saved["revision"], **kept, **settings}
+    settings.pop("trust_remote_code", None)
+    model = code.from_pretrained(saved["base_model_name_or_path"], **settings)
+    model.load_adapter(name, **place)
+    return model

@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import json
 import re
+import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -274,10 +275,22 @@ def test_more_steps_leave_less_room_for_the_text(handler, monkeypatch):
 
 def test_an_adapter_without_its_backbone_is_refused(served, folder, tmp_path):
     _, module = served
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"adapter": "adapter"}))
-    with pytest.raises(ValueError, match="holds an adapter.*without --save_adapter"):
+    with pytest.raises(ValueError, match="holds an adapter.*without --save_adapter.*merge_adapter"):
         module.EndpointHandler(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")  # as the method of all models of transformers saves one
+    with pytest.raises(ValueError, match="holds an adapter"):
+        module.EndpointHandler(str(tmp_path))
+
+
+@pytest.mark.parametrize("config, found", [(None, "is not there"), ({"model_type": "bert"}, "is of type 'bert'")])
+def test_a_folder_of_another_kind_is_refused(served, tmp_path, config, found):
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"is no GIRCSE model, as its config.json {found}: serve a trained folder"):
+        served[1].EndpointHandler(str(tmp_path))
 
 
 def test_a_request_is_left_as_it_was(handler):
@@ -326,7 +339,7 @@ def test_inference_client(handler, embed, monkeypatch):
 def test_a_folder_without_prompts_is_served(folder, tmp_path):
     for file in folder.iterdir():
         if file.name != "config_sentence_transformers.json":
-            (tmp_path / file.name).symlink_to(file)
+            (shutil.copytree if file.is_dir() else shutil.copy)(file, tmp_path / file.name)
     handler, _ = make_handler(tmp_path)
     assert len(handler({"inputs": "rain"})) == 32
     with pytest.raises(ValueError, match="prompt_name='STS12' is not in"):
@@ -358,14 +371,14 @@ def problems_of_trust(source: str) -> list[int]:
 
 
 def test_only_the_own_folder_is_trusted():
-    source = (ROOT / "handler.py").read_text()
+    source = (ROOT / "handler.py").read_text(encoding="utf-8")
     assert source.count("trust_remote_code=True") == 2
     assert problems_of_trust(source) == []
     for wrong in (
         source.replace("from_pretrained(path, ", "from_pretrained('me/gircse', ", 1),
         source.replace("local_files_only=True", "local_files_only=False", 1),
         source.replace("        on_gpu =", "        path = 'me/gircse'\n        on_gpu ="),
-        source.replace("{DTYPE_ARGUMENT:", "{'trust_remote_code': True, DTYPE_ARGUMENT:"),
+        source.replace("dtype=dtype)", "**{'trust_remote_code': True})"),
     ):
         assert wrong != source and problems_of_trust(wrong)
 
@@ -374,7 +387,7 @@ def test_only_the_own_folder_is_trusted():
 
 
 def requirements(name: str) -> dict[str, Requirement]:
-    lines = (ROOT / name).read_text().splitlines()
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     found = [Requirement(line) for line in lines if line and not line.startswith(("#", "-r"))]
     return {requirement.name: requirement for requirement in found}
 
@@ -386,7 +399,7 @@ def test_requirements_keep_the_container_as_it_is():
         assert version in needed[name].specifier, name
     assert set(needed) == {"torch", "transformers", "accelerate", "huggingface_hub", "safetensors"}
     assert not set(needed) & set(requirements("requirements-train.txt"))
-    assert (ROOT / "requirements-train.txt").read_text().startswith("-r requirements.txt\n")
+    assert (ROOT / "requirements-train.txt").read_text(encoding="utf-8").startswith("-r requirements.txt\n")
 
 
 @pytest.mark.parametrize(
@@ -394,7 +407,7 @@ def test_requirements_keep_the_container_as_it_is():
 )
 def test_requirements_have_all_that_serving_imports(file):
     allowed = {*requirements("requirements.txt"), *sys.stdlib_module_names}
-    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PaddingStrategy
 
 ROOT = Path(__file__).resolve().parents[1]
 GircseProcessor = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))
@@ -109,6 +113,93 @@ def test_no_padding_gives_ragged_lists(processor):
     assert batch["attention_mask"] == [[1, 1], [1]]
 
 
+def test_padding_to_max_length(processor):
+    batch = processor(["cat.", "cat"], padding="max_length", max_length=np.int64(4), truncation=True)
+    assert batch["input_ids"].tolist() == [[*ids("cat", "."), 0, 0], [*ids("cat"), 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+    assert processor([], padding="max_length")["input_ids"].shape == (0, 0)
+
+
+def test_rows_of_several_lengths_are_no_tensor(processor):
+    with pytest.raises(ValueError, match="return_tensors='pt' needs rows of one length: give return_tensors=None"):
+        processor(["cat.", "cat"], padding="do_not_pad")
+    with pytest.raises(ValueError, match="return_tensors='np' needs .* truncation=True with padding='max_length'"):
+        processor(["cat.", "dogs"], padding="max_length", max_length=3, truncation=False, return_tensors="np")
+    assert processor(["cat", "cat"], padding=False)["input_ids"].tolist() == [ids("cat")] * 2
+
+
+def test_without_truncation_a_text_stays_whole(caplog):
+    processor = GircseProcessor(make_tokenizer(), suffix="!", max_length=6)
+    for truncation in (False, "do_not_truncate"):
+        assert processor("x" * 9, truncation=truncation)["input_ids"].tolist() == [ids(*"xxxxxxxxx!")]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"padding": True, "truncation": True, "return_tensors": "pt"},
+        {"padding": "longest", "truncation": "longest_first"},
+        {"padding": PaddingStrategy.LONGEST, "truncation": TruncationStrategy.LONGEST_FIRST},
+        {"padding": None, "truncation": None, "max_length": None, "text_pair": None, "images": None},
+        {"add_special_tokens": False, "return_attention_mask": True, "return_token_type_ids": False, "stride": 0},
+    ],
+)
+def test_arguments_of_tokenizers_may_ask_for_what_is_done_anyway(processor, arguments):
+    batch = processor(["dog", "cat"], instruction="go", **arguments)
+    assert list(batch) == ["input_ids", "attention_mask"]
+    assert batch["input_ids"].tolist() == processor(["dog", "cat"], instruction="go")["input_ids"].tolist()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (
+            {"padding": "left"},
+            "padding='left' is unknown. Choose True, False or one of longest, max_length",
+        ),
+        ({"truncation": "only_second"}, "truncation='only_second' is unknown. Choose .* longest_first"),
+        ({"add_special_tokens": True}, "add_special_tokens=True is not supported .*write them into prompt or suffix"),
+        ({"return_attention_mask": False}, "return_attention_mask=False is not supported .*drop it from the result"),
+        ({"return_token_type_ids": True}, "return_token_type_ids=True is not supported"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8 is not supported .*padding='max_length'"),
+        ({"text_pair": ["cat"]}, r"text_pair=\['cat'\] is not supported .*join the two, or embed each"),
+        ({"text_target": "cat"}, "text_target='cat' is not supported"),
+        ({"images": np.zeros((2, 2))}, "(?s)images=.* is not supported .*texts alone"),
+        ({"truncation_side": "left"}, "truncation_side='left' is not supported .*cut at their end"),
+    ],
+)
+def test_other_arguments_are_refused_by_name(processor, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        processor(["dog"], **arguments)
+
+
+def test_a_second_text_and_a_wrong_name_are_refused(processor):
+    with pytest.raises(ValueError, match=r"text_pair=\['cat'\] is not supported"):
+        processor(["dog"], ["cat"])
+    with pytest.raises(TypeError, match="instrction='go', an argument that it does not know. It takes text, instruct"):
+        processor("dog", instrction="go")
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, iter, lambda texts: np.array(texts, dtype=object)])
+def test_ordered_collections_are_lists(processor, kind):
+    expected = processor(["dog", "cat"], instruction=["go", ""])["input_ids"].tolist()
+    assert processor(kind(["dog", "cat"]), instruction=kind(["go", ""]))["input_ids"].tolist() == expected
+
+
+@pytest.mark.parametrize("texts", [{"dog", "cat"}, {"dog": 1}, b"dog"])
+def test_what_has_no_order_is_no_list(processor, texts):
+    with pytest.raises(TypeError, match=rf"text\[0\] is .* of type {type(texts).__name__}, but must be a str"):
+        processor(texts)
+
+
+def test_a_chat_template_writes_texts(processor):
+    processor.chat_template = processor.tokenizer.chat_template = "{{ messages[0].content[0].text }}."
+    messages = [{"role": "user", "content": [{"type": "text", "text": "cat"}]}]
+    batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert batch["input_ids"].tolist() == [ids("cat", ".")]
+
+
 def test_truncation_keeps_suffix_and_warns_once(caplog):
     processor = GircseProcessor(make_tokenizer(), suffix="!.", max_length=6)
     assert processor("dogs")["input_ids"].tolist() == [ids(*"dogs!.")], "exactly max_length is not over-long"
@@ -141,6 +232,27 @@ def test_bad_max_length(max_length):
 def test_true_is_not_a_length():
     with pytest.raises(ValueError, match="max_length .* got True"):
         GircseProcessor(make_tokenizer(), max_length=True)
+
+
+@pytest.mark.parametrize("name", ["max_length", "model_max_length"])
+def test_a_wrong_length_is_refused_when_it_is_set(processor, name):
+    for wrong in (None, 0, -1, 20.0, np.float64(20), "20", True):
+        with pytest.raises(ValueError, match=rf"max_length must be an int >= 1, got {re.escape(repr(wrong))}"):
+            setattr(processor, name, wrong)
+    assert processor.max_length == processor.model_max_length == 512
+
+
+def test_lengths_of_numpy_are_ints(tmp_path):
+    processor = GircseProcessor(make_tokenizer(), max_length=np.int64(7))
+    assert type(processor.max_length) is int and processor("x" * 9)["input_ids"].shape == (1, 7)
+    processor.model_max_length = np.int32(5)
+    assert type(processor.max_length) is int and processor("x" * 9)["input_ids"].shape == (1, 5)
+    assert processor("x" * 9, max_length=torch.tensor(3))["input_ids"].shape == (1, 3)
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text(encoding="utf-8"))["max_length"] == 5
+    for name in ("max_length", "model_max_length"):
+        loaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True, **{name: np.int64(4)})
+        assert loaded.max_length == 4 and loaded("x" * 9)["input_ids"].shape == (1, 4)
 
 
 @pytest.mark.parametrize("template", ["Query: ", "", "{}", None])
@@ -224,12 +336,12 @@ print(json.dumps([out, kept, plain("cat")["input_ids"], type(second).__name__]))
 def saved_state(folder: Path) -> str:
     """The folder must carry the code, and an auto_map that does not point to another repository."""
     assert (folder / "processing_gircse.py").read_bytes() == (ROOT / "processing_gircse.py").read_bytes()
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    settings = json.loads((folder / "processor_config.json").read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     assert settings["auto_map"] == config["auto_map"] == {"AutoProcessor": "processing_gircse.GircseProcessor"}
     assert config["tokenizer_class"] in ("PreTrainedTokenizer", "PreTrainedTokenizerFast")  # names that 4.x knows
     assert not isinstance(config.get("extra_special_tokens"), list)  # 4.x fails on a list
-    return (folder / "processor_config.json").read_text()
+    return (folder / "processor_config.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("chat_template", [None, "{{ messages }}"])
@@ -261,7 +373,7 @@ def test_the_tokenizer_that_was_saved_is_loaded(tmp_path):
     assert processor("cat dog")["input_ids"].tolist() == [ids(*"cat", " d", *"og")]
     processor.save_pretrained(tmp_path)
     saved_state(tmp_path)
-    assert "local_files_only" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert "local_files_only" not in json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     for loaded in (GircseProcessor.from_pretrained(tmp_path).tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         assert loaded("cat dog", add_special_tokens=False)["input_ids"] == ids(*"cat", " d", *"og")
 

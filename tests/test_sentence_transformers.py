@@ -154,6 +154,17 @@ def test_wrong_k_is_refused(model, k, error):
         model.encode(TEXTS, k=k)
 
 
+@pytest.mark.parametrize("k", [np.int64(2), np.int32(2), torch.tensor(2)])
+def test_k_may_be_any_integer(model, k):
+    np.testing.assert_array_equal(model.encode(TEXTS, k=k), model.encode(TEXTS, k=2))
+
+
+@pytest.mark.parametrize("k", [True, np.float64(2)])
+def test_a_truth_value_or_a_fraction_is_no_k(model, k):
+    with pytest.raises(TypeError, match=re.escape(f"k={k!r} must be an int >= 1")):
+        model.encode(TEXTS, k=k)
+
+
 @pytest.mark.parametrize("texts", [["a", None], [3]])
 def test_what_is_no_text_is_refused(model, texts):
     with pytest.raises(TypeError, match="must be a str|can only concatenate str"):  # by us, or the library before 5.4
@@ -163,6 +174,24 @@ def test_what_is_no_text_is_refused(model, texts):
 def test_one_text_and_none(model):
     assert model.encode("rain").shape == (32,)
     assert len(model.encode([])) == 0
+
+
+def test_all_outputs_of_a_text(model):
+    found = model.encode(TEXTS[:2], output_value=None)
+    assert [set(row) for row in found] == [{"input_ids", "attention_mask", "sentence_embedding"}] * 2
+    embeddings = np.stack([row["sentence_embedding"].numpy() for row in found])
+    np.testing.assert_allclose(embeddings, model.encode(TEXTS[:2]), atol=1e-6)
+
+
+def test_there_are_no_embeddings_of_tokens(model):
+    with pytest.raises(ValueError, match="output_value='token_embeddings': .* Use 'sentence_embedding' or None"):
+        model.encode(TEXTS, output_value="token_embeddings")
+    # What the error names instead.
+    inputs = getattr(model, "preprocess", model.tokenize)(TEXTS)
+    states = model[0].model(**inputs).step_states
+    assert states.shape == (5, 3, 32)
+    mean = torch.nn.functional.normalize(states.mean(1), dim=-1).detach().numpy()
+    np.testing.assert_allclose(mean, model.encode(TEXTS), atol=1e-5)
 
 
 # Prompts and lengths ------------------------------------------------------------------------------------------------
@@ -199,25 +228,22 @@ def test_queries_and_documents(model):
 
 
 def test_root_has_the_prompts_of_all_tasks_of_the_paper():
-    prompts = json.loads((ROOT / "config_sentence_transformers.json").read_text())["prompts"]
-    paper = json.loads((ROOT / "recipes/instructions.json").read_text())
-    template = json.loads((ROOT / "processor_config.json").read_text())["prompt_template"]
-    expected = {
-        template.replace("{instruction}", text)
-        for part in ("mteb", "instruction_following")
-        for text in paper[part].values()
-    }
-    assert set(prompts.values()) == expected | {""}
+    """By which names, and which others, is the recipe's."""
+    prompts = json.loads((ROOT / "config_sentence_transformers.json").read_text(encoding="utf-8"))["prompts"]
+    paper = json.loads((ROOT / "recipes/instructions.json").read_text(encoding="utf-8"))
+    template = json.loads((ROOT / "processor_config.json").read_text(encoding="utf-8"))["prompt_template"]
+    # mteb has none of the instruction-following tasks, so that they have no names there.
+    assert {template.replace("{instruction}", text) for text in paper["mteb"].values()} <= set(prompts.values())
     # What mteb looks for first, so that documents of a retrieval task don't get its queries' prompt.
     assert "NQ" not in prompts and "NQ-document" not in prompts and prompts["document"] == ""
-    assert {"BIOSSES", "SCIDOCS-query", "AskUbuntuDupQuestions", "STS22.v2", "NYTClustering (Topic)"} <= set(prompts)
+    assert {"BIOSSES", "SCIDOCS-query", "AskUbuntuDupQuestions", "STS22.v2"} <= set(prompts)
     sides = [prompts[f"CQADupstackGisRetrieval-{side}"] for side in ("query", "document")]
     assert sides[0] != sides[1]
 
 
 def test_trained_folder_has_the_prompts_in_its_own_template(gircse, tmp_path):
     folder = make_folder(gircse, tmp_path / "other", prompt_template="[{instruction}]")
-    prompts = json.loads((folder / "config_sentence_transformers.json").read_text())["prompts"]
+    prompts = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))["prompts"]
     assert prompts["STS12"] == "[Retrieve semantically similar text.]" and prompts["document"] == ""
     assert all(prompt[0] + prompt[-1] == "[]" and "Instruct: " not in prompt for prompt in prompts.values() if prompt)
 
@@ -240,6 +266,24 @@ def test_max_seq_length_cuts_the_text_and_keeps_the_suffix(model):
     model.max_seq_length = len(suffix)
     with pytest.raises(ValueError, match=f"max_length must be an int greater than the suffix's {len(suffix)} tokens"):
         model.encode(text)
+
+
+def test_max_seq_length_none_is_all_that_there_is_room_for(model):
+    positions = model[0].model.config.text_config.max_position_embeddings
+    model.max_seq_length = None
+    assert model.max_seq_length == positions - model[0].model.config.num_steps
+    with Inputs(model) as inputs:
+        model.encode("how do I renew the card? " * 50)
+    assert len(inputs.ids[0]) == positions - model[0].model.config.num_steps
+
+
+def test_max_seq_length_is_any_integer(model):
+    model.max_seq_length = np.int64(20)
+    assert model.max_seq_length == 20 and type(model.max_seq_length) is int
+    for wrong in (0, 20.0, "20", True):
+        with pytest.raises(ValueError, match=f"max_length must be an int >= 1, got {wrong!r}"):
+            model.max_seq_length = wrong
+    assert model.max_seq_length == 20
 
 
 @pytest.mark.skipif(PROCESSOR_ARGUMENT == "tokenizer_kwargs", reason="a module gets no k with the texts before 5.4")
@@ -349,7 +393,7 @@ def embed_and_save(job_file: str) -> None:
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoProcessor
 
-    job = json.loads(Path(job_file).read_text())
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     report = {"embeddings": {}, "auto": {}, "prompts": {}, "files": {}}
     for name, source in job["sources"].items():
         if job["imported"]:  # the class from the folder itself, around the two that AutoModel and AutoProcessor load
@@ -414,14 +458,31 @@ def test_saved_folder_loads_elsewhere_and_again(saved, model, name):
     if name != "imported":  # a model in memory has no prompts but those given to SentenceTransformer(prompts=...)
         assert saved["twice"]["prompts"][name] == model.prompts
     for folder in (saved["work"] / "once" / name, saved["work"] / "twice" / name):
-        assert [entry["type"] for entry in json.loads((folder / "modules.json").read_text())] == [
+        assert [entry["type"] for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))] == [
             "sentence_gircse.SentenceGircse"
         ]
         for file in CODE:
             assert (folder / file).read_bytes() == (ROOT / file).read_bytes(), file
         for file in folder.glob("*.json"):
-            if "auto_map" in (content := json.loads(file.read_text())):
+            if "auto_map" in (content := json.loads(file.read_text(encoding="utf-8"))):
                 assert "--" not in str(content["auto_map"]), file
+
+
+def test_the_weights_of_two_folders_in_one_class(folder, tmp_path):
+    """Every folder makes classes of its own, and `SentenceTransformer.merge` wants models of one."""
+    first = load(folder)
+    with torch.no_grad():
+        for weight in first.parameters():
+            weight.add_(torch.ones_like(weight))
+    first.save_pretrained(str(tmp_path / "other"))
+    first = load(folder)
+    module = type(first[0])(type(first[0].model).from_pretrained(tmp_path / "other"), first[0].processor)
+    second = SentenceTransformer(modules=[module], device="cpu")
+    assert type(load(tmp_path / "other")[0]) is not type(first[0])
+    assert [type(part) for part in second.modules()][1:] == [type(part) for part in first.modules()][1:]
+    assert second[0].get_config_dict() == first[0].get_config_dict()
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one + 1, other)
 
 
 def test_class_imported_from_a_package_is_refused(model):
@@ -445,7 +506,7 @@ def test_nothing_loads_without_trust(folder):
 
 def test_module_only_computes():
     """As the other files that are loaded with the repo, but for the library that asks for it."""
-    found = problems((ROOT / "sentence_gircse.py").read_text())
+    found = problems((ROOT / "sentence_gircse.py").read_text(encoding="utf-8"))
     assert {re.sub(r"'(sentence_transformers)[\w.]*'", r"\1", problem) for problem in found} == {
         "import of sentence_transformers"
     }
@@ -489,3 +550,150 @@ def test_training_with_a_loss_of_the_library(folder, tmp_path):
     assert [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])] == []
     again = load(tmp_path / "run" / "checkpoint-30")
     assert cosines(again.encode(TEXTS), model.encode(TEXTS)).min() > 0.9999
+
+
+# Adapters -----------------------------------------------------------------------------------------------------------
+
+
+def add_adapter(model: SentenceTransformer, trained: bool = True, **settings) -> SentenceTransformer:
+    """A LoRA by the library's method, as if it were trained."""
+    peft = pytest.importorskip("peft")
+    settings = {"r": 4, "target_modules": "all-linear", "task_type": "FEATURE_EXTRACTION"} | settings
+    try:
+        model.add_adapter(peft.LoraConfig(**settings))
+    except ValueError as error:
+        if "version of PEFT" in str(error):
+            pytest.skip("transformers takes no adapters with this version of PEFT")
+        raise
+    for name, weight in model.named_parameters():
+        if trained and "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def adapted(folder, tmp_path_factory):
+    """A model with an adapter, and the folder that it was saved in."""
+    model = add_adapter(load(folder))
+    saved = tmp_path_factory.mktemp("adapted") / "saved"
+    model.save_pretrained(str(saved))
+    return model, saved
+
+
+def test_a_saved_adapter_is_applied_by_all_that_load(folder, adapted, gircse):
+    model, saved = adapted
+    expected = model.encode(TEXTS)
+    assert cosines(expected, load(folder).encode(TEXTS)).max() < 0.999  # or the lines below say nothing
+    assert not list(saved.glob("*.safetensors")) and len(list((saved / "adapter").glob("*.safetensors"))) == 1
+    assert json.loads((saved / "config.json").read_text(encoding="utf-8"))["adapter"] == "adapter"
+    again = load(saved)
+    assert again.active_adapters() == ["default"]
+    np.testing.assert_array_equal(again.encode(TEXTS), expected)
+    assert cosines(auto_embeddings(saved), expected).min() > 0.9999
+    whole = SentenceTransformer(modules=[type(model[0])(gircse.GircseModel.from_pretrained(saved), model[0].processor)])
+    assert cosines(whole.encode(TEXTS), expected).min() > 0.9999
+
+
+def test_a_saved_adapter_is_found_from_elsewhere_and_saved_again(folder, adapted, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    model = add_adapter(load(Path(folder.name)))
+    model.save_pretrained(str(tmp_path / "one"))
+    monkeypatch.chdir(tmp_path)
+    load(Path("one")).save_pretrained("two")
+    again = load(Path("two"), config_kwargs={"num_steps": 5})
+    np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS, k=5))
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_an_adapter_that_transformers_saved_is_applied(adapted, tmp_path):
+    """In its own layout, beside what only this repo saves."""
+    model, saved = adapted
+    shutil.copytree(saved, tmp_path / "saved", ignore=shutil.ignore_patterns("config.json", "adapter"))
+    model[0].model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "adapter_config.json").exists() and not (tmp_path / "saved" / "config.json").exists()
+    np.testing.assert_array_equal(load(tmp_path / "saved").encode(TEXTS), model.encode(TEXTS))
+
+
+@pytest.mark.parametrize(
+    "names", [r"language_model\..*\.(q_proj|down_proj)", ["language_model.model.layers.1.mlp.up_proj"]]
+)
+def test_an_adapter_of_some_layers_is_applied(folder, names, tmp_path):
+    model = add_adapter(load(folder), target_modules=names)
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert cosines(auto_embeddings(tmp_path / "saved"), model.encode(TEXTS)).min() > 0.9999
+    np.testing.assert_array_equal(load(tmp_path / "saved").encode(TEXTS), model.encode(TEXTS))
+
+
+def test_merged_adapters_are_saved_as_weights(folder, adapted, tmp_path):
+    model, saved = adapted
+    merged = load(saved)
+    merged[0].merge_adapter()
+    merged.save_pretrained(str(tmp_path / "whole"))
+    assert {name for name, _ in merged.named_parameters()} == {name for name, _ in load(folder).named_parameters()}
+    assert (tmp_path / "whole" / "model.safetensors").exists() and not (tmp_path / "whole" / "adapter").exists()
+    for one in (merged, load(tmp_path / "whole")):
+        assert cosines(one.encode(TEXTS), model.encode(TEXTS)).min() > 0.9999
+    with pytest.raises(ValueError, match="merge_adapter: the model has no adapter"):
+        merged[0].merge_adapter()
+
+
+def test_modules_beside_an_adapter_are_merged(folder):
+    model = add_adapter(load(folder), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model[0].model.language_model.lm_head.modules_to_save["default"].weight.neg_()
+    expected = model.encode(TEXTS)
+    assert cosines(expected, load(folder).encode(TEXTS)).max() < 0.999
+    model[0].merge_adapter()
+    assert cosines(model.encode(TEXTS), expected).min() > 0.9999
+
+
+@pytest.mark.parametrize("place", ["its own folder", "memory"])
+def test_an_adapter_without_another_folder_to_load_it_with_is_merged(folder, tmp_path, place):
+    shutil.copytree(folder, tmp_path / "base")
+    model = add_adapter(load(tmp_path / "base"))
+    expected = model.encode(TEXTS)
+    if place == "memory":
+        model[0].model.config.name_or_path = ""
+        shutil.rmtree(tmp_path / "base")
+    model.save_pretrained(str(tmp_path / "base"))
+    assert cosines(load(tmp_path / "base").encode(TEXTS), expected).min() > 0.9999
+    assert cosines(auto_embeddings(tmp_path / "base"), expected).min() > 0.9999
+    np.testing.assert_array_equal(model.encode(TEXTS), expected)  # which keeps its adapter
+    assert model.active_adapters() == ["default"]
+
+
+def test_training_of_an_adapter_goes_on_from_a_checkpoint(folder, tmp_path):
+    def train(resume: str | None = None, best: bool = False) -> SentenceTransformer:
+        torch.manual_seed(0)
+        model = add_adapter(load(folder), trained=False)
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / ("best" if best else "run")),
+            max_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=best,
+            metric_for_best_model="eval_loss",
+            greater_is_better=True,  # after fewer steps, so that it has to be loaded
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        texts = {"anchor": ["red", "cold", "round", "loud"], "positive": ["a rose", "ice", "a ball", "thunder"]}
+        rows = Dataset.from_dict(texts)
+        trainer = SentenceTransformerTrainer(
+            model, arguments, rows, eval_dataset=rows, loss=MultipleNegativesRankingLoss(model)
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = train().encode(TEXTS)
+    assert cosines(whole, load(folder).encode(TEXTS)).max() < 0.9999
+    middle = tmp_path / "run" / "checkpoint-2"
+    np.testing.assert_array_equal(train(resume=str(middle)).encode(TEXTS), whole)
+    best = train(best=True).encode(TEXTS)
+    np.testing.assert_array_equal(best, load(middle).encode(TEXTS))
+    assert cosines(best, whole).min() < 0.9999
