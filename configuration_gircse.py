@@ -92,6 +92,9 @@ class GircseConfig(PretrainedConfig):
             )
         # The base class would set them on the finished object.
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        if "dtype" in config_dict and not hasattr(PretrainedConfig(), "dtype"):  # transformers < 4.56
+            # A stray attribute of that name would keep `from_pretrained(..., dtype=...)` from the model.
+            config_dict = {"torch_dtype" if name == "dtype" else name: value for name, value in config_dict.items()}
         return super().from_dict({**config_dict, **settings}, **kwargs)
 
     @property

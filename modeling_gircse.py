@@ -326,6 +326,12 @@ class GircseModel(GircsePreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As the method of all models of transformers, by the backbone, whose initialisation new rows get."""
+        embeddings = self.language_model.resize_token_embeddings(*args, **kwargs)
+        self.config.text_config.vocab_size = self.language_model.config.vocab_size  # copies in transformers < 5
+        return embeddings
+
     @can_return_tuple
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, k: int | None = None, **kwargs: Any
@@ -493,13 +499,12 @@ class GircseModel(GircsePreTrainedModel):
                     f"k={k!r} has no meaning with step_token='none', which generates nothing: leave it out"
                 )
             return 1
-        if k is None:
-            return self.config.num_steps
+        name, k = ("config.num_steps", self.config.num_steps) if k is None else ("k", k)
         if isinstance(k, bool) or not hasattr(k, "__index__"):
-            raise TypeError(f"k={k!r} must be an int >= 1, not {type(k).__name__}")
+            raise TypeError(f"{name}={k!r} must be an int >= 1, not {type(k).__name__}")
         k = operator.index(k)  # of numpy, too
         if k < 1:
-            raise ValueError(f"k={k} must be an int >= 1")
+            raise ValueError(f"{name}={k} must be an int >= 1")
         if self.config.step_token == "learned" and k > self.config.num_steps:
             raise ValueError(f"k={k} exceeds the {self.config.num_steps} learned tokens of this model (num_steps)")
         return k
@@ -1074,6 +1079,8 @@ def _load_backbone(name_or_path: str, needs_head: bool = True, **kwargs: Any) ->
     """A plain causal LM. What its checkpoint lacks would be random: a ValueError, but for a head that is not needed."""
     _name_dtype(kwargs)
     model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    if kwargs.get("gguf_file"):  # which is dequantized at loading: no loader of what is saved may take it for quantized
+        _drop_quantization(model)
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     lost = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
     lost = [key for key in lost if needs_head or key.rpartition(".")[0] not in head]
@@ -1083,6 +1090,15 @@ def _load_backbone(name_or_path: str, needs_head: bool = True, **kwargs: Any) ->
             "be random: choose a checkpoint of the whole causal LM"
         )
     return model
+
+
+def _drop_quantization(model: PreTrainedModel) -> None:
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
 
 
 def _name_dtype(kwargs: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ lambda 1, K = 5, batch 16, one epoch. `python train_gircse.py --help` lists ever
 
 from __future__ import annotations
 
+import argparse
 import copy
 import hashlib
 import json
@@ -18,17 +19,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-import transformers
 from huggingface_hub import EvalResult, HfApi, ModelCardData, try_to_load_from_cache
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -44,13 +47,13 @@ from transformers.dynamic_module_utils import custom_object_save, get_class_from
 from transformers.integrations import deepspeed
 from transformers.utils import logging
 
-from data_gircse import PairCollator, SourceBatches, TrainingPairs, load_pairs, split_held_out
+from data_gircse import PairCollator, SourceBatches, TrainingPairs, load_pairs, parse_columns, split_held_out
 from losses_gircse import REDUCTIONS, IcrLoss, candidate_mask, icr_loss
 
 ROOT = Path(__file__).resolve().parent
 # What goes along with a trained model, beside the code that loads it.
-CODE_FILES = ["train_gircse.py", "data_gircse.py", "losses_gircse.py", "requirements.txt", "sample_pairs.jsonl"]
-CODE_FILES += ["requirements-train.txt", "sentence_gircse.py", "modules.json", "handler.py"]
+CODE_FILES = ["train_gircse.py", "data_gircse.py", "rows_gircse.py", "losses_gircse.py", "sample_pairs.jsonl"]
+CODE_FILES += ["requirements.txt", "requirements-train.txt", "sentence_gircse.py", "modules.json", "handler.py"]
 CODE_FILES += ["evaluate_gircse.py", "tasks_gircse.py", "report_gircse.py", "requirements-eval.txt"]
 CODE_FILES += ["embed_gircse.py", "requirements-embed.txt"]
 CODE_FILES += [f"configs/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zero3")]
@@ -64,11 +67,45 @@ REMOTE_CODE = {
 }
 # Stays at home when a folder is published; what an upload removes from the repo if the folder has no such file.
 ADAPTER_FOLDER = "adapter"
-NOT_PUBLISHED = ["checkpoint-*", "runs/*", "*.bin", "training_log.jsonl"]
+BAD_ROWS = "bad_rows.jsonl"
+NOT_PUBLISHED = ["checkpoint-*", "runs/*", "*.bin", "training_log.jsonl", BAD_ROWS]
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "*adapter_config.json"]
 ACCURACY_STEPS = (1, 3, 5, 10, 20)
 # Sub-batches that go together in gradient caching's first pass, which keeps no activations.
 WIDER_WITHOUT_GRADIENTS = 4
+OF_EVALUATION = "held-out pairs are evaluated by retrieval accuracy alone"
+OF_BATCHES = "batches are of one source each, in random order; --mix_sources mixes the sources"
+OF_TOKENS = "a step embeds two sets of texts, whose tokens Trainer can't count"
+# Arguments of `TrainingArguments` that nothing here would act on, and why. All others hold as Trainer has them.
+WITHOUT_EFFECT = {
+    "average_tokens_across_devices": "the loss is that of the joint batch of all processes",
+    "batch_eval_metrics": OF_EVALUATION,
+    "bf16_full_eval": OF_EVALUATION,
+    "do_predict": "evaluate_gircse.py scores a saved model",
+    "eval_accumulation_steps": OF_EVALUATION,
+    "eval_do_concat_batches": OF_EVALUATION,
+    "eval_use_gather_object": OF_EVALUATION,
+    "fp16_full_eval": OF_EVALUATION,
+    "group_by_length": OF_BATCHES,
+    "hub_always_push": "the finished folder is uploaded, and no checkpoint",
+    "include_for_metrics": OF_EVALUATION,
+    "include_inputs_for_metrics": OF_EVALUATION,
+    "include_num_input_tokens_seen": OF_TOKENS,
+    "include_tokens_per_second": OF_TOKENS,
+    "jit_mode_eval": OF_EVALUATION,
+    "label_names": "the columns of pairs are fixed; --columns maps others to them",
+    "label_smoothing_factor": "InfoNCE has no labels to smooth; a higher --temperature softens it",
+    "length_column_name": OF_BATCHES,
+    "liger_kernel_config": "its kernels are for causal LMs with labels",
+    "overwrite_output_dir": "nothing of an earlier run is removed; choose another folder, or remove it yourself",
+    "parallelism_config": "layers are not split over processes; use configs/fsdp2.yaml or configs/zero3.yaml",
+    "past_index": OF_EVALUATION,
+    "prediction_loss_only": OF_EVALUATION,
+    "train_sampling_strategy": OF_BATCHES,
+    "use_cache": "the step loop has a KV cache of its own",
+    "use_legacy_prediction_loop": OF_EVALUATION,
+    "use_liger_kernel": "its kernels are for causal LMs with labels",
+}
 # What runs when no argument is given: the root model on the sample that ships with the repo, which are the defaults.
 SAMPLE_RUN = (
     "--output_dir gircse-sample --tuning full --learning_rate 1e-4 --num_train_epochs 4 --num_negatives 2 "
@@ -87,6 +124,9 @@ class ModelArguments:
     )
     adapter: str | None = field(
         default=None, metadata={"help": "a PEFT adapter of the plain causal LM, merged before training"}
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "the file to take of a repo in GGUF; the one that there is in a folder"}
     )
     dtype: str = field(
         default="float32",
@@ -107,6 +147,15 @@ class ModelArguments:
     )
     suffix: str = field(default="", metadata={"help": "what follows every text (for Causal-EOS, eos), for a new model"})
 
+    def __post_init__(self) -> None:
+        self.prompt_template, self.suffix = unescape(self.prompt_template), unescape(self.suffix)
+
+
+def unescape(text: str) -> str:
+    r"""Text of a command line: a shell's quotes leave `\n` as two characters, which stand for a line break (`\t` for a
+    tab, `\\` for one backslash)."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
+
 
 @dataclass
 class DataArguments:
@@ -114,7 +163,15 @@ class DataArguments:
 
     train_data: str = field(default=str(ROOT / "sample_pairs.jsonl"), metadata={"help": "file, folder, glob or Hub id"})
     data_config: str | None = field(default=None, metadata={"help": "of a Hub data set that has several"})
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "what the file calls columns, such as query=question pos=answer neg=wrong_1,wrong_2"},
+    )
     limit: int | None = field(default=None, metadata={"help": "read only the first rows"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": f"leave rows with errors out, and list them in {BAD_ROWS} of the output"}
+    )
+    max_bad_share: float = field(default=0.01, metadata={"help": "the most of them, as a share of all rows"})
     held_out: int = field(default=256, metadata={"help": "pairs kept from training to measure accuracy on"})
     symmetric_sources: list[str] = field(
         default_factory=list, metadata={"help": "sources whose documents get the instruction too"}
@@ -165,6 +222,9 @@ class GircseTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False
+        self._check_inherited()
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "accuracy"  # at the trained k; Trainer's own default is a loss
         # Without this, Trainer refuses bf16 where there is only a CPU.
         accelerated = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
         self.use_cpu = self.use_cpu or not accelerated
@@ -180,6 +240,19 @@ class GircseTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"hub_strategy={self.hub_strategy.value!r} uploads checkpoints, which don't load: use 'end'"
             )
+        if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
+            raise ValueError("accelerator_config: split_batches and dispatch_batches would cut contrastive batches up")
+
+    def _check_inherited(self) -> None:
+        """Raises a ValueError for an argument of `TrainingArguments` that would have no effect."""
+        for base in fields(TrainingArguments):
+            value, default = getattr(self, base.name, None), base.default
+            if base.default_factory is not MISSING:
+                default = base.default_factory()
+            if base.name in WITHOUT_EFFECT and value and value not in (default, "no"):
+                raise ValueError(
+                    f"{base.name}={value!r} has no effect here: {WITHOUT_EFFECT[base.name]}. Leave it at {default!r}"
+                )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         if self.warmup_steps >= 1:
@@ -309,8 +382,11 @@ class GircseTrainer(Trainer):
             processing_class=processor,
             callbacks=[LogFile(args.output_dir), self._epoch_setter, *(callbacks or [])],
         )
-        if self.is_deepspeed_enabled and args.sub_batch_size:
-            raise ValueError("sub_batch_size needs several backward passes a step, which DeepSpeed does not take")
+        if self.is_deepspeed_enabled and (args.sub_batch_size or args.auto_find_batch_size):
+            raise ValueError(
+                "sub_batch_size, which auto_find_batch_size lowers, needs several backward passes a step, of which "
+                "DeepSpeed takes but one: leave both out"
+            )
         self.base_models, self.train_data = list(base_models), train_data
         self.scores: dict[int, tuple[float, float]] = {}  # k: the accuracy before training, and the last one measured
         self._draws_numbers = False  # whether a forward pass does, as with dropout
@@ -324,18 +400,33 @@ class GircseTrainer(Trainer):
             self.train_dataset.pairs["source"],
             self.args.per_device_train_batch_size,
             by_source=not self.args.mix_sources,
-            seed=self.args.seed,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             num_processes=self.accelerator.num_processes,
         )
         self._epoch_setter.batches = batches
+        # Of these, older versions of transformers and torch lack some, so that defaults are left to torch.
+        names = ("persistent_workers", "prefetch_factor", "multiprocessing_context")
+        options = {name: value for name in names if (value := getattr(self.args, f"dataloader_{name}", None))}
+        if not getattr(self.args, "dataloader_in_order", True):
+            options["in_order"] = False
         loader = torch.utils.data.DataLoader(
             self.train_dataset,
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            **options,
         )
         return self.accelerator.prepare(loader)
+
+    @property
+    def _sub_batch_size(self) -> int | None:
+        """Texts whose activations are kept at once; None for all. With `auto_find_batch_size`, Trainer lowers its batch
+        size and starts again when memory runs out: here that is the size of the sub-batches, and the contrastive batch,
+        which the result depends on, stays as it is."""
+        if self._train_batch_size == self.args.per_device_train_batch_size:
+            return self.args.sub_batch_size
+        return min(self._train_batch_size, self.args.sub_batch_size or self._train_batch_size)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's estimate knows token batches only
@@ -348,7 +439,7 @@ class GircseTrainer(Trainer):
         """L_total () of the joint batch of all processes; its gradient is scaled so that averaging the processes'
         gradients, as data parallelism does, gives that of the joint batch."""
         sides = [inputs["query"], inputs["document"]]
-        if self.args.sub_batch_size is None:
+        if self._sub_batch_size is None:
             queries, documents = (self._embed(model, side) for side in sides)
             total = self._joint_loss(queries, documents, inputs)
             scale = self.accelerator.num_processes
@@ -364,7 +455,7 @@ class GircseTrainer(Trainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _cached_loss(self, model: nn.Module, sides: list[dict[str, Tensor]], inputs: dict[str, Any]) -> Tensor:
-        size = self.args.sub_batch_size
+        size = self._sub_batch_size
         own, start = _parts(sides, size), RandomState(inputs["positive_ids"].device)
         parts = self._even(own)
         if not self._draws_numbers:
@@ -419,14 +510,14 @@ class GircseTrainer(Trainer):
         """ICR over the queries (B, K, d) and documents (M, K, d) of all processes; this one's own carry gradients."""
         count = queries.shape[0]
         positives, negatives = (self._gather(x, 0.0) for x in (documents[:count], documents[count:]))
-        document_ids, document_labels = (
-            torch.cat([self._gather(x[:count], -1), self._gather(x[count:], -1)])
-            for x in (inputs["document_ids"], inputs["document_labels"])
+        document_ids, document_labels, prompted_ids = (
+            torch.cat([self._gather(inputs[name][:count], -1), self._gather(inputs[name][count:], -1)])
+            for name in ("document_ids", "document_labels", "prompted_ids")
         )
         queries, documents = self._gather(queries, 0.0), torch.cat([positives, negatives])
         positive_ids = self._gather(inputs["positive_ids"], -1)
         query_labels, query_ids = (self._gather(inputs[name], -1) for name in ("query_labels", "query_ids"))
-        candidates = candidate_mask(document_ids, positive_ids, document_labels, query_labels, query_ids)
+        candidates = candidate_mask(document_ids, positive_ids, document_labels, query_labels, query_ids, prompted_ids)
         candidates = candidates & (document_ids >= 0)  # padding of processes with fewer negatives
         with torch.autocast(queries.device.type, enabled=False):
             loss = icr_loss(
@@ -495,17 +586,27 @@ class GircseTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Retrieval accuracy on the held-out pairs at each of ACCURACY_STEPS, from one pass."""
+        """Retrieval accuracy on the held-out pairs, from one pass: `eval_accuracy` at the trained k, and
+        `eval_accuracy_k1`, ... at this and each of ACCURACY_STEPS."""
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
-        batch_size = self.args.per_device_eval_batch_size
+        config = self._base_model().config
+        trained = 1 if config.step_token == "none" else self.args.k
+        steps = sorted({*accuracy_steps(config), trained})
+        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         with self._on_device(), self.accelerator.autocast():  # as in training, also before Trainer prepares the model
-            accuracy = retrieval_accuracy(self.model, pairs, self.data_collator, batch_size)
+            accuracy = retrieval_accuracy(
+                self.model, pairs, self.data_collator, self.args.per_device_eval_batch_size, steps, quiet
+            )
         for k, value in accuracy.items():
             before = self.scores.get(k, (math.nan,))[0] if self.state.global_step else value
             self.scores[k] = (before, value)
         metrics = {f"{metric_key_prefix}_accuracy_k{k}": value for k, value in accuracy.items()}
+        metrics[f"{metric_key_prefix}_accuracy"] = accuracy[trained]
         if self.state.max_steps:  # before training, TensorBoard (transformers 5) would start in ./runs and stay there
             self.log(dict(metrics))
+        elif self.is_world_process_zero():
+            found = ", ".join(f"{value:.3f} at k = {k}" for k, value in accuracy.items())
+            print(f"Held-out accuracy before training ({len(pairs)} pairs): {found}", flush=True)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -632,36 +733,47 @@ def _by_length(side: dict[str, Tensor], size: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def retrieval_accuracy(model: Any, pairs: Any, collator: PairCollator, batch_size: int = 32) -> dict[int, float]:
+def retrieval_accuracy(
+    model: Any,
+    pairs: Any,
+    collator: PairCollator,
+    batch_size: int = 32,
+    steps: Sequence[int] | None = None,
+    quiet: bool = False,
+) -> dict[int, float]:
     """How often the positive is a query's nearest document, among all positives and one hard negative each of `pairs`
-    less false negatives, for each k of ACCURACY_STEPS: {k: share}. One pass gives all k; {1: share} for a model
-    without generation."""
-    generates, steps = model.config.step_token != "none", accuracy_steps(model.config)
+    less false negatives, for each k of `steps` (`accuracy_steps` by default): {k: share}. One pass gives all k; {1:
+    share} for a model without generation. Shows its progress, unless `quiet`."""
+    generates, steps = model.config.step_token != "none", steps or accuracy_steps(model.config)
     rows = TrainingPairs(pairs, num_negatives=1, seed=0)
     batch = collator([rows[i] for i in range(len(rows))])
     was_training = model.training
     model.eval()
-    sides = []
-    for side in (batch["query"], batch["document"]):
-        parts = _by_length(side, batch_size)
-        embeddings = [
-            model(
-                input_ids=side["input_ids"][rows].to(model.device),
-                attention_mask=side["attention_mask"][rows].to(model.device),
-                k=max(steps) if generates else None,
-            ).step_embeddings
-            for rows in parts
-        ]
-        sides.append(torch.cat(embeddings)[torch.cat(parts).argsort()].cpu())
+    sides = batch["query"], batch["document"]
+    parts = _parts(sides, batch_size)
+    embeddings: list[Tensor | None] = [None, None]
+    for side, part in progress(parts, "held-out accuracy", quiet):
+        inputs = {name: value.to(model.device) for name, value in _rows(sides[side], part).items()}
+        found = model(**inputs, k=max(steps) if generates else None).step_embeddings.cpu()
+        if embeddings[side] is None:
+            embeddings[side] = found.new_empty(len(sides[side]["input_ids"]), *found.shape[1:])
+        embeddings[side][part] = found
     model.train(was_training)
-    ids = ("document_ids", "positive_ids", "document_labels", "query_labels", "query_ids")
+    ids = ("document_ids", "positive_ids", "document_labels", "query_labels", "query_ids", "prompted_ids")
     candidates = candidate_mask(*(batch[name] for name in ids))
     accuracy = {}
     for k in steps:
-        queries, documents = (side[:, k - 1] for side in sides)
+        queries, documents = (side[:, k - 1] for side in embeddings)
         scores = (queries @ documents.T).masked_fill(~candidates, -2.0)
         accuracy[k] = (scores.argmax(1) == torch.arange(len(queries))).float().mean().item()
     return accuracy
+
+
+def progress(parts: Sequence[Any], what: str, quiet: bool) -> Iterable[Any]:
+    """The parts, under a bar; where nobody sees one, as in a file that a log goes to, a line says what is done."""
+    if not quiet and not sys.stderr.isatty():
+        print(f"{what}: {len(parts)} batches", file=sys.stderr, flush=True)
+    return tqdm(parts, desc=what, leave=False, disable=quiet or None)
 
 
 def accuracy_steps(config: PretrainedConfig) -> tuple[int, ...]:
@@ -673,16 +785,20 @@ def accuracy_steps(config: PretrainedConfig) -> tuple[int, ...]:
 
 @whole_weights()
 def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
-    """The model and its processor, from a GIRCSE model or a plain causal LM. The code is this repo's own."""
+    """The model and its processor, from a GIRCSE model or a plain causal LM. The code is this repo's own.
+
+    Raises:
+        ValueError: if the arguments don't go together, the folder is none of these, or the backbone is refused.
+    """
     model_class = get_class_from_dynamic_module("modeling_gircse.GircseModel", str(ROOT))
     processor_class = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))
     path = arguments.model_name_or_path
     AutoConfig.register("gircse", model_class.config_class, exist_ok=True)  # or loading a tokenizer asks for trust
-    name_of_dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    settings: dict[str, Any] = {name_of_dtype: getattr(torch, arguments.dtype)}
+    settings: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype)}
     if arguments.attn_implementation:
         settings["attn_implementation"] = arguments.attn_implementation
-    if PretrainedConfig.get_config_dict(path)[0].get("model_type") == "gircse":
+    gguf = {"gguf_file": name} if (name := arguments.gguf_file or _only_gguf_file(path)) else {}
+    if not gguf and is_gircse(path):
         if arguments.adapter:
             raise ValueError(f"adapter={arguments.adapter!r} needs a plain causal LM, and {path!r} is a GIRCSE model")
         # Left open, the question whether to trust the folder's code would be put to the user for the tokenizer's sake.
@@ -690,14 +806,55 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
         return model_class.from_pretrained(path, **settings), processor
     names = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
     axes = {name: getattr(arguments, name) for name in names}
-    model = model_class.from_causal_lm(path, adapter=arguments.adapter, **axes, **settings)
-    processor = processor_class(
-        AutoTokenizer.from_pretrained(path), prompt_template=arguments.prompt_template, suffix=arguments.suffix
-    )
+    model = model_class.from_causal_lm(path, adapter=arguments.adapter, **axes, **settings, **gguf)
+
+    def make_processor(**options: Any) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(path, **gguf, **options)
+        return processor_class(tokenizer, prompt_template=arguments.prompt_template, suffix=arguments.suffix)
+
+    processor = make_processor()
+    if _saving_problem(processor):  # beside the mistral-common package, Mistral's repos load as its own tokenizer
+        processor = make_processor(mistral_format=False)
     positions = getattr(model.config.text_config, "max_position_embeddings", None)
     if positions:
         processor.max_length = min(processor.max_length, positions - max(model.config.num_steps, *ACCURACY_STEPS))
     return model, processor
+
+
+def is_gircse(path: str) -> bool:
+    """Whether a folder or Hub repo is a GIRCSE model.
+
+    Raises:
+        ValueError: for a folder that is no model of transformers, with what it is.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+            remedy = f"holds a PEFT adapter of {base!r}: give that as the model, and this folder as --adapter"
+        elif gguf := sorted(file.name for file in folder.glob("*.gguf")):
+            remedy = f"holds several GGUF files ({', '.join(gguf)}): choose one by --gguf_file"
+        elif (folder / "modules.json").exists():
+            remedy = "is a Sentence Transformers model of other modules: give the causal LM that it was made from"
+        else:
+            remedy = "has no config.json: give the folder of a causal LM or of a GIRCSE model"
+        raise ValueError(f"model_name_or_path={path!r} {remedy}")
+    return PretrainedConfig.get_config_dict(path)[0].get("model_type") == "gircse"
+
+
+def _only_gguf_file(path: str) -> str | None:
+    """The GGUF file of a folder that holds nothing else to load."""
+    files = [] if (Path(path) / "config.json").exists() else list(Path(path).glob("*.gguf"))
+    return files[0].name if len(files) == 1 else None
+
+
+def _saving_problem(processor: Any) -> Exception | None:
+    """What saving the processor raises, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            processor.save_pretrained(folder)
+        except Exception as error:  # of whichever tokenizer it is
+            return error
 
 
 def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> nn.Module:
@@ -989,7 +1146,23 @@ def show_neighbours(folder: str, pairs: Any) -> None:
     """Loads `folder` in a new process, as a user would, and prints a few held-out queries with their nearest texts."""
     print(f"\nLoading {folder} in a new process:", flush=True)
     rows = json.dumps([dict(row) for row in pairs])
-    subprocess.run([sys.executable, "-c", SEARCH, str(Path(folder).resolve())], input=rows, text=True, check=True)
+    call = [sys.executable, "-c", SEARCH, str(Path(folder).resolve())]
+    subprocess.run(call, input=rows, text=True, check=True, env={**os.environ, "PYTHONIOENCODING": ":backslashreplace"})
+
+
+def lenient_console() -> None:
+    """Has characters that the console's encoding lacks (Windows' often has 256) printed as their numbers, not raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help texts with per cent signs that stand for themselves, as some of transformers' do."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = super()._get_help_string(action) or ""
+        return re.sub(r"%(%|\(\w+\)\w)?", lambda match: match[0] if match[1] else "%%", text)
 
 
 def check_settings(
@@ -1023,6 +1196,24 @@ def check_settings(
             raise ValueError(f"output_dir={training.output_dir!r} would overwrite {name}={given!r}; choose another")
 
 
+def check_saving(model: Any, processor: Any, training: GircseTrainingArguments) -> None:
+    """Raises a ValueError now, and not after training, for a model that the export could not save."""
+    if problem := _saving_problem(processor):
+        raise ValueError(
+            f"the tokenizer can't be saved ({problem}): give a folder with a tokenizer.json, such as one that "
+            "AutoTokenizer.from_pretrained(..., mistral_format=False).save_pretrained(folder) has written"
+        )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    quantized = getattr(base.config.text_config, "quantization_config", None) is not None
+    if quantized and model is base:
+        raise ValueError("the backbone is quantized, and its weights can't be trained as they are: use --tuning lora")
+    if quantized and not training.save_adapter:
+        raise ValueError(
+            "the backbone is quantized, and a LoRA can't be merged into such weights: add --save_adapter, or start "
+            "from the weights before quantization"
+        )
+
+
 def check_output(training: GircseTrainingArguments) -> str | None:
     """The checkpoint to go on from, or None; raises now, not after training, when the folder can't be used."""
     folder = Path(training.output_dir)
@@ -1044,6 +1235,14 @@ def check_output(training: GircseTrainingArguments) -> str | None:
         raise ValueError(
             f"resume_from_checkpoint='last', but output_dir={training.output_dir!r} holds no complete checkpoint"
         )
+    if wanted:
+        found = Path(checkpoint if wanted == "last" else wanted)
+        # A file of the optimizer's, one for each process, or a folder of DeepSpeed's.
+        if found.is_dir() and not any(any(found.glob(name)) for name in ("optimizer*", "global_step*")):
+            raise ValueError(
+                f"resume_from_checkpoint={wanted!r}: {found.name} holds no optimizer's state, as --save_only_model "
+                "leaves it, so that the run would not go on as it was. Train on from its weights in a new run instead"
+            )
     return str(checkpoint) if wanted == "last" else wanted
 
 
@@ -1065,19 +1264,31 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
     if not argv:
         argv = SAMPLE_RUN
         print(f"No arguments: training the root model on the sample, as\n  python train_gircse.py {' '.join(argv)}\n")
-    parser = HfArgumentParser((ModelArguments, DataArguments, GircseTrainingArguments))
+    lenient_console()
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, GircseTrainingArguments), description=__doc__, formatter_class=HelpFormatter
+    )
     arguments, data, training = parser.parse_args_into_dataclasses(argv)
     checkpoint = check_output(training)
     set_seed(training.seed)
+    if training.disable_tqdm:
+        datasets.disable_progress_bars()
 
     model, processor = load_model(arguments)
     check_settings(model, processor, arguments, data, training)
     pairs = load_pairs(
-        data.train_data, config=data.data_config, symmetric_sources=data.symmetric_sources, limit=data.limit
+        data.train_data,
+        config=data.data_config,
+        columns=parse_columns(data.columns),
+        symmetric_sources=data.symmetric_sources,
+        limit=data.limit,
+        max_bad_share=data.max_bad_share if data.skip_bad_rows else None,
+        bad_rows_file=Path(training.output_dir) / BAD_ROWS,
     )
     pairs, held_out = split_held_out(pairs, data.held_out, training.seed)
     if arguments.tuning == "lora":
         model = add_lora(model, arguments)
+    check_saving(model, processor, training)
     base_models = [name for name in (arguments.model_name_or_path, arguments.adapter) if name]
     # With --push_to_hub, Trainer makes the Hub repo here, so that a missing permission shows before training.
     trainer = make_trainer(
@@ -1102,12 +1313,13 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
             for k, (before, after) in trainer.scores.items():
                 print(f"  {k:2d}  {before:6.3f} {after:6.3f}")
         plot_curves(trainer.state.log_history, Path(training.output_dir) / "training_curves.png")
+        print(f"\nSaving to {training.output_dir}", flush=True)
     if training.push_to_hub:
         commit = trainer.push_to_hub()
     else:
         trainer.export()
     if trainer.is_world_process_zero():
-        print(f"\nSaved to {training.output_dir}")
+        print(f"Saved to {training.output_dir}")
         if training.push_to_hub:
             print(f"Published: {commit}")
         if data.show_neighbours:

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
@@ -27,8 +26,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from conftest import ROOT, text_config
 
 REMOTE_FILES = ("configuration_gircse.py", "modeling_gircse.py", "processing_gircse.py")
-# transformers took up `dtype=` in 4.56 and goes on taking `torch_dtype=`.
-DTYPE_ARGUMENTS = ["torch_dtype"] + ["dtype"] * (tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56))
+# transformers took up `dtype=` in 4.56 and goes on taking `torch_dtype=`; our models take both everywhere.
+DTYPE_ARGUMENTS = ["torch_dtype", "dtype"]
 IDS = [[5, 17, 60, 33, 8], [0, 0, 42, 9, 77]]
 MASK = [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
 
@@ -284,6 +283,19 @@ def test_default_dtype_is_one_and_finite(gircse, make_model, ids_and_mask, tmp_p
     # The saved dtype in transformers 5; 4.x may widen to float32.
     assert {parameter.dtype for parameter in model.parameters()} in ({dtype}, {torch.float32})
     assert torch.isfinite(model.generate_embedding(*ids_and_mask)).all()
+
+
+@pytest.mark.parametrize("backbone", ["qwen2", "qwen2-tied", "gemma3_text"])
+def test_new_token_rows_are_initialised_as_the_backbone_does(make_model, ids_and_mask, backbone):
+    model = make_model(backbone)
+    before = model.generate_embedding(*ids_and_mask, k=4)
+    torch.manual_seed(0)
+    embeddings = model.resize_token_embeddings(99 + 64, mean_resizing=False)
+    assert embeddings is model.get_input_embeddings() and embeddings.num_embeddings == 163
+    assert model.config.text_config.vocab_size == model.get_output_embeddings().weight.shape[0] == 163
+    assert float(embeddings.weight[99:].std()) == pytest.approx(0.2, rel=0.1)  # their initializer_range
+    model.resize_token_embeddings(99)
+    torch.testing.assert_close(model.generate_embedding(*ids_and_mask, k=4), before)
 
 
 def test_attn_implementation_reaches_the_backbone(gircse, make_model, ids_and_mask, tmp_path, monkeypatch):

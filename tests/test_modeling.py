@@ -450,6 +450,10 @@ def test_float64_stays(make_model, batch):
 def test_bad_k(make_model, batch, k, error):
     with pytest.raises(error, match="k="):
         make_model().generate_embedding(*batch, k=k)
+    model = make_model()
+    model.config.num_steps = k
+    with pytest.raises(error, match="config.num_steps="):
+        model.generate_embedding(*batch)
 
 
 def test_k_of_any_integer_type(make_model, batch):

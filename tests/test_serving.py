@@ -9,11 +9,13 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, pipeline
 
 from conftest import ROOT, text_config
 from test_loading import DTYPE_ARGUMENTS
 
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56)  # for which bitsandbytes needs a GPU
 TEXTS = ["a red fox", "how do I renew the card that was stolen from me last week?", "rain"]
 BATCH = {"input_ids": torch.tensor([[5, 17, 60, 33, 8], [7, 7, 42, 9, 77]]), "attention_mask": torch.ones(2, 5).long()}
 DECODER = "language_model.model"
@@ -160,7 +162,7 @@ def test_tied_weights_stay_tied_when_quantized(make_model, tmp_path, kind):
         from transformers import TorchAoConfig
 
         quantization = TorchAoConfig(Int8WeightOnlyConfig())
-    elif DTYPE_ARGUMENTS == ["torch_dtype"] and not torch.cuda.is_available():
+    elif OLD and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     else:
         quantization = BitsAndBytesConfig(**{f"load_in_{kind}": True})
@@ -174,7 +176,7 @@ def test_tied_weights_stay_tied_when_quantized(make_model, tmp_path, kind):
 
 @needs_root
 @pytest.mark.skipif(not installed("bitsandbytes"), reason="bitsandbytes is not installed")
-@pytest.mark.skipif(DTYPE_ARGUMENTS == ["torch_dtype"] and not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(OLD and not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("settings", [{"load_in_8bit": True}, {"load_in_4bit": True}])
 def test_root_model_by_bitsandbytes(processor, exact, settings):
     model = load_root(quantization_config=BitsAndBytesConfig(**settings), torch_dtype=torch.float32)
@@ -196,7 +198,7 @@ def test_root_model_in_any_dtype(processor, exact, argument, dtype):
 
 
 @needs_root
-@pytest.mark.parametrize("argument", DTYPE_ARGUMENTS)
+@pytest.mark.parametrize("argument", DTYPE_ARGUMENTS[: 1 if OLD else 2])  # which is the pipeline's own
 def test_pipeline_honours_dtype(argument):
     embed = pipeline(
         "feature-extraction", model=str(ROOT), trust_remote_code=True, device="cpu", **{argument: "bfloat16"}

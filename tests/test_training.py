@@ -4,7 +4,10 @@ on as if nothing had happened; what is exported loads elsewhere."""
 from __future__ import annotations
 
 import copy
+import csv
+import dataclasses
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -19,19 +22,28 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from conftest import text_config
 from data_gircse import FEATURES, PairCollator
 from losses_gircse import candidate_mask, icr_loss
 from train_gircse import (
+    WITHOUT_EFFECT,
     DataArguments,
     GircseTrainer,
     GircseTrainingArguments,
@@ -41,12 +53,19 @@ from train_gircse import (
     add_lora,
     check_settings,
     export,
+    lenient_console,
     load_model,
     main,
     model_card,
     plot_curves,
     retrieval_accuracy,
+    show_neighbours,
 )
+
+try:
+    import gguf
+except ImportError:
+    gguf = None
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "red blue green tall small old new fast slow warm cold dark bright wet dry loud quiet soft hard round".split()
@@ -606,6 +625,296 @@ def test_counts_below_one_are_refused(tmp_path, setting):
         GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **setting)
 
 
+# What `Trainer` does with all other arguments holds here, too.
+HONOURED = """output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
+activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
+torch_compile_backend torch_compile_mode neftune_noise_alpha torch_empty_cache_steps auto_find_batch_size
+logging_strategy logging_steps logging_first_step logging_dir log_on_each_node logging_nan_inf_filter log_level
+log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start save_only_model save_strategy save_steps
+save_on_each_node save_total_limit save_safetensors enable_jit_checkpoint push_to_hub hub_token hub_private_repo
+hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better
+ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config
+dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
+ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
+fsdp_config deepspeed debug skip_memory_metrics do_train do_eval resume_from_checkpoint local_rank""".split()
+# Of transformers before 5, under names that went or have another one since.
+OLD = """per_gpu_train_batch_size per_gpu_eval_batch_size no_cuda use_mps_device use_ipex fp16_opt_level fp16_backend
+half_precision_backend tpu_num_cores tpu_metrics_debug fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap tp_size
+adafactor mp_parameters push_to_hub_model_id push_to_hub_organization push_to_hub_token torchdynamo ray_scope _n_gpu
+""".split()
+
+
+def test_each_inherited_argument_is_honoured_or_refused():
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert inherited - {*HONOURED, *OLD} - WITHOUT_EFFECT.keys() == set()
+    assert not WITHOUT_EFFECT.keys() & {*HONOURED}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"label_names": ["labels"]},
+        {"bf16_full_eval": True},
+        {"include_num_input_tokens_seen": True},
+        {"use_liger_kernel": True},
+        {"hub_always_push": True},
+        {"do_predict": True},
+    ],
+)
+def test_arguments_without_effect_are_refused(tmp_path, setting):
+    name = next(iter(setting))
+    with pytest.raises(ValueError, match=rf"{name}=.* has no effect here: .*{WITHOUT_EFFECT[name][:20]}"):
+        GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **setting)
+    with pytest.raises(ValueError, match="split_batches"):
+        GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, accelerator_config={"split_batches": True})
+
+
+def test_defaults_of_the_command_line_are_refused_nowhere(tmp_path):
+    parser = HfArgumentParser(GircseTrainingArguments)
+    (training,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "--do_train"])
+    assert training.k == 5
+
+
+def test_memory_that_runs_out_makes_sub_batches_and_keeps_the_batch(processor, tmp_path):
+    """A "GPU" that takes five texts at once: the same losses and gradients as with room for all of them."""
+    settings = {"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 1}
+    rows = make_rows(16)
+    plain = train_and_watch(tiny_model(dtype=torch.float64), processor, tmp_path / "plain", rows, **settings)
+    model, sizes = tiny_model(dtype=torch.float64), []
+
+    def small(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if module.training and torch.is_grad_enabled() and sizes[-1] > 5:
+            raise RuntimeError("CUDA out of memory.")
+
+    model.register_forward_pre_hook(small, with_kwargs=True)
+    found = train_and_watch(model, processor, tmp_path / "small", rows, auto_find_batch_size=True, **settings)
+    assert found.trainer._train_batch_size == 5 and found.trainer._sub_batch_size == 5
+    assert found.losses[-2:] == pytest.approx(plain.losses) and found.documents[-2:] == plain.documents
+    for mine, theirs in zip(found.gradients, plain.gradients, strict=True):
+        assert_same_gradients(mine, theirs, 1e-6)
+
+
+def test_the_best_model_is_by_default_that_of_the_best_accuracy(processor, tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.9, 0.1])
+    monkeypatch.setattr("train_gircse.retrieval_accuracy", lambda *args: dict.fromkeys(args[4], next(accuracies)))
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    trainer = make_trainer(
+        tiny_model(), processor, tmp_path, make_rows(4), make_rows(6), load_best_model_at_end=True, **settings
+    )
+    trainer.train()
+    assert trainer.args.metric_for_best_model == "accuracy" and trainer.args.greater_is_better
+    assert trainer.state.best_metric == 0.9 and trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    best = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(weight, trainer.model.state_dict()[name]) for name, weight in best.items())
+
+
+def test_arguments_of_the_data_loader_reach_it(processor, tmp_path):
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 3}
+    loader = make_trainer(tiny_model(), processor, tmp_path, make_rows(8), **settings).get_train_dataloader()
+    assert loader.persistent_workers and loader.prefetch_factor == 3 and loader.num_workers == 1
+    seeds = ({"data_seed": 1}, {"data_seed": 1, "seed": 7}, {"data_seed": 2})
+    trainers = [make_trainer(tiny_model(), processor, tmp_path, make_rows(40), **seed) for seed in seeds]
+    orders = [list(trainer.get_train_dataloader().batch_sampler) for trainer in trainers]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_checkpoint_without_optimizer_is_not_gone_on_from(workplace, tmp_path):
+    argv = [*workplace.argv, "--output_dir", str(tmp_path), "--max_steps", "3", "--save_only_model"]
+    main(argv)
+    with pytest.raises(ValueError, match="checkpoint-3 holds no optimizer's state, as --save_only_model leaves it"):
+        main([*argv, "--resume_from_checkpoint", "last"])
+
+
+def test_text_of_a_shell_is_read_as_it_is_meant(lora):
+    template = r"Instruct: {instruction}\nQuery:\t"
+    arguments = ModelArguments(model_name_or_path=str(lora.base), prompt_template=template, suffix=r"\n\\n")
+    processor = load_model(arguments)[1]
+    assert processor.prompt_template == "Instruct: {instruction}\nQuery:\t" and processor.suffix == "\n\\n"
+
+
+def test_help_of_any_version_of_transformers_is_printed(capsys, monkeypatch):
+    """That of 5.2.0 has a bare per cent sign."""
+    (field,) = [field for field in dataclasses.fields(GircseTrainingArguments) if field.name == "max_grad_norm"]
+    monkeypatch.setattr(field, "metadata", {"help": "100% of it, 5%% more, or %(default)s"})
+    with pytest.raises(SystemExit) as status:
+        main(["--help"])
+    assert status.value.code == 0 and "100% of it, 5% more, or 1.0" in " ".join(capsys.readouterr().out.split())
+
+
+def test_neighbours_are_printed_on_any_console(workplace, straight, monkeypatch):
+    """Windows' consoles often have 256 characters."""
+    said = {}
+    run = subprocess.run
+
+    def watched(*args, **kwargs):
+        said["result"] = run(*args, **{**kwargs, "env": {**kwargs["env"], "PYTHONUTF8": "0", "LC_ALL": "C"}}, stdout=-1)
+
+    monkeypatch.setattr("train_gircse.subprocess.run", watched)
+    monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
+    rows = make_rows(2)
+    rows[0]["query"] = "多少钱"
+    show_neighbours(str(straight.folder), make_pairs(rows))
+    assert r"\u591a\u5c11\u94b1" in said["result"].stdout
+
+    class Console(io.TextIOWrapper):
+        pass
+
+    console = Console(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    lenient_console()
+    print("多")
+    console.flush()
+    assert console.buffer.getvalue().strip() == rb"\u591a"
+
+
+# What could not be saved at the end
+
+
+class Unsaved(PreTrainedTokenizerFast):
+    """Saves nothing that a tokenizer is loaded from, as that of the mistral-common package."""
+
+    def save_pretrained(self, folder, *args, **kwargs):
+        Path(folder, "tekken.json").write_text("{}")
+        return (str(Path(folder, "tekken.json")),)
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_replaced_or_refused_before_training(lora, tmp_path, monkeypatch):
+    original, asked = AutoTokenizer.from_pretrained, []
+
+    def load(path, **kwargs):
+        asked.append(kwargs)
+        tokenizer = original(path)
+        return (
+            tokenizer
+            if kwargs.get("mistral_format") is False and replaced
+            else Unsaved(tokenizer_object=tokenizer.backend_tokenizer)
+        )
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    replaced = True
+    processor = load_model(ModelArguments(model_name_or_path=str(lora.base)))[1]
+    assert not isinstance(processor.tokenizer, Unsaved) and asked == [{}, {"mistral_format": False}]
+    replaced = False
+    monkeypatch.setattr("train_gircse.GircseTrainer.train", lambda *args, **kwargs: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="the tokenizer can't be saved .*mistral_format=False"):
+        main([*lora.argv, "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "options, remedy", [([], "can't be merged.*--save_adapter"), (["--tuning", "full"], "use --tuning lora")]
+)
+def test_a_quantized_backbone_is_refused_before_training_where_it_could_not_be_saved(
+    lora, tmp_path, monkeypatch, options, remedy
+):
+    original = load_model
+
+    def load(arguments):
+        model, processor = original(arguments)
+        model.config.text_config.quantization_config = {"quant_method": "torchao"}
+        return model, processor
+
+    monkeypatch.setattr("train_gircse.load_model", load)
+    monkeypatch.setattr("train_gircse.GircseTrainer.train", lambda *args, **kwargs: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=remedy):
+        main([*lora.argv, *options, "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"adapter_config.json": '{"base_model_name_or_path": "some/base"}'}, "adapter of 'some/base'.* --adapter"),
+        ({"a.gguf": "", "b.gguf": ""}, "several GGUF files .a.gguf, b.gguf.: choose one by --gguf_file"),
+        ({"modules.json": "[]"}, "Sentence Transformers model of other modules"),
+        ({"pytorch_model.bin": ""}, "has no config.json"),
+    ],
+)
+def test_folders_that_are_no_model_are_told_what_they_are(tmp_path, files, said):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        load_model(ModelArguments(model_name_or_path=str(tmp_path)))
+
+
+def write_gguf(path: Path) -> None:
+    """A tiny Llama in GGUF, with the tokenizer of the other tests."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(8)
+    vocabulary = json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
+    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    for name in ("bos", "eos", "pad"):
+        getattr(writer, f"add_{name}_token_id")(0)
+    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    shapes |= {"blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32)}
+    shapes |= {"blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (48, 32), "blk.0.ffn_up": (48, 32)}
+    shapes |= {"blk.0.ffn_down": (32, 48)}
+    generator = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = generator.normal(0, 0.2, shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if name == "token_embd" else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.skipif(gguf is None, reason="gguf is not installed")
+@pytest.mark.parametrize("named", [False, True])
+def test_a_gguf_file_trains_saves_and_loads_from_the_command_line(workplace, tmp_path, named):
+    """It is dequantized at loading, and nothing that is saved says otherwise."""
+    (tmp_path / "base").mkdir()
+    write_gguf(tmp_path / "base" / "tiny.gguf")
+    if named:
+        write_gguf(tmp_path / "base" / "other.gguf")
+    argv = [*workplace.argv, "--max_steps", "2", "--warmup_steps", "1", "--held_out", "0", "--num_steps", "3"]
+    argv += ["--model_name_or_path", str(tmp_path / "base"), *(["--gguf_file", "tiny.gguf"] if named else [])]
+    main([*argv, "--output_dir", str(tmp_path / "out")])
+    assert "quantiz" not in (tmp_path / "out" / "config.json").read_text()
+    model, processor = load_model(ModelArguments(model_name_or_path=str(tmp_path / "out")))
+    assert model.generate_embedding(**processor(["a red thing"])).shape == (1, 32)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32} and len(processor.tokenizer) > 99
+
+
+def test_bad_rows_are_left_out_and_listed_beside_the_output(workplace, tmp_path):
+    lines = workplace.folder.joinpath("pairs.jsonl").read_text().splitlines()
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*lines[:30], '{"query": "no answer"}', *lines[30:]]))
+    argv = [*workplace.argv, "--train_data", str(tmp_path / "pairs.jsonl"), "--max_steps", "1", "--held_out", "0"]
+    with pytest.raises(ValueError, match=r"pairs.jsonl:31: "):
+        main([*argv, "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="max_bad"):
+        main([*argv, "--output_dir", str(tmp_path / "out"), "--skip_bad_rows"])  # one of 61 is more than 1 %
+    main([*argv, "--output_dir", str(tmp_path / "out"), "--skip_bad_rows", "--max_bad_share", "0.02"])
+    (bad,) = map(json.loads, (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines())
+    assert bad["row"] == 31 and bad["file"].endswith("pairs.jsonl") and "pos" in bad["reason"]
+
+
+def test_columns_of_other_names_are_named_on_the_command_line(workplace, tmp_path):
+    with (tmp_path / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=";")
+        writer.writerow(["Frage", "Antwort", "falsch"])
+        writer.writerows([f"wer ist {i}?", f'"{i}"; wer sonst', f"{i + 1}"] for i in range(16))
+    argv = [*workplace.argv, "--train_data", str(tmp_path / "pairs.csv"), "--max_steps", "1", "--held_out", "0"]
+    main([*argv, "--output_dir", str(tmp_path / "out"), "--columns", "query=Frage,pos=Antwort", "neg=falsch"])
+    assert json.loads((tmp_path / "out" / "training_log.jsonl").read_text().splitlines()[0])["log_candidates"] > 2.7
+
+
 def test_command_line_lists_choices(capsys):
     parser = HfArgumentParser((ModelArguments, DataArguments, GircseTrainingArguments))
     parsed = parser.parse_args_into_dataclasses(["--matryoshka_dims", "8", "16", "--symmetric_sources", "a", "b"])
@@ -1009,8 +1318,28 @@ def test_accuracy_before_training_is_measured_on_the_accelerator(processor, tmp_
 def test_evaluate_reports_each_k(processor, tmp_path):
     trainer = make_trainer(tiny_model(), processor, tmp_path, make_rows(4), held_out=make_rows(6))
     metrics = trainer.evaluate()
-    assert set(metrics) == {f"eval_accuracy_k{k}" for k in (1, 3, 5, 10, 20)}
+    assert set(metrics) == {"eval_accuracy"} | {f"eval_accuracy_k{k}" for k in (1, 3, 5, 10, 20)}
     assert all(0 <= value <= 1 for value in metrics.values())
+    assert metrics["eval_accuracy"] == metrics["eval_accuracy_k3"]
+
+
+def test_accuracy_is_measured_at_the_trained_k_too(processor, tmp_path):
+    for model, settings, trained in (
+        (tiny_model(), {"k": 4}, 4),
+        (tiny_model(step_token="none", pooling="last"), {}, 1),
+    ):
+        metrics = make_trainer(model, processor, tmp_path, make_rows(4), make_rows(6), **settings).evaluate()
+        assert metrics["eval_accuracy"] == metrics[f"eval_accuracy_k{trained}"]
+
+
+def test_accuracy_before_training_is_said_when_it_is_known_and_what_is_done_meanwhile(processor, tmp_path, capsys):
+    rows = (make_rows(4), make_rows(6))
+    make_trainer(tiny_model(), processor, tmp_path, *rows, disable_tqdm=False).evaluate()
+    said = capsys.readouterr()
+    assert "Held-out accuracy before training (6 pairs): " in said.out and " at k = 20" in said.out
+    assert said.err.splitlines() == ["held-out accuracy: 3 batches"]  # no terminal, so that there is no bar
+    make_trainer(tiny_model(), processor, tmp_path, *rows, disable_tqdm=True).evaluate()
+    assert capsys.readouterr().err == ""
 
 
 if __name__ == "__main__":

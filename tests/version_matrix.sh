@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
 # Runs the tests of loading, embedding, serving, Sentence Transformers, training and publishing on several versions of
 # transformers, each in a virtual environment of its own with the versions of the other packages that pip matches to it,
-# and prints a table. Usage: tests/version_matrix.sh [VERSION ...]     (default: 4.51.3 4.57.* 5.0.* and the newest 5.x)
+# and prints a table. Usage: tests/version_matrix.sh [VERSION[@PYTHON] ...]; the default is below.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 versions=("$@")
-[ ${#versions[@]} -gt 0 ] || versions=("4.51.3" "4.57.*" "5.0.*" "5.*")
-tests=(modeling speed processing losses loading handler serving sentence_transformers adapters hub data training)
+# The last is what pip gives today on the newest Python that torch is built for.
+[ ${#versions[@]} -gt 0 ] || versions=("4.51.3" "4.57.*" "5.0.*" "5.23.*" "5.24.*" "*@python3.13")
+tests=(modeling speed processing losses loading handler serving sentence_transformers adapters hub rows data training)
 files=("${tests[@]/#/tests/test_}") && files=("${files[@]/%/.py}")
 packages=(torch transformers sentence-transformers peft huggingface-hub)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 table="| python | $(printf '%s | ' "${packages[@]}")result |\n|---|$(printf -- '---|%.0s' "${packages[@]}")---|\n"
 failed=0
-for version in "${versions[@]}"; do
-    environment="$work/transformers-${version//\*/x}"
-    python3 -m venv "$environment" &&
+for leg in "${versions[@]}"; do
+    version="${leg%@*}" python=python3
+    [ "$version" = "$leg" ] || python="${leg#*@}"
+    environment="$work/transformers-${leg//\*/x}"
+    "$python" -m venv "$environment" &&
         "$environment/bin/pip" install -q -r requirements-train.txt pytest orjson sentence-transformers \
             "transformers==$version" || { failed=1; continue; }
     HF_HOME="$environment/hf" "$environment/bin/python" -m pytest -q -p no:cacheprovider "${files[@]}" 2>&1 |
