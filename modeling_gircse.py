@@ -276,15 +276,16 @@ class GircseModel(GircsePreTrainedModel):
             _key_here(key): value for key, value in peft.load_peft_weights(peft_model_id, "cpu", **where).items()
         }
         _check_changes(peft_model_id, weights)
-        if self._hf_peft_config_loaded and name in self.peft_config:
+        loaded = getattr(self, "peft_config", {})  # by name; there is no such attribute without any
+        if name in loaded:
             raise ValueError(f"adapter_name={name!r} is taken; choose another, or free it by delete_adapter({name!r})")
-        active = self.active_adapters() if self._hf_peft_config_loaded else None
+        active = self.active_adapters() if loaded else None
         conversions = getattr(self, "_weight_conversions", None)
         try:
             info = super().load_adapter(peft_config=config, adapter_state_dict=weights, adapter_name=name, **kwargs)
             self._check_kept(name, weights, peft.utils.ModulesToSaveWrapper)
         except (KeyError, RuntimeError, ValueError) as error:
-            if self._hf_peft_config_loaded and name in self.peft_config:
+            if name in getattr(self, "peft_config", {}):
                 self.delete_adapter(name)
             elif not hasattr(self, "peft_config"):  # it failed half-way
                 _unwrap(self)

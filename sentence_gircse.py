@@ -212,7 +212,7 @@ class SentenceGircse(InputModule):
         Raises:
             ValueError: if there is no adapter.
         """
-        if not self.model._hf_peft_config_loaded:
+        if not hasattr(self.model, "peft_config"):
             raise ValueError("merge_adapter: the model has no adapter; load or add one first")
         for module in list(self.model.modules()):
             if hasattr(module, "base_layer"):  # PEFT's, around a layer
@@ -231,7 +231,7 @@ class SentenceGircse(InputModule):
         """
         model, config = self.model, self.model.config
         base = Path(config.name_or_path)
-        if not model._hf_peft_config_loaded:
+        if not hasattr(model, "peft_config"):
             model.save_pretrained(output_path, safe_serialization=safe_serialization)
         # A model made in memory can't be loaded again, nor one in whose place this is saved; an adapter's file has no
         # learned tokens.

@@ -333,6 +333,46 @@ class EpochSetter(TrainerCallback):
             self.batches.set_epoch(epoch)
 
 
+class Watch:
+    """Tells once, and early, that a run learns nothing, from the lines of its log."""
+
+    COLLAPSED, DIVERGING = 5, 3  # lines in a row that it takes
+    STEPS = 20  # and the steps, as single ones say little
+    GROWTH = 30  # of the gradient norm over the least so far; sources differ by less
+
+    def __init__(self) -> None:
+        self.collapsed, self.diverging = 0, []  # lines, and the steps of lines
+        self.least_loss = self.least_norm = math.inf
+        self.told = False
+
+    def see(self, step: int, losses: Sequence[float], chance: float, norm: float, warm: bool) -> str | None:
+        """What is wrong, if that has just become clear.
+
+        Args:
+            step: of the line.
+            losses: L_1..L_K.
+            chance: the log of the number of candidates, the loss of a model that takes all texts for one.
+            norm: the gradient norm before clipping, or NaN.
+            warm: whether the warm-up is over, before which losses may start above chance.
+        """
+        loss = sum(losses) / len(losses)
+        grown = norm > self.GROWTH * self.least_norm
+        lost = not math.isfinite(loss) or (warm and loss > 1.01 * chance and loss > 0.98 * self.least_loss)
+        self.collapsed = self.collapsed + 1 if all(abs(x - chance) < 0.01 * chance for x in losses) else 0
+        self.diverging = [*self.diverging, step] if grown or lost else []
+        self.least_loss, self.least_norm = min(loss, self.least_loss), min(norm, self.least_norm)
+        if self.told:
+            return None
+        if self.collapsed >= self.COLLAPSED:
+            self.told = True
+            return f"has collapsed: for {self.collapsed} lines of the log all texts are as one"
+        if len(self.diverging) >= self.DIVERGING and step - self.diverging[0] >= self.STEPS:
+            self.told = True
+            what = "the gradient explodes" if grown else "the losses are worse than by chance and don't fall"
+            return f"diverges: since step {self.diverging[0]} {what}"
+        return None
+
+
 class GircseTrainer(Trainer):
     """`Trainer` whose loss is ICR over queries, positives and hard negatives.
 
@@ -391,7 +431,7 @@ class GircseTrainer(Trainer):
         self.scores: dict[int, tuple[float, float]] = {}  # k: the accuracy before training, and the last one measured
         self._draws_numbers = False  # whether a forward pass does, as with dropout
         self._metrics: list[dict[str, Tensor]] = []
-        self._collapsed_lines, self._warned_of_collapse = 0, False
+        self._watch = Watch()
 
     # Data
 
@@ -565,20 +605,23 @@ class GircseTrainer(Trainer):
             for name in self._metrics[0]:
                 logs[name] = round(torch.stack([line[name] for line in self._metrics]).mean().item(), 5)
             self._metrics = []
-            self._warn_of_collapse(logs)
+            self._warn_of_trouble(logs)
         super().log(logs, *args, **kwargs)
 
-    def _warn_of_collapse(self, logs: dict[str, float]) -> None:
-        steps = [value for name, value in logs.items() if name.startswith("L_") and name != "L_reg"]
-        chance = logs["log_candidates"]
-        stuck = all(abs(value - chance) < 0.01 * chance for value in steps)
-        self._collapsed_lines = self._collapsed_lines + 1 if stuck else 0
-        if self._collapsed_lines == 5 and not self._warned_of_collapse and self.is_world_process_zero():
-            self._warned_of_collapse = True
+    def _warn_of_trouble(self, logs: dict[str, float]) -> None:
+        losses = [value for name, value in logs.items() if name.startswith("L_") and name != "L_reg"]
+        step, chance = self.state.global_step, logs["log_candidates"]
+        norm = float(logs.get("grad_norm", math.nan))  # transformers 4 logs none when it clips none
+        warm = step > self.args.get_warmup_steps(self.state.max_steps)
+        trouble = self._watch.see(step, losses, chance, norm, warm)
+        if trouble and self.is_world_process_zero():
+            facts = f"losses {losses[0]:.2f} to {losses[-1]:.2f}, {chance:.2f} by chance; gradient norm {norm:.0f}"
+            remedies = f"Lower the learning rate (now {self.args.learning_rate:g}), warm up longer"
+            if "diverges" in trouble and self._base_model().config.step_token == "soft" and len(losses) > 1:
+                remedies += ", damp the gradient through the soft tokens (--logit_temperature 2 for a new model)"
             logger.warning(
-                "training has collapsed: for 5 lines of the log all step losses are the log of the candidates' number, "
-                f"{chance:.3f}, as if all texts were one (mean cosine {logs['mean_cosine']:.3f}). Lower the learning "
-                f"rate (now {self.args.learning_rate:g}), warm up longer, or start from a stronger backbone."
+                f"training {trouble} ({facts} before clipping; mean cosine {logs['mean_cosine']:.3f}). {remedies}, or "
+                "start from a stronger backbone."
             )
 
     # Evaluation

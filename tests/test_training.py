@@ -49,6 +49,7 @@ from train_gircse import (
     GircseTrainingArguments,
     ModelArguments,
     RandomState,
+    Watch,
     _copy_on_cpu,
     add_lora,
     check_settings,
@@ -1220,8 +1221,42 @@ def test_a_moment_at_chance_is_no_collapse(processor, tmp_path, caplog):
     assert collapse_warnings(caplog) == 1
 
 
+def test_a_diverging_run_is_told_so_early_once_and_with_a_remedy(processor, tmp_path, caplog):
+    settings = {"max_steps": 40, "learning_rate": 10.0, "warmup_steps": 1, "logging_steps": 5}
+    run = train_and_watch(tiny_model(), processor, tmp_path, make_rows(64), **settings)
+    (warning,) = [record.getMessage() for record in caplog.records if "training diverges" in record.getMessage()]
+    assert "Lower the learning rate (now 10)" in warning and "--logit_temperature 2" in warning
+    assert math.isnan(run.losses[-1])
+
+
+@pytest.mark.parametrize(
+    "losses, norms, expected",
+    [
+        ([9, 7, 5, 4, 3, 3, 2, 2], [50] * 8, None),  # starts above chance and falls
+        ([9, 9, 9, 9, 9, 9], [50] * 6, "worse than by chance"),
+        ([3, 2, 5, 6, 7], [50] * 5, "diverges: since step 30"),
+        ([3, 3, 3, 3, 3], [50, 60, 3000, 5000, 7000], "the gradient explodes"),
+        ([3, 3, 3, 3, 3], [50, 60, 3000, 60, 50], None),  # one batch
+        ([3, math.nan, math.nan, math.nan], [50, math.nan, math.nan, math.nan], "diverges"),
+        ([4.16] * 6, [50] * 6, "has collapsed"),
+        ([9, 9, 9, 9, 9], [math.nan] * 5, "diverges"),
+    ],
+)
+def test_watch(losses, norms, expected):
+    def see(logging_steps: int, warm: bool) -> list[str]:
+        watch, lines = Watch(), enumerate(zip(losses, norms, strict=True), 1)
+        said = [watch.see(i * logging_steps, [loss] * 2, math.log(64), norm, warm) for i, (loss, norm) in lines]
+        return [line for line in said if line]
+
+    found = see(10, True)
+    assert len(found) == (expected is not None) and all(expected in line for line in found)
+    assert not any("diverges" in line for line in see(1, True))  # a few steps say little
+    if losses[0] == 9:
+        assert not see(10, False)  # it may start there, and warms up
+
+
 def test_a_healthy_run_is_not_warned(straight):
-    assert not [message for message in straight.messages if "collapsed" in message]
+    assert not [message for message in straight.messages if "collapsed" in message or "diverges" in message]
 
 
 # Accuracy
