@@ -124,20 +124,20 @@ def load_pairs(
     return pairs if max_bad_share is None else _without_bad_rows(pairs, source, max_bad_share, bad_rows_file)
 
 
-def parse_columns(words: Iterable[str]) -> dict[str, list[str]]:
+def parse_columns(words: Sequence[str]) -> dict[str, list[str]]:
     """`load_pairs`'s `columns` from a command line's words: `query=question,pos=answer`, `neg=hard_1,hard_2`."""
     columns: dict[str, list[str]] = {}
     for part in ",".join(words).split(",") if words else ():
-        ours, equals, theirs = part.rpartition("=")
-        if equals and ours not in columns:
-            columns[ours] = []
-        elif equals or not columns:
+        ours, _, theirs = part.partition("=")
+        if ours in FEATURES and theirs and ours not in columns:
+            columns[ours] = [theirs]
+        elif ours in FEATURES or not part or not columns:
             raise ValueError(
-                f"columns: {part!r} must be ours=theirs, with each of ours once, as query=question or neg=hard_1,hard_2"
+                f"columns: {part!r} must be ours=theirs, with each of ours once, as query=question or "
+                f"neg=hard_1,hard_2; ours are {', '.join(FEATURES)}"
             )
-        if not theirs:
-            raise ValueError(f"columns: {part!r} names no column of the data; write query=question")
-        list(columns.values())[-1].append(theirs)
+        else:
+            list(columns.values())[-1].append(part)
     return columns
 
 

@@ -271,9 +271,16 @@ def test_wrong_columns(tmp_path):
     ):
         with pytest.raises(ValueError, match=error):
             load_pairs(path, columns=columns)
-    for words in (["query"], ["query="], ["neg=a,,b"], ["query=a", "query=b"]):
-        with pytest.raises(ValueError, match=f"columns: '{words[-1]}' must be ours=theirs, with each of ours once"):
+    for words, wrong in (
+        (["query"], "query"),
+        (["query="], "query="),
+        (["neg=a,,b"], ""),
+        (["query=a", "query=b"], "query=b"),
+        (["qery=a,pos=b"], "qery=a"),
+    ):
+        with pytest.raises(ValueError, match=f"columns: '{wrong}' must be ours=theirs, with each of ours once"):
             parse_columns(words)
+    assert parse_columns(["query=question,pos=answer"]) == {"query": ["question"], "pos": ["answer"]}
     assert parse_columns(["query=a b", "pos=c=d", "neg=e,f"]) == {"query": ["a b"], "pos": ["c=d"], "neg": ["e", "f"]}
 
 
