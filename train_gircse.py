@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -223,6 +223,8 @@ class GircseTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.remove_unused_columns = False
         self._check_inherited()
+        if self.disable_tqdm is None and not sys.stderr.isatty():
+            self.disable_tqdm = True  # bars fill a log that is no terminal; the lines of the log stay
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "accuracy"  # at the trained k; Trainer's own default is a loss
         # Without this, Trainer refuses bf16 where there is only a CPU.
@@ -635,10 +637,10 @@ class GircseTrainer(Trainer):
         config = self._base_model().config
         trained = 1 if config.step_token == "none" else self.args.k
         steps = sorted({*accuracy_steps(config), trained})
-        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        bar = not self.args.disable_tqdm if self.is_world_process_zero() else None
         with self._on_device(), self.accelerator.autocast():  # as in training, also before Trainer prepares the model
             accuracy = retrieval_accuracy(
-                self.model, pairs, self.data_collator, self.args.per_device_eval_batch_size, steps, quiet
+                self.model, pairs, self.data_collator, self.args.per_device_eval_batch_size, steps, bar
             )
         for k, value in accuracy.items():
             before = self.scores.get(k, (math.nan,))[0] if self.state.global_step else value
@@ -782,11 +784,11 @@ def retrieval_accuracy(
     collator: PairCollator,
     batch_size: int = 32,
     steps: Sequence[int] | None = None,
-    quiet: bool = False,
+    bar: bool | None = None,
 ) -> dict[int, float]:
     """How often the positive is a query's nearest document, among all positives and one hard negative each of `pairs`
     less false negatives, for each k of `steps` (`accuracy_steps` by default): {k: share}. One pass gives all k; {1:
-    share} for a model without generation. Shows its progress, unless `quiet`."""
+    share} for a model without generation. Its progress is shown by a bar, or one line for `bar=False`."""
     generates, steps = model.config.step_token != "none", steps or accuracy_steps(model.config)
     rows = TrainingPairs(pairs, num_negatives=1, seed=0)
     batch = collator([rows[i] for i in range(len(rows))])
@@ -795,7 +797,9 @@ def retrieval_accuracy(
     sides = batch["query"], batch["document"]
     parts = _parts(sides, batch_size)
     embeddings: list[Tensor | None] = [None, None]
-    for side, part in progress(parts, "held-out accuracy", quiet):
+    if bar is False:
+        print(f"Measuring held-out accuracy, {len(parts)} batches", flush=True)
+    for side, part in tqdm(parts, desc="held-out accuracy", leave=False, disable=not bar):
         inputs = {name: value.to(model.device) for name, value in _rows(sides[side], part).items()}
         found = model(**inputs, k=max(steps) if generates else None).step_embeddings.cpu()
         if embeddings[side] is None:
@@ -810,13 +814,6 @@ def retrieval_accuracy(
         scores = (queries @ documents.T).masked_fill(~candidates, -2.0)
         accuracy[k] = (scores.argmax(1) == torch.arange(len(queries))).float().mean().item()
     return accuracy
-
-
-def progress(parts: Sequence[Any], what: str, quiet: bool) -> Iterable[Any]:
-    """The parts, under a bar; where nobody sees one, as in a file that a log goes to, a line says what is done."""
-    if not quiet and not sys.stderr.isatty():
-        print(f"{what}: {len(parts)} batches", file=sys.stderr, flush=True)
-    return tqdm(parts, desc=what, leave=False, disable=quiet or None)
 
 
 def accuracy_steps(config: PretrainedConfig) -> tuple[int, ...]:
@@ -1316,9 +1313,12 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
     set_seed(training.seed)
     if training.disable_tqdm:
         datasets.disable_progress_bars()
+        logging.disable_progress_bar()  # transformers' and the Hub's
 
     model, processor = load_model(arguments)
     check_settings(model, processor, arguments, data, training)
+    if training.process_index == 0:
+        print(f"Reading {data.train_data}", flush=True)
     pairs = load_pairs(
         data.train_data,
         config=data.data_config,
