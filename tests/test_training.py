@@ -1222,11 +1222,10 @@ def test_a_moment_at_chance_is_no_collapse(processor, tmp_path, caplog):
 
 
 def test_a_diverging_run_is_told_so_early_once_and_with_a_remedy(processor, tmp_path, caplog):
-    settings = {"max_steps": 40, "learning_rate": 10.0, "warmup_steps": 1, "logging_steps": 5}
-    run = train_and_watch(tiny_model(), processor, tmp_path, make_rows(64), **settings)
+    settings = {"max_steps": 40, "learning_rate": 30.0, "warmup_steps": 1, "logging_steps": 5}
+    train_and_watch(tiny_model(), processor, tmp_path, make_rows(64), **settings)
     (warning,) = [record.getMessage() for record in caplog.records if "training diverges" in record.getMessage()]
-    assert "Lower the learning rate (now 10)" in warning and "--logit_temperature 2" in warning
-    assert math.isnan(run.losses[-1])
+    assert "Lower the learning rate (now 30)" in warning and "--logit_temperature 2" in warning
 
 
 @pytest.mark.parametrize(
