@@ -1132,6 +1132,7 @@ def _merge_adapter(language_model: PreTrainedModel, adapter: str, **where: Any) 
     peft = _peft(adapter)
     config = peft.PeftConfig.from_pretrained(adapter, **where)
     tied = _is_tied(language_model)
+    trainable = {name: weight.requires_grad for name, weight in language_model.named_parameters()}
     try:
         model = peft.PeftModel(language_model, config)
         ends = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
@@ -1149,6 +1150,8 @@ def _merge_adapter(language_model: PreTrainedModel, adapter: str, **where: Any) 
         raise _misfit(adapter, language_model, error) from error
     _check_changes(adapter, dict(model.named_parameters()))
     merged = model.merge_and_unload()
+    for name, weight in merged.named_parameters():
+        weight.requires_grad_(trainable.get(name, True))  # PEFT has frozen them all
     if tied and not _is_tied(merged):  # the adapter brought its own; nothing may tie them again
         merged.config.tie_word_embeddings = False
         merged.all_tied_weights_keys = {}

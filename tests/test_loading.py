@@ -479,6 +479,7 @@ def test_adapter_is_merged(gircse, make_plain, ids_and_mask, tmp_path, dtype):
     assert len(keys) == 3 * 7 * 2 and all(key.startswith("base_model.model.model.layers.") for key in keys)
 
     model = gircse.GircseModel.from_causal_lm(folder, adapter=adapter, torch_dtype=dtype)
+    assert all(weight.requires_grad for weight in model.parameters())  # to be trained further
     reloaded = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype)
     merged = peft.PeftModel.from_pretrained(reloaded, adapter).merge_and_unload()
     before = merged(*ids_and_mask).logits
