@@ -838,7 +838,7 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
     if arguments.attn_implementation:
         settings["attn_implementation"] = arguments.attn_implementation
     gguf = {"gguf_file": name} if (name := arguments.gguf_file or _only_gguf_file(path)) else {}
-    if not gguf and is_gircse(path):
+    if not gguf and _is_gircse(path):
         if arguments.adapter:
             raise ValueError(f"adapter={arguments.adapter!r} needs a plain causal LM, and {path!r} is a GIRCSE model")
         # Left open, the question whether to trust the folder's code would be put to the user for the tokenizer's sake.
@@ -861,7 +861,7 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
     return model, processor
 
 
-def is_gircse(path: str) -> bool:
+def _is_gircse(path: str) -> bool:
     """Whether a folder or Hub repo is a GIRCSE model.
 
     Raises:
