@@ -542,10 +542,7 @@ class GircseTrainer(Trainer):
         states = []
         for side, rows in parts:
             states.append(RandomState(rows.device))
-            found = self._embed(model, _rows(sides[side], rows))
-            if embeddings[side] is None:
-                embeddings[side] = found.new_zeros(len(sides[side]["input_ids"]), *found.shape[1:])
-            embeddings[side][rows] = found
+            _place(embeddings, side, rows, self._embed(model, _rows(sides[side], rows)), len(sides[side]["input_ids"]))
         return embeddings, states
 
     def _joint_loss(self, queries: Tensor, documents: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -772,6 +769,13 @@ def _parts(sides: list[dict[str, Tensor]], size: int) -> list[tuple[int, Tensor]
     return [(side, rows) for side in range(2) for rows in _by_length(sides[side], size)]
 
 
+def _place(embeddings: list[Tensor | None], side: int, rows: Tensor, found: Tensor, count: int) -> None:
+    """Puts a sub-batch's embeddings (b, K, d) at their rows of the side's (count, K, d)."""
+    if embeddings[side] is None:
+        embeddings[side] = found.new_zeros(count, *found.shape[1:])
+    embeddings[side][rows] = found
+
+
 def _by_length(side: dict[str, Tensor], size: int) -> list[Tensor]:
     """Row numbers in groups of `size`, texts of like length together, so that a sub-batch has little padding."""
     return list(side["attention_mask"].sum(1).argsort(stable=True).split(size))
@@ -802,9 +806,7 @@ def retrieval_accuracy(
     for side, part in tqdm(parts, desc="held-out accuracy", leave=False, disable=not bar):
         inputs = {name: value.to(model.device) for name, value in _rows(sides[side], part).items()}
         found = model(**inputs, k=max(steps) if generates else None).step_embeddings.cpu()
-        if embeddings[side] is None:
-            embeddings[side] = found.new_empty(len(sides[side]["input_ids"]), *found.shape[1:])
-        embeddings[side][part] = found
+        _place(embeddings, side, part, found, len(sides[side]["input_ids"]))
     model.train(was_training)
     ids = ("document_ids", "positive_ids", "document_labels", "query_labels", "query_ids", "prompted_ids")
     candidates = candidate_mask(*(batch[name] for name in ids))
