@@ -44,8 +44,11 @@ from transformers.utils import ModelOutput, cached_file, can_return_tuple, loggi
 
 from .configuration_gircse import GircseConfig
 
-# A pass of its own costs more than it saves for fewer tokens.
+# A common start of fewer tokens than this is not worth a pass of its own.
 SHORTEST_SHARED_PREFIX = 8
+# On a CPU, a group of rows is prefilled by itself if that saves as many tokens: for about 30, reading all weights once
+# more takes as long as the tokens would. On other devices, rows are prefilled together.
+LEAST_TOKENS_SAVED = 64
 # Static caches come in lengths that are multiples of this, so that few shapes are compiled.
 STATIC_CACHE_MULTIPLE = 64
 # Vocabularies from this size on are mixed in chunks in training, where keeping B x V floats a step would cost more than
@@ -690,19 +693,41 @@ class GircseModel(GircsePreTrainedModel):
             layer.keys = layer.values = None
         return fixed
 
+    def _prefill_groups(self, input_ids: Tensor, attention_mask: Tensor, k: int) -> list[Tensor | None]:
+        """Numbers of the rows that are prefilled together, (b,) each, or None for all rows: rows with a common start,
+        which then runs once, and rows of like length, which then have little padding."""
+        if len(input_ids) == 1 or input_ids.device.type != "cpu" or self._runs_in_step():
+            return [None]
+        lengths = attention_mask.sum(1)
+        order = lengths.argsort(stable=True)
+        starts = _tokens_first(input_ids, attention_mask)[:, :SHORTEST_SHARED_PREFIX]
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for row, start in zip(order.tolist(), starts[order].tolist(), strict=True):
+            alike.setdefault(tuple(start), []).append(row)
+        groups, others = [], []
+        for rows in alike.values():
+            shared = self._shared_prefix(input_ids[rows], attention_mask[rows], k)
+            if shared * (len(rows) - 1) >= LEAST_TOKENS_SAVED:
+                groups.append(rows)
+            else:
+                others += rows
+        lengths = lengths.tolist()
+        groups.append(sorted(others, key=lengths.__getitem__))
+        groups = [part for rows in groups if rows for part in _split_by_length(rows, lengths)]
+        return [None] if len(groups) == 1 else [torch.tensor(rows) for rows in groups]
+
+    def _runs_in_step(self) -> bool:
+        """Whether this process has to make the same calls of layers as others, which gather sharded weights at each."""
+        return self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+
     def _shared_prefix(self, input_ids: Tensor, attention_mask: Tensor, k: int) -> int:
         """How many tokens all rows start with, such as an instruction's: their states are the same in every row, so
         that the prefill runs them once. 0 where that does not pay, or would not be exact."""
         batch, length = input_ids.shape
         # Padding then lies between the prefix and the rest, and a sliding window would count it.
-        if batch == 1 or input_ids.is_meta or self._exceeds_window(length + k):
+        if batch == 1 or input_ids.is_meta or self._exceeds_window(length + k) or self._runs_in_step():
             return 0
-        # Sharded weights are gathered at each call of a layer, so that all processes have to make the same calls.
-        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-            return 0
-        lengths = attention_mask.sum(1)
-        index = (length - lengths)[:, None] + torch.arange(length, device=input_ids.device)
-        tokens = input_ids.gather(1, index.clamp(max=length - 1))  # (B, N), each row's tokens first
+        lengths, tokens = attention_mask.sum(1), _tokens_first(input_ids, attention_mask)
         same = (tokens == tokens[:1]).all(0) & (torch.arange(length, device=input_ids.device) < lengths.min() - 1)
         shared = int(same.long().cumprod(0).sum())
         return shared if shared >= SHORTEST_SHARED_PREFIX else 0
@@ -885,22 +910,43 @@ class StepLoop:
         if model._checkpointing():
             # The layers would fill a cache a second time in backward, and differ from what the forward pass saw.
             self.way = self.way._replace(cache=None)
-        self.past = {} if self.way.cache is None else {self.way.cache: DynamicCache()}
-        shared = model._shared_prefix(input_ids, attention_mask, k) if self.past else 0
-        if shared:
-            input_ids, attention_mask = _prefix_first(input_ids, attention_mask, shared)
-        self.inputs = model._prompt_embeddings(input_ids, attention_mask)  # (B, N, d)
+        self.past, self.inputs = {}, None
+        if self.way.cache is None:
+            self.inputs = model._prompt_embeddings(input_ids, attention_mask)  # (B, N, d), which steps are added to
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            seen = model._prompt_mask(attention_mask, self.way)
+            self.state = _decode(self.decoder, self.inputs, seen, positions, {})
+        else:
+            groups = model._prefill_groups(input_ids, attention_mask, k)
+            parts = [self._prefill(input_ids, attention_mask, k, rows) for rows in groups]
+            self.state, attention_mask, cache = parts[0] if len(parts) == 1 else _joined(groups, parts)
+            self.past = {self.way.cache: cache}
+        self.end = attention_mask.shape[1]
         self.mask = F.pad(attention_mask, (0, k), value=1)  # (B, N + K)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)  # (B, N + K)
-        self.end = input_ids.shape[1]
-        if shared:
-            first = self.inputs[:1, :shared], self.mask[:1, :shared], self.positions[:1, :shared]
-            _decode(self.decoder, *first, self.past)
-            self.past[self.way.cache].batch_repeat_interleave(len(self.mask))
-        seen = model._prompt_mask(attention_mask, self.way, shared)
-        rest = self.inputs[:, shared:], seen, self.positions[:, shared : self.end]
-        self.state = _decode(self.decoder, *rest, self.past)
         self.seen = model._step_mask(self.mask) if self.past else self.mask
+
+    def _prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, k: int, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, DynamicCache]:
+        """h'_0 (b, d), the mask in the order of the cache's slots (b, n), and the cache, of the rows of these numbers
+        (None for all), with columns that are all padding cut and a common start run once."""
+        model, cache = self.model, DynamicCache()
+        if rows is not None:
+            longest = int(attention_mask[rows].sum(1).max())
+            input_ids, attention_mask = input_ids[rows, -longest:], attention_mask[rows, -longest:]
+        shared, past = model._shared_prefix(input_ids, attention_mask, k), {self.way.cache: cache}
+        if shared:
+            input_ids, attention_mask = _prefix_first(input_ids, attention_mask, shared)
+        inputs = model._prompt_embeddings(input_ids, attention_mask)
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        if shared:
+            first = inputs[:1, :shared], attention_mask[:1, :shared], positions[:1, :shared]
+            _decode(self.decoder, *first, past)
+            cache.batch_repeat_interleave(len(inputs))
+        seen = model._prompt_mask(attention_mask, self.way, shared)
+        state = _decode(self.decoder, inputs[:, shared:], seen, positions[:, shared:], past)
+        return state, attention_mask, cache
 
     def step(self) -> tuple[Tensor | None, Tensor]:
         """s_k and g_k, (B, V) and (B, d); s_k is None where `_next_token` makes it chunk by chunk."""
@@ -909,12 +955,13 @@ class StepLoop:
 
     def advance(self, embedding: Tensor) -> Tensor:
         """g_k (B, d) after d_k (B, d), whichever token that is of."""
-        new = embedding[:, None]  # (B, 1, d)
-        self.inputs = new if self.past else torch.cat([self.inputs, new], dim=1)
+        inputs = embedding[:, None]  # (B, 1, d)
+        if not self.past:
+            inputs = self.inputs = torch.cat([self.inputs, inputs], dim=1)
         self.end += 1
         seen = None if self.seen is None else self.seen[..., : self.end]
-        at = self.positions[:, self.end - self.inputs.shape[1] : self.end]
-        self.state = _decode(self.decoder, self.inputs, seen, at, self.past)
+        at = self.positions[:, self.end - inputs.shape[1] : self.end]
+        self.state = _decode(self.decoder, inputs, seen, at, self.past)
         return self.state
 
     def keep(self, rows: Tensor) -> None:
@@ -1042,6 +1089,47 @@ class _SoftEmbedding(torch.autograd.Function):
 
 def _chunks(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def _tokens_first(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Rows of padding and tokens, (B, N) -> each row's tokens, and then its last one again and again."""
+    length = input_ids.shape[1]
+    index = (length - attention_mask.sum(1))[:, None] + torch.arange(length, device=input_ids.device)
+    return input_ids.gather(1, index.clamp(max=length - 1))
+
+
+def _split_by_length(rows: list[int], lengths: list[int]) -> list[list[int]]:
+    """Row numbers, shortest row first, in groups that are padded to their own longest row, as far as that pays."""
+    saved = [count * (lengths[rows[-1]] - lengths[rows[count - 1]]) for count in range(1, len(rows))]
+    if max(saved, default=0) < LEAST_TOKENS_SAVED:
+        return [rows]
+    count = saved.index(max(saved)) + 1
+    return _split_by_length(rows[:count], lengths) + _split_by_length(rows[count:], lengths)
+
+
+def _joined(
+    groups: list[Tensor], parts: list[tuple[Tensor, Tensor, DynamicCache]]
+) -> tuple[Tensor, Tensor, DynamicCache]:
+    """What `StepLoop._prefill` returns of each group -> the same of all rows in their order; shorter ones have empty
+    slots on the left, which the mask hides."""
+    states, masks, caches = zip(*parts, strict=True)
+    order, longest = torch.cat(groups).argsort(), max(mask.shape[1] for mask in masks)
+    mask = torch.cat([F.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])[order]
+    joined = DynamicCache()
+    for index, layers in enumerate(zip(*map(_keys_and_values, caches), strict=True)):
+        padded = (
+            torch.cat([F.pad(x, (0, 0, longest - x.shape[-2], 0)) for x in side])[order]
+            for side in zip(*layers, strict=True)
+        )
+        joined.update(*padded, index)
+    return torch.cat(states)[order], mask, joined
+
+
+def _keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer, (B, heads, N, size) each."""
+    if hasattr(cache, "layers"):
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache, strict=True))  # transformers < 4.54
 
 
 def _prefix_first(input_ids: Tensor, attention_mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
