@@ -76,7 +76,7 @@ class Subject:
 
     Args:
         meta: what mteb knows of it; name and revision tell it from every other model and every other state of it.
-        settings: what else changes its embeddings, beside k.
+        settings: what else changes its embeddings or scores, beside k.
         steps: the values of k, or `[None]` for a model without steps.
         embed: (texts, prompt, side, steps) to (B, len(steps), d) float32; side is "query", "document" or None.
         prompts: literal prefixes by mteb's names.
@@ -131,7 +131,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     subject = (gircse_subject if is_gircse(args.model) else sentence_transformers_subject)(args, device)
     # What is at its default leaves no trace, so that defaults can be written out without an evaluation of its own.
-    options = {"dtype": "float32", "max_length": None, "prompt_template": None}
+    options = {"dtype": "float32", "max_length": None, "prompt_template": None, "sample": None}
     subject.settings |= {
         name: getattr(args, name) for name, default in options.items() if getattr(args, name) != default
     }
@@ -373,13 +373,13 @@ class StepEncoder(AbsEncoder):
 # Tasks --------------------------------------------------------------------------------------------------------------
 
 
-def choose_tasks(names: Sequence[str], data: str | None) -> list[AbsTask]:
-    """The tasks of the given names, each once.
+def choose_tasks(names: Sequence[str], data: str | None, sample: int | None = None) -> list[AbsTask]:
+    """The tasks of the given names, each once; local ones of `sample` rows, if that is given.
 
     Raises:
-        ValueError: for an unknown name, or `local` without a folder.
+        ValueError: for an unknown name, or `local` without a folder; for a sample of other tasks, or of one row.
     """
-    local = {task.metadata.name: task for task in local_tasks(data)} if data else {}
+    local = {task.metadata.name: task for task in local_tasks(data, sample)} if data else {}
     if "local" in names and not local:
         raise ValueError("tasks 'local' needs data: a folder with data files")
     chosen: dict[str, AbsTask] = {}
@@ -398,6 +398,8 @@ def choose_tasks(names: Sequence[str], data: str | None) -> list[AbsTask]:
         for task in found:
             for part in task.metadata.tasks if task.is_aggregate else [task]:
                 chosen.setdefault(part.metadata.name, part)  # a benchmark's may be of fewer languages
+    if sample is not None and (sample < 2 or not chosen.keys() <= local.keys()):
+        raise ValueError(f"sample={sample} must be at least 2, and is for local tasks alone, not {', '.join(names)}")
     return list(chosen.values())
 
 
@@ -506,6 +508,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", default=str(ROOT), help="GIRCSE folder or Hub id, or any Sentence Transformers model (this repo)")
     add("--tasks", nargs="+", required=True, metavar="NAME", help="local, mteb, nanobeir, followir, or names of tasks")
     add("--data", help="folder with the data files of local tasks")
+    add("--sample", type=int, help="of local tasks, so many rows of each, the same ones each time (all)")
     add("--k", nargs="+", type=int, help=f"numbers of generated tokens ({' '.join(map(str, STEPS))})")
     add("--output_dir", default="results", help="where results are kept and looked for (results)")
     add("--batch_size", type=int, default=32, help="texts embedded at once (32)")
@@ -531,7 +534,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lenient_console()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse(argv)
-    tasks = choose_tasks(args.tasks, args.data)
+    tasks = choose_tasks(args.tasks, args.data, args.sample)
     say(f"looking for the data of {len(tasks)} tasks, here and on the Hub")
     failed = unavailable(tasks)
     say(f"{len(tasks) - len(failed)} of {len(tasks)} data sets can be had")

@@ -113,7 +113,7 @@ def write_report(
     Args:
         out: the folder.
         failed: name to reason of the tasks that were not evaluated.
-        meta, settings: the model, and what else changes its embeddings beside k.
+        meta, settings: the model, and what else changes its embeddings or scores beside k.
         shown: the k of the model card.
         command: what was run.
     """
@@ -129,7 +129,8 @@ def write_report(
         "not_evaluated": failed,
     }
     (out / "results.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    lines = [f"`{meta.name}` at `{meta.revision}`, scores x 100:", "", markdown(rows), ""]
+    of = f", of a sample of {settings['sample']} rows of each task" if "sample" in settings else ""
+    lines = [f"`{meta.name}` at `{meta.revision}`, scores x 100{of}:", "", markdown(rows), ""]
     lines += [f"- {name} was not evaluated: {reason}" for name, reason in failed.items()]
     lines += ["", "```bash", command, "```", "", ", ".join(f"{name} {version}" for name, version in versions.items())]
     (out / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

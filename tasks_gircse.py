@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from mteb.abstasks import (
     AbsTaskClassification,
     AbsTaskClustering,
@@ -175,6 +175,11 @@ def columns(rows: list[dict[str, Any]], **names: str) -> Dataset:
     return Dataset.from_dict({new: [row[field] for row in rows] for new, field in names.items()})
 
 
+def drawn_rows(rows: Dataset, count: int) -> Dataset:
+    """Up to `count` rows, the same ones each time."""
+    return rows.shuffle(seed=0).select(range(min(count, len(rows))))
+
+
 # Tasks --------------------------------------------------------------------------------------------------------------
 
 
@@ -189,31 +194,42 @@ class LocalTask:
     metadata: TaskMetadata
     files: dict[str, Path]
     facet: str | None
+    sample: int | None
 
     @classmethod
-    def make(cls, name: str, files: dict[str, Path], instruction: str, facet: str | None = None) -> LocalTask:
-        """A task; the hash of its files is the data set's revision.
+    def make(
+        cls,
+        name: str,
+        files: dict[str, Path],
+        instruction: str,
+        facet: str | None = None,
+        sample: int | None = None,
+    ) -> LocalTask:
+        """A task; the hash of its files is the data set's revision, with the sample's size behind it.
 
         Args:
             name: the task's name in results.
             files: role to path; a path where no file is makes the task `unavailable`.
             instruction: of all texts; for retrieval, of the queries.
             facet: the label set, where there are several.
+            sample: so many of its rows, drawn with a fixed seed, instead of all.
         """
         content = hashlib.sha256()
         for path in files.values():
             content.update(_hash_of(path))
+        revision = content.hexdigest()[:12] + (f"-sample{sample}" if sample else "")
         metadata = TaskMetadata(
             name=name,
             description=f"{cls.kind}, from {', '.join(path.name for path in files.values())}",
-            dataset={"path": f"local/{name}", "revision": content.hexdigest()[:12]},
+            dataset={"path": f"local/{name}", "revision": revision},
             type=cls.kind,
             category="t2c" if cls.kind in ("Classification", "Clustering") else "t2t",
             eval_langs=["eng-Latn"],
             main_score=cls.main_score,
             prompt=instruction if cls.symmetric else {"query": instruction},
         )
-        return type(cls.__name__, (cls,), {"metadata": metadata, "files": files, "facet": facet})()
+        own = {"metadata": metadata, "files": files, "facet": facet, "sample": sample}
+        return type(cls.__name__, (cls,), own)()
 
     def unavailable(self) -> str | None:
         """Which files are missing, or None."""
@@ -223,8 +239,13 @@ class LocalTask:
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
         if not self.data_loaded:
-            self.dataset = self.read()
+            dataset = self.read()
+            self.dataset = dataset if self.sample is None else self.drawn(dataset, self.sample)
             self.data_loaded = True
+
+    def drawn(self, dataset: Any, count: int) -> Any:
+        """Up to `count` rows of each split."""
+        return DatasetDict({split: drawn_rows(rows, count) for split, rows in dataset.items()})
 
 
 class LocalSTS(LocalTask, AbsTaskSTS):
@@ -308,6 +329,18 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
         }
         return {"default": {"test": split}}
 
+    def drawn(self, dataset: dict[str, Any], count: int) -> dict[str, Any]:
+        """Up to `count` queries, the documents that are judged for them, and as many others."""
+        split = dict(dataset["default"]["test"])
+        split["queries"] = drawn_rows(split["queries"], count)
+        split["relevant_docs"] = {query: split["relevant_docs"][query] for query in split["queries"]["id"]}
+        judged = {document for grades in split["relevant_docs"].values() for document in grades}
+        is_judged = [document in judged for document in split["corpus"]["id"]]
+        own, others = ([i for i, flag in enumerate(is_judged) if flag is side] for side in (True, False))
+        others = drawn_rows(split["corpus"].select(others), count)
+        split["corpus"] = concatenate_datasets([split["corpus"].select(own), others])
+        return {"default": {"test": split}}
+
     def _read_by_id(self, role: str, **checks: Check) -> dict[str, dict[str, str]]:
         rows: dict[str, dict[str, str]] = {}
         for where, row in located_rows(self.files[role], {"_id": name, **checks}):
@@ -385,8 +418,9 @@ class LocalTriplets(LocalTask, AbsTask):
         return {"num_samples": len(self.dataset[split])}
 
 
-def local_tasks(folder: str | Path) -> list[LocalTask]:
-    """The tasks of all files of `folder`, by name; also those of which a file is missing.
+def local_tasks(folder: str | Path, sample: int | None = None) -> list[LocalTask]:
+    """The tasks of all files of `folder`, by name; also those of which a file is missing. With `sample`, of so many
+    rows each: of a search, queries with their judged documents and as many other ones.
 
     Raises:
         ValueError: if `folder` is no folder or has two files for one part of a task, or the instructions' file is
@@ -415,14 +449,14 @@ def local_tasks(folder: str | Path) -> list[LocalTask]:
         else:
             continue
         if title not in tasks:
-            tasks[title] = task.make(title, needed, INSTRUCTIONS.get(title, INSTRUCTIONS[layout]))
+            tasks[title] = task.make(title, needed, INSTRUCTIONS.get(title, INSTRUCTIONS[layout]), sample=sample)
 
     described = read_instructions(paths[FACETS]) if FACETS in paths else {}
     for (dataset, facet), instruction in described.items():
         for stem, task in ((dataset, LocalFacetClustering), (f"{dataset}_triplets", LocalTriplets)):
             if f"instruct_{stem}" in paths or task is LocalFacetClustering:
                 title = f"instruct_{stem}-{facet}"
-                tasks[title] = task.make(title, files(data=f"instruct_{stem}"), instruction, facet)
+                tasks[title] = task.make(title, files(data=f"instruct_{stem}"), instruction, facet, sample)
     for stem in paths:
         dataset = stem.removeprefix("instruct_").removesuffix("_triplets")
         if stem.startswith("instruct_") and stem != FACETS and dataset not in {known for known, _ in described}:

@@ -243,6 +243,34 @@ def test_scores_equal_an_independent_computation(evaluated, embed, k):
         assert found[f"instruct_scenes_triplets-{facet}"] == pytest.approx(100 * accuracy, abs=0.01)
 
 
+def test_a_sample_has_the_same_rows_each_time_and_is_filed_apart(data, folder, tmp_path):
+    def loaded() -> dict[str, object]:
+        tasks = {task.metadata.name: task for task in local_tasks(data, sample=2)}
+        for task in tasks.values():
+            task.load_data()
+        return tasks
+
+    first, again = loaded(), loaded()
+    whole = {task.metadata.name: task for task in local_tasks(data)}
+    search = first["retrieval_little"].dataset["default"]["test"]
+    judged = {document for grades in search["relevant_docs"].values() for document in grades}
+    assert len(search["queries"]) == 2 == len(search["relevant_docs"]) and len(search["corpus"]) == len(judged) + 2
+    assert judged < set(search["corpus"]["id"])
+    assert search["relevant_docs"] == {query: RELEVANT[query] for query in search["queries"]["id"]}
+    for name, task in first.items():
+        assert task.metadata.revision == f"{whole[name].metadata.revision}-sample2"
+        if name != "retrieval_little":
+            rows = {split: part.to_list() for split, part in task.dataset.items()}
+            assert all(len(part) <= 2 for part in rows.values())
+            assert rows == {split: part.to_list() for split, part in again[name].dataset.items()}
+    report = run(folder, tmp_path, "--k", "1", "--sample", "5", data=data, tasks=["sts_pairs"])
+    assert report["settings"] == {"sample": 5} and report["tasks"][0]["revision"].endswith("-sample5")
+    assert "of a sample of 5 rows of each task" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    for tasks, sample in ((["sts_pairs"], "1"), (["sts_pairs", "STS12"], "5")):
+        with pytest.raises(ValueError, match=f"sample={sample} must be at least 2, and is for local tasks alone"):
+            main(["--tasks", *tasks, "--data", str(data), "--sample", sample])
+
+
 def test_a_tie_of_a_triplet_is_no_success(data):
     [task] = [task for task in local_tasks(data) if task.metadata.name == "instruct_scenes_triplets-animal"]
     assert isinstance(task, LocalTriplets)
