@@ -71,8 +71,14 @@ BAD_ROWS = "bad_rows.jsonl"
 NOT_PUBLISHED = ["checkpoint-*", "runs/*", "*.bin", "training_log.jsonl", BAD_ROWS]
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "*adapter_config.json"]
 ACCURACY_STEPS = (1, 3, 5, 10, 20)
+# Measuring accuracy takes at most this share of the texts that training embeds, unless --held_out says how many.
+HELD_OUT, HELD_OUT_SHARE, FEWEST_HELD_OUT = 256, 0.05, 8
+# What the paper puts before a text (appendix C), and what stands for the text in it.
+PAPER_PROMPT, TEXT = "Instruct: {instruction}\nQuery: ", "{text}"
 # Sub-batches that go together in gradient caching's first pass, which keeps no activations.
 WIDER_WITHOUT_GRADIENTS = 4
+# What a text of --per_device_eval_batch_size stands for: that many of them are a batch of more texts that are shorter.
+TOKENS_OF_A_TEXT = 512
 OF_EVALUATION = "held-out pairs are evaluated by retrieval accuracy alone"
 OF_BATCHES = "batches are of one source each, in random order; --mix_sources mixes the sources"
 OF_TOKENS = "a step embeds two sets of texts, whose tokens Trainer can't count"
@@ -138,17 +144,29 @@ class ModelArguments:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     num_steps: int = field(default=20, metadata={"help": "K at inference, written to a new model's config"})
-    logit_temperature: float = field(default=1.0, metadata={"help": "T of the soft tokens, for a new model"})
+    logit_temperature: float = field(
+        default=2.0, metadata={"help": "T of the soft tokens, for a new model; the paper's 1 makes gradients explode"}
+    )
     step_token: str = field(default="soft", metadata={"help": "soft, hard, learned or none, for a new model"})
     attention: str = field(default="causal", metadata={"help": "causal or bidirectional, for a new model"})
     pooling: str = field(default="mean", metadata={"help": "mean or last, for a new model"})
-    prompt_template: str = field(
-        default="Instruct: {instruction}\nQuery: ", metadata={"help": "what precedes a text, for a new model"}
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "what precedes a text, for a new model: the backbone's chat template with the paper's prompt"
+        },
     )
-    suffix: str = field(default="", metadata={"help": "what follows every text (for Causal-EOS, eos), for a new model"})
+    suffix: str | None = field(
+        default=None,
+        metadata={
+            "help": "what follows every text, for a new model: as in the chat template; '' beside --prompt_template"
+        },
+    )
 
     def __post_init__(self) -> None:
-        self.prompt_template, self.suffix = unescape(self.prompt_template), unescape(self.suffix)
+        for name in ("prompt_template", "suffix"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, unescape(value))
 
 
 def unescape(text: str) -> str:
@@ -172,7 +190,12 @@ class DataArguments:
         default=False, metadata={"help": f"leave rows with errors out, and list them in {BAD_ROWS} of the output"}
     )
     max_bad_share: float = field(default=0.01, metadata={"help": "the most of them, as a share of all rows"})
-    held_out: int = field(default=256, metadata={"help": "pairs kept from training to measure accuracy on"})
+    held_out: int | None = field(
+        default=None,
+        metadata={
+            "help": "pairs kept from training to measure accuracy on: as many as take 5 % of its time, up to 256"
+        },
+    )
     symmetric_sources: list[str] = field(
         default_factory=list, metadata={"help": "sources whose documents get the instruction too"}
     )
@@ -794,6 +817,19 @@ def _by_length(side: dict[str, Tensor], size: int) -> list[Tensor]:
     return list(side["attention_mask"].sum(1).argsort(stable=True).split(size))
 
 
+def _by_tokens(side: dict[str, Tensor], size: int) -> list[Tensor]:
+    """Row numbers in batches of like length that have no more tokens than `size` texts of TOKENS_OF_A_TEXT, and no more
+    than 16 `size` texts."""
+    lengths = side["attention_mask"].sum(1)
+    batches: list[list[int]] = [[]]
+    for row in lengths.argsort(stable=True).tolist():  # each is the longest of its batch so far
+        count = len(batches[-1]) + 1
+        if count > 1 and (count * lengths[row] > TOKENS_OF_A_TEXT * size or count > 16 * size):
+            batches.append([])
+        batches[-1].append(row)
+    return [torch.tensor(batch) for batch in batches]
+
+
 @torch.no_grad()
 def retrieval_accuracy(
     model: Any,
@@ -812,7 +848,7 @@ def retrieval_accuracy(
     was_training = model.training
     model.eval()
     sides = batch["query"], batch["document"]
-    parts = _parts(sides, batch_size)
+    parts = [(side, rows) for side in range(2) for rows in _by_tokens(sides[side], batch_size)]
     embeddings: list[Tensor | None] = [None, None]
     if bar is False:
         print(f"Measuring held-out accuracy, {len(parts)} batches", flush=True)
@@ -865,7 +901,10 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
 
     def make_processor(**options: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, **gguf, **options)
-        return processor_class(tokenizer, prompt_template=arguments.prompt_template, suffix=arguments.suffix)
+        template, suffix = arguments.prompt_template, arguments.suffix
+        if template is None and suffix is None:
+            template, suffix = chat_prompt(tokenizer)
+        return processor_class(tokenizer, prompt_template=template or PAPER_PROMPT, suffix=suffix or "")
 
     processor = make_processor()
     if _saving_problem(processor):  # beside the mistral-common package, Mistral's repos load as its own tokenizer
@@ -874,6 +913,31 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
     if positions:
         processor.max_length = min(processor.max_length, positions - max(model.config.num_steps, *ACCURACY_STEPS))
     return model, processor
+
+
+def chat_prompt(tokenizer: Any) -> tuple[str, str]:
+    """What precedes and what follows a text, so that both are one user's turn of the tokenizer's chat template that has
+    the paper's prompt in it, at the point where the model would answer. Without a chat template, the paper's prompt.
+
+    The turn is that of a conversation that goes on, since many templates open one with a default system message."""
+    turn = {"role": "user", "content": f"{PAPER_PROMPT}{TEXT}"}
+    earlier = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+    def render(messages: list[dict[str, str]], answers: bool) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answers)
+
+    if not getattr(tokenizer, "chat_template", None):
+        return PAPER_PROMPT, ""
+    try:
+        first, before, both = render([turn], True), render(earlier, False), render([*earlier, turn], True)
+    except Exception as error:  # a template is a program of whoever wrote the tokenizer
+        logger.warning(f"the chat template can't be used ({error}): texts get the paper's prompt")
+        return PAPER_PROMPT, ""
+    prompt, found, suffix = (both.removeprefix(before) if both.startswith(before) else first).partition(TEXT)
+    if not found or PAPER_PROMPT not in prompt:
+        return PAPER_PROMPT, ""
+    start = tokenizer.bos_token or ""
+    return (prompt if prompt.startswith(start) or not first.startswith(start) else start + prompt), suffix
 
 
 def _is_gircse(path: str) -> bool:
@@ -1233,9 +1297,9 @@ def check_settings(
         raise ValueError(f"k={training.k} would leave some of the model's {config.num_steps} learned tokens untrained")
     if arguments.tuning == "full" and arguments.dtype != "float32":
         raise ValueError(f"dtype={arguments.dtype!r} loses small updates of the weights; with full tuning use float32")
-    if training.eval_strategy != "no" and not data.held_out:
+    if training.eval_strategy != "no" and data.held_out == 0:
         raise ValueError("eval_strategy needs pairs to evaluate on: held_out must be > 0")
-    k = max(training.k, *accuracy_steps(config)) if data.held_out else training.k
+    k = training.k if data.held_out == 0 else max(training.k, *accuracy_steps(config))
     longest, most = data.max_length or processor.max_length, model.max_input_length(k)
     if most is not None and longest > most:
         steps = "" if config.step_token == "none" else f" less k={k} steps, the most of training and evaluation"
@@ -1249,6 +1313,16 @@ def check_settings(
         given = getattr(arguments, name)
         if given and Path(given).resolve() in (folder, folder / ADAPTER_FOLDER):
             raise ValueError(f"output_dir={training.output_dir!r} would overwrite {name}={given!r}; choose another")
+
+
+def held_out_size(rows: int, training: GircseTrainingArguments) -> int:
+    """How many of `rows` pairs are kept for the accuracy: three texts each, of which one costs about as much, forward
+    and in 20 steps, as a text of training, forward and backward in 5; and a tenth of the pairs at most."""
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * rows / batch)
+    texts = steps * batch * (2 + training.num_negatives)
+    most = min(HELD_OUT, max(int(HELD_OUT_SHARE * texts / 3), FEWEST_HELD_OUT))
+    return min(most, rows // 10)
 
 
 def check_saving(model: Any, processor: Any, training: GircseTrainingArguments) -> None:
@@ -1343,7 +1417,8 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
         max_bad_share=data.max_bad_share if data.skip_bad_rows else None,
         bad_rows_file=Path(training.output_dir) / BAD_ROWS,
     )
-    pairs, held_out = split_held_out(pairs, data.held_out, training.seed)
+    held_out = held_out_size(len(pairs), training) if data.held_out is None else data.held_out
+    pairs, held_out = split_held_out(pairs, held_out, training.seed)
     if arguments.tuning == "lora":
         model = add_lora(model, arguments)
     check_saving(model, processor, training)
@@ -1360,10 +1435,10 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
         train_data=data.train_data,
     )
 
-    if data.held_out:
+    if len(held_out):
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=checkpoint)
-    if data.held_out:
+    if len(held_out):
         trainer.evaluate()
     if trainer.is_world_process_zero():
         if trainer.scores:

@@ -121,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
 
     set_seed(args.seed)
-    model, processor = load_model(ModelArguments(model_name_or_path=args.model_name_or_path))
+    model, processor = load_model(ModelArguments(model_name_or_path=args.model_name_or_path, logit_temperature=1.0))
     if args.num_steps:
         model.config.num_steps = args.num_steps
     texts = TeacherTexts(args.vectors)

@@ -55,7 +55,7 @@ VARIANTS = {
 STARTS = {f"{method}_long_warm_up": (method, "--warmup_ratio 0.5") for method in METHODS}
 STARTS["gircse_end_token"] = ("gircse", "--suffix <|endoftext|>")
 SHARED = f"""--tuning full --temperature 0.05 --num_negatives 1 --max_length 64 --held_out 512 --mix_sources --bf16
-    --per_device_train_batch_size {BATCH} --save_strategy no --report_to none --symmetric_sources
+    --logit_temperature 1 --per_device_train_batch_size {BATCH} --save_strategy no --report_to none --symmetric_sources
     goemotions cad_imdb_sentiment cad_imdb_content clinc150_domain banking77 clinc150_intent snips stsb snli cad_nli"""
 EVALUATION = "--max_length 128 --batch_size 64 --dtype bfloat16"
 

@@ -211,6 +211,22 @@ def test_objectives(made, tmp_path, objective):
     assert (line["L_reg"] == 0) >= (objective == "last_step")
 
 
+def test_the_way_back_through_soft_tokens(made, tmp_path):
+    """Its gradient is scaled, and the values are not; a learned temperature moves and is what the folder has."""
+    settings = ("--learning_rate", "1e-3", "--warmup_ratio", "0", "--max_grad_norm", "1e9")
+    plain, same, none = (
+        train("train_objective", made, tmp_path / f"share{share}", "--soft_token_gradient", share, *settings)
+        for share in ("1", "0.999999", "0")
+    )
+    assert plain[0]["loss"] == pytest.approx(none[0]["loss"], rel=1e-5)
+    assert plain[0]["grad_norm"] == pytest.approx(same[0]["grad_norm"], rel=1e-3)
+    assert plain[0]["grad_norm"] != pytest.approx(none[0]["grad_norm"], rel=1e-3)
+    learned = train("train_objective", made, tmp_path / "learned", "--learn_temperature", *settings)
+    assert learned[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5) and learned[1]["temperature"] != 1
+    config = json.loads((tmp_path / "learned" / "config.json").read_text(encoding="utf-8"))
+    assert config["logit_temperature"] != 1 and abs(config["logit_temperature"] - learned[1]["temperature"]) < 0.5
+
+
 def test_a_teacher_adds_its_loss(made, tmp_path):
     teacher = ("--vectors", str(made.folder / "teacher"), "--teacher_batch_size", "16")
     line = train("train_with_teacher", made, tmp_path, *teacher, "--teacher_weight", "10")[0]

@@ -43,6 +43,7 @@ from conftest import text_config
 from data_gircse import FEATURES, PairCollator
 from losses_gircse import candidate_mask, icr_loss
 from train_gircse import (
+    PAPER_PROMPT,
     WITHOUT_EFFECT,
     DataArguments,
     GircseTrainer,
@@ -50,10 +51,12 @@ from train_gircse import (
     ModelArguments,
     RandomState,
     Watch,
+    _by_tokens,
     _copy_on_cpu,
     add_lora,
     check_settings,
     export,
+    held_out_size,
     lenient_console,
     load_model,
     main,
@@ -242,6 +245,21 @@ def processor():
 
 
 # Gradient caching
+
+
+@pytest.mark.parametrize("axes", [{}, {"step_token": "none", "pooling": "last"}])
+def test_queries_and_documents_in_one_pass_change_nothing(processor, tmp_path, axes):
+    rows = make_rows(5)
+    trainer = make_trainer(tiny_model(dtype=torch.float64, **axes), processor, tmp_path, rows)
+    inputs, passes, embed = one_batch(processor, rows), [], trainer._embed
+    trainer._embed = lambda model, side: passes.append(len(side["input_ids"])) or embed(model, side)
+    loss, actual = step(trainer, inputs)
+    documents = len(inputs["document_ids"])
+    assert passes == ([5, documents] if axes else [5 + documents])
+    trainer._embed_both = lambda model, sides: [embed(model, side) for side in sides]
+    expected_loss, expected = step(trainer, inputs)
+    assert loss == pytest.approx(expected_loss, rel=1e-7)
+    assert_same_gradients(actual, expected, 1e-6)
 
 
 @pytest.mark.parametrize("sub_batch_size", [1, 3, 100])
@@ -737,6 +755,46 @@ def test_text_of_a_shell_is_read_as_it_is_meant(lora):
     arguments = ModelArguments(model_name_or_path=str(lora.base), prompt_template=template, suffix=r"\n\\n")
     processor = load_model(arguments)[1]
     assert processor.prompt_template == "Instruct: {instruction}\nQuery:\t" and processor.suffix == "\n\\n"
+
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|system|>\nBe kind.<|end|>\n{% endif %}{% for m in messages %}"
+    "<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+TRIMMED = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</{{ m['role'] }}>{% endfor %}"
+    "{% if add_generation_prompt %}<model>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, prompt, suffix",
+    [
+        (CHATML, "<|user|>\nInstruct: {instruction}\nQuery: ", "<|end|>\n<|assistant|>\n"),  # no default message
+        (TRIMMED, "<bos><user>Instruct: {instruction}\nQuery: ", "</user><model>"),
+        ("{{ messages[-1]['content'] }}|", "Instruct: {instruction}\nQuery: ", "|"),  # knows a single turn
+        ("{{ messages[0]['role'] }}", "Instruct: {instruction}\nQuery: ", ""),  # drops the text
+        ("{{ raise_exception('no roles') }}", "Instruct: {instruction}\nQuery: ", ""),
+        (None, "Instruct: {instruction}\nQuery: ", ""),
+    ],
+)
+def test_prompt_and_suffix_are_a_turn_of_the_chat_template(lora, tmp_path, template, prompt, suffix):
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<bos>"
+    tokenizer.chat_template = template
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(lora.base / name, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, processor = load_model(ModelArguments(model_name_or_path=str(tmp_path)))
+    assert (processor.prompt_template, processor.suffix) == (prompt, suffix)
+    assert model.config.logit_temperature == 2
+    papers = ModelArguments(str(tmp_path), prompt_template=PAPER_PROMPT, logit_temperature=1.0)
+    model, processor = load_model(papers)
+    assert (processor.prompt_template, processor.suffix) == ("Instruct: {instruction}\nQuery: ", "")
+    assert model.config.logit_temperature == 1
+    processor = load_model(ModelArguments(str(tmp_path), suffix="<eos>"))[1]
+    assert (processor.prompt_template, processor.suffix) == ("Instruct: {instruction}\nQuery: ", "<eos>")
 
 
 def test_help_of_any_version_of_transformers_is_printed(capsys, monkeypatch):
@@ -1299,7 +1357,7 @@ class Lookup:
         self.training = mode
 
     def __call__(self, input_ids, attention_mask, k) -> SimpleNamespace:
-        assert not self.training and len(input_ids) <= 2
+        assert not self.training
         self.asked.add(k)
         return SimpleNamespace(step_embeddings=self.vectors[input_ids[:, 0], : k or 1])
 
@@ -1321,6 +1379,30 @@ def test_accuracy_by_hand():
     accuracy = retrieval_accuracy(model, accuracy_rows(), PairCollator(lookup_processor), batch_size=2)
     assert accuracy == pytest.approx({1: 4 / 5, 3: 1.0, 5: 3 / 5, 10: 1.0, 20: 1.0})
     assert model.training and model.asked == {20}  # one pass for all k, and the mode is what it was
+
+
+def test_accuracy_is_measured_in_batches_of_as_many_tokens():
+    """Batches of two texts of 512 tokens: 1024 tokens or 32 texts, of like length."""
+    lengths = [600, 20, 512, 100, 512, 30, 500, *[10] * 40]
+    side = {"attention_mask": torch.stack([(torch.arange(600) < n).long() for n in lengths])}
+    batches = [[lengths[row] for row in rows.tolist()] for rows in _by_tokens(side, 2)]
+    assert batches == [[10] * 32, [10] * 8 + [20, 30], [100, 500], [512, 512], [600]]
+
+
+@pytest.mark.parametrize(
+    "rows, settings, expected",
+    [
+        (100_000, {"num_train_epochs": 1}, 256),
+        (100_000, {"max_steps": 40, "per_device_train_batch_size": 8}, 16),  # 960 texts: 48 of accuracy
+        (100_000, {"max_steps": 40, "per_device_train_batch_size": 8, "num_negatives": 4}, 32),
+        (100_000, {"max_steps": 40, "gradient_accumulation_steps": 2}, 64),
+        (100_000, {"max_steps": 1}, 8),
+        (50, {"num_train_epochs": 100}, 5),  # most are to train on
+    ],
+)
+def test_accuracy_takes_a_twentieth_of_the_texts(tmp_path, rows, settings, expected):
+    training = GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
+    assert held_out_size(rows, training) == expected
 
 
 def test_accuracy_masks_false_negatives():
@@ -1375,7 +1457,7 @@ def test_accuracy_before_training_is_said_when_it_is_known_and_what_is_done_mean
     for disable_tqdm in (True, None):  # None where there is no terminal
         make_trainer(tiny_model(), processor, tmp_path, *rows, disable_tqdm=disable_tqdm).evaluate()
         said = capsys.readouterr()
-        assert said.out.startswith("Measuring held-out accuracy, 3 batches\nHeld-out accuracy before training")
+        assert said.out.startswith("Measuring held-out accuracy, 2 batches\nHeld-out accuracy before training")
         assert said.err == ""
 
 
