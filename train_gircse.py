@@ -3,8 +3,9 @@
     python train_gircse.py                                     # a few minutes on a laptop: the root model, the sample
     python train_gircse.py --model_name_or_path Qwen/Qwen2.5-0.5B --train_data cfli/bge-full-data --output_dir out
 
-The defaults are the paper's (appendix C): LoRA r 64, alpha 32, learning rate 1e-5 with 10 % warm-up, temperature 0.02,
-lambda 1, K = 5, batch 16, one epoch. `python train_gircse.py --help` lists everything.
+The defaults are the paper's (appendix C): LoRA r 64, alpha 32, 10 % warm-up, temperature 0.02, lambda 1, K = 5, batch
+16, one epoch; but for soft tokens at T = 2, the prompt of the backbone's chat template, and the learning rate, for
+reasons in docs/training.md. `python train_gircse.py --help` lists everything.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ REPLACED = ["*.safetensors", "*.safetensors.index.json", "*adapter_config.json"]
 ACCURACY_STEPS = (1, 3, 5, 10, 20)
 # Measuring accuracy takes at most this share of the texts that training embeds, unless --held_out says how many.
 HELD_OUT, HELD_OUT_SHARE, FEWEST_HELD_OUT = 256, 0.05, 8
+# Peak learning rates at which a pretrained backbone learns without diverging (docs/training.md).
+LORA_RATE, FULL_RATE = 2e-4, 5e-5
 # What the paper puts before a text (appendix C), and what stands for the text in it.
 PAPER_PROMPT, TEXT = "Instruct: {instruction}\nQuery: ", "{text}"
 # Sub-batches that go together in gradient caching's first pass, which keeps no activations.
@@ -212,7 +215,9 @@ class GircseTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the paper's defaults and the ICR objective's settings."""
 
     output_dir: str = field(default="gircse-trained", metadata={"help": "the Hub-ready folder"})
-    learning_rate: float = field(default=1e-5, metadata={"help": "peak learning rate"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": f"peak learning rate: {LORA_RATE:g} of a LoRA, {FULL_RATE:g} of all weights"}
+    )
     warmup_ratio: float = field(default=0.1, metadata={"help": "share of the steps with a rising learning rate"})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "queries a process and step"})
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the pairs"})
@@ -435,6 +440,8 @@ class GircseTrainer(Trainer):
             raise ValueError(f"{args.n_gpu} GPUs in one process: start one process a GPU, by `accelerate launch`")
         if args.save_adapter:
             check_adapter(model, base_models, args.push_to_hub)
+        if args.learning_rate is None:
+            args.learning_rate = LORA_RATE if hasattr(model, "get_base_model") else FULL_RATE
         collator = PairCollator(processor, max_length)
         dataset = TrainingPairs(pairs, args.num_negatives, args.seed)
         self._epoch_setter = EpochSetter(dataset)

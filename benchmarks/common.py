@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import MistralConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,6 +31,17 @@ QWEN_05B = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+SHAPES = {"qwen2.5-0.5b": (Qwen2Config, QWEN_05B), "smollm2-135m": (LlamaConfig, SMOLLM2_135M)}
+SHAPES["mistral-7b"] = (MistralConfig, {})
 CAUSAL_EOS = {"step_token": "none", "pooling": "last"}
 BIDIRECTIONAL_AVG = {"step_token": "none", "attention": "bidirectional"}
 
@@ -43,7 +54,8 @@ def classes() -> tuple[type[PreTrainedModel], type[PretrainedConfig]]:
 
 
 def text_config(shape: str) -> PretrainedConfig:
-    return MistralConfig() if shape == "mistral-7b" else Qwen2Config(**QWEN_05B)
+    config_class, sizes = SHAPES[shape]
+    return config_class(**sizes)
 
 
 def load_root() -> tuple[PreTrainedModel, Any]:

@@ -1,6 +1,6 @@
-"""Write the README's tables and draw its pictures from results/: python recipes/report_results.py
+"""Write the tables of README.md and docs/ and draw the pictures from results/: python recipes/report_results.py
 
-Replaces what stands between `<!-- table NAME -->` and `<!-- end -->` in README.md, and the pictures in assets/.
+Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`, and the pictures in assets/.
 """
 
 from __future__ import annotations
@@ -37,6 +37,17 @@ COMPARED = [(NAMES[method], method, None) for method in ("causal_eos", "bidirect
 COMPARED += [(f"GIRCSE, k = {k}", "gircse", k) for k in (1, 5, 20)]
 STARTS = [(f"GIRCSE, end token, k = {k}", "gircse_end_token", k) for k in (1, 5, 20)]
 STARTS += [(f"{name}, long warm-up", f"{method}_long_warm_up", k) for name, method, k in COMPARED]
+STABLE = {
+    "paper": "paper's prompt, T = 1, LoRA at 1e-4",
+    "papers_prompt": "paper's prompt, T = 2",
+    "t1": "T = 1",
+    "gradient_0.1": "T = 1, a tenth of d<sub>k</sub>'s gradient",
+    "t2": "T = 2",
+    "t4": "T = 4",
+    "t_learned": "T trained, from 2",
+    "lora": "T = 2, LoRA at 2e-4",
+    "causal_eos": "Causal-EOS",
+}
 UNEQUAL = {"root": "root model", "gircse": "GIRCSE, 20k samples", "mixed_steps": "the same, mixed steps"}
 COLORS = {"gircse": "tab:green", "causal_eos": "tab:blue", "bidirectional_avg": "tab:orange"}
 STEPS = [1, 3, 5, 10, 15, 20]
@@ -139,6 +150,33 @@ def root_by_task(models: dict[str, dict]) -> str:
     return table(["task", "metric", *(f"k = {k}" for k in STEPS), "MiniLM"], lines)
 
 
+def stable_start() -> str:
+    """Gradients of an untrained backbone."""
+    head = ["prompt", "T", "share of d<sub>k</sub>'s gradient", "losses L<sub>1</sub> to L<sub>5</sub>"]
+    head += ["norms of their gradients, layers", "norm of the sum's, all weights"]
+    lines = []
+    for row in read(RESULTS / "stable_training" / "start.json"):
+        cells = [row["prompt"], f"{row['temperature']:g}", f"{row['share']:g}"]
+        cells += [" ".join(f"{x:.1f}" for x in row["losses"]), " ".join(f"{x:.0f}" for x in row["layers"])]
+        lines.append([*cells, f"{row['all_weights']:.0f}"])
+    return table(head, lines)
+
+
+def stable_runs() -> str:
+    """What training made of each setting: largest norms, losses, scores at k = 1 / 5 / 20."""
+    head = ["chat prompt, all weights at 5e-5, unless said", "largest gradient norm after 10 steps"]
+    head += ["mean L<sub>1</sub> and L<sub>5</sub>, last 50 steps"]
+    found = {name: read(path) for name in STABLE if (path := RESULTS / "stable_training" / f"{name}.json").exists()}
+    head += [f"{task['task'].partition('_')[2]}, k = 1 / 5 / 20" for task in found["t2"]["tasks"]]
+    lines = []
+    for name, run in found.items():
+        last = run["log"][-50:]
+        losses = [f"{mean(line[step] for line in last):.2f}" for step in ("L_1", "L_5") if step in last[0]]
+        cells = [STABLE[name], f"{max(line['grad_norm'] for line in run['log'][10:]):.0f}", ", ".join(losses)]
+        lines.append([*cells, *(" / ".join(f"{x:.1f}" for x in task["scores"].values()) for task in run["tasks"])])
+    return table(head, lines)
+
+
 def curve(rows: list[dict]) -> dict[int, float]:
     """The mean over all tasks by k."""
     return {k: group_means(rows, k)[ALL] for k in map(int, rows[0]["scores"])}
@@ -210,13 +248,14 @@ def fill(text: str, tables: dict[str, str]) -> str:
     for name, content in tables.items():
         pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README.md has no place for table {name!r}")
+            raise ValueError(f"there is no place for table {name!r}")
         text = pattern.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)
     return text
 
 
-def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str, str]:
-    return {
+def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str, dict[str, str]]:
+    """By page and name."""
+    readme = {
         "root_by_group": root_by_group(models),
         "root_by_task": root_by_task(models),
         "comparison": comparison(runs, samples, COMPARED),
@@ -225,6 +264,7 @@ def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str,
         "comparison_by_task": comparison_by_task(runs, samples),
         "unequal_steps": unequal_steps(),
     }
+    return {"README.md": readme, "docs/training.md": {"stable_start": stable_start(), "stable_runs": stable_runs()}}
 
 
 def main() -> None:
@@ -235,9 +275,9 @@ def main() -> None:
     draw_curves(runs, samples)
     draw_ablation(runs, samples)
     draw_sizes(runs)
-    readme = ROOT / "README.md"
-    text = fill(readme.read_text(encoding="utf-8"), tables(models, runs, samples))
-    readme.write_text(text, encoding="utf-8")
+    for page, made in tables(models, runs, samples).items():
+        text = fill((ROOT / page).read_text(encoding="utf-8"), made)
+        (ROOT / page).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

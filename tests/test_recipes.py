@@ -251,12 +251,14 @@ def test_report_fills_a_table_in_and_again():
         report_results.fill(text, {"two": ""})
 
 
-def test_readme_holds_the_tables_of_the_results():
+def test_pages_hold_the_tables_of_the_results():
     runs = report_results.experiments()
     models = {name: report_results.read(ROOT / f"results/{name}.json") for name in ("root", "minilm")}
     made = report_results.tables(models, runs, min(run["samples"] for run in runs))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(made) == 7 and report_results.fill(readme, made) == readme
+    assert {page: len(tables) for page, tables in made.items()} == {"README.md": 7, "docs/training.md": 2}
+    for page, tables in made.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert report_results.fill(text, tables) == text, page
 
 
 def test_every_run_of_the_experiments_has_a_result_and_settings_that_training_takes(tmp_path, monkeypatch):
