@@ -369,13 +369,16 @@ class Watch:
     COLLAPSED, DIVERGING = 5, 3  # lines in a row that it takes
     STEPS = 20  # and the steps, as single ones say little
     GROWTH = 30  # of the gradient norm over the least so far; sources differ by less
+    ONE_DIRECTION = 0.99  # mean cosine between texts; pretrained backbones start below
 
     def __init__(self) -> None:
         self.collapsed, self.diverging = 0, []  # lines, and the steps of lines
         self.least_loss = self.least_norm = math.inf
         self.told = False
 
-    def see(self, step: int, losses: Sequence[float], chance: float, norm: float, warm: bool) -> str | None:
+    def see(
+        self, step: int, losses: Sequence[float], chance: float, norm: float, cosine: float, warm: bool
+    ) -> str | None:
         """What is wrong, if that has just become clear.
 
         Args:
@@ -383,12 +386,14 @@ class Watch:
             losses: L_1..L_K.
             chance: the log of the number of candidates, the loss of a model that takes all texts for one.
             norm: the gradient norm before clipping, or NaN.
+            cosine: the mean one between the queries' embeddings.
             warm: whether the warm-up is over, before which losses may start above chance.
         """
         loss = sum(losses) / len(losses)
         grown = norm > self.GROWTH * self.least_norm
         lost = not math.isfinite(loss) or (warm and loss > 1.01 * chance and loss > 0.98 * self.least_loss)
-        self.collapsed = self.collapsed + 1 if all(abs(x - chance) < 0.01 * chance for x in losses) else 0
+        alike = cosine > self.ONE_DIRECTION or all(abs(x - chance) < 0.01 * chance for x in losses)
+        self.collapsed = self.collapsed + 1 if alike else 0
         self.diverging = [*self.diverging, step] if grown or lost else []
         self.least_loss, self.least_norm = min(loss, self.least_loss), min(norm, self.least_norm)
         if self.told:
@@ -655,7 +660,7 @@ class GircseTrainer(Trainer):
         step, chance = self.state.global_step, logs["log_candidates"]
         norm = float(logs.get("grad_norm", math.nan))  # transformers 4 logs none when it clips none
         warm = step > self.args.get_warmup_steps(self.state.max_steps)
-        trouble = self._watch.see(step, losses, chance, norm, warm)
+        trouble = self._watch.see(step, losses, chance, norm, logs["mean_cosine"], warm)
         if trouble and self.is_world_process_zero():
             facts = f"losses {losses[0]:.2f} to {losses[-1]:.2f}, {chance:.2f} by chance; gradient norm {norm:.0f}"
             remedies = f"Lower the learning rate (now {self.args.learning_rate:g}), warm up longer"

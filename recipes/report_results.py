@@ -177,6 +177,23 @@ def stable_runs() -> str:
     return table(head, lines)
 
 
+def stable_default() -> str:
+    """The default command on a small budget, by seed."""
+    head = [
+        "seed",
+        "mean L<sub>1</sub>, L<sub>5</sub>, last 12 steps",
+        "log of the candidates",
+        "largest gradient norm",
+    ]
+    lines = []
+    for path in sorted((RESULTS / "stable_training").glob("default_seed*.json")):
+        log = read(path)["log"]
+        first, last, chance = (mean(line[name] for line in log[-12:]) for name in ("L_1", "L_5", "log_candidates"))
+        largest = max(line["grad_norm"] for line in log)
+        lines.append([path.stem[-1], f"{first:.2f}, {last:.2f}", f"{chance:.2f}", f"{largest:.0f}"])
+    return table(head, lines)
+
+
 def curve(rows: list[dict]) -> dict[int, float]:
     """The mean over all tasks by k."""
     return {k: group_means(rows, k)[ALL] for k in map(int, rows[0]["scores"])}
@@ -264,7 +281,14 @@ def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str,
         "comparison_by_task": comparison_by_task(runs, samples),
         "unequal_steps": unequal_steps(),
     }
-    return {"README.md": readme, "docs/training.md": {"stable_start": stable_start(), "stable_runs": stable_runs()}}
+    return {
+        "README.md": readme,
+        "docs/training.md": {
+            "stable_start": stable_start(),
+            "stable_runs": stable_runs(),
+            "stable_default": stable_default(),
+        },
+    }
 
 
 def main() -> None:

@@ -6,8 +6,9 @@ SMOLLM2 is the folder of a causal LM with a chat template, here SmolLM2-135M-Ins
 and eval/ (tasks_gircse.py). First, of the untrained backbone: the loss of each step, L_1..L_K, and the norm of its
 gradient with respect to the layers' weights, then that of their sum with respect to all weights, for several T and
 several shares of the gradient that pass through d_k; medians over one batch each of `--batches` sources. Then each
-setting of RUNS is trained on the same batches and evaluated on samples of three tasks. One JSON a run; what is there is
-not done again. `--only NAME ...` chooses runs (`start` for the gradients).
+setting of RUNS is trained on the same batches and evaluated on samples of three tasks. `default_seed1` and the like are
+short runs of `train_gircse.py` as it is. One JSON a run; what is there is not done again. `--only NAME ...` chooses
+among them (`start` for the gradients).
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ RUNS = {
     "papers_prompt": f"{PAPERS} --logit_temperature 2 {FULL}",
     "causal_eos": f"--step_token none --pooling last {FULL}",
 }
+DEFAULT = "--max_steps 40 --per_device_train_batch_size 8 --learning_rate 1e-4 --logging_steps 1 --report_to none"
+SEEDS = {f"default_seed{seed}": seed for seed in (1, 2, 3)}
 TASKS = ["sts_stsbenchmark_dev", "retrieval_xquad_en", "classification_hwu64_intent"]
 
 
@@ -134,26 +137,39 @@ def perform(name: str, pairs: Path, args: argparse.Namespace) -> dict:
     """Trains and evaluates one setting, unless the folder of the run holds what has been done."""
     folder = args.runs / name
     folder.mkdir(parents=True, exist_ok=True)
-    train = ["python", "recipes/train_objective.py", "--model_name_or_path", str(args.backbone)]
-    train += ["--train_data", str(pairs), "--output_dir", str(folder), *shlex.split(SHARED), *shlex.split(RUNS[name])]
+    base = ["--model_name_or_path", str(args.backbone), "--train_data", str(pairs), "--output_dir", str(folder)]
+    if name in SEEDS:
+        train = ["python", "train_gircse.py", *base, *DEFAULT.split(), "--seed", str(SEEDS[name])]
+    else:
+        train = ["python", "recipes/train_objective.py", *base, *shlex.split(SHARED), *shlex.split(RUNS[name])]
     if not (folder / "model.safetensors").exists():
         call(train, args.runs / f"{name}.log")
-    evaluate = ["python", "evaluate_gircse.py", "--model", str(folder), "--tasks", *TASKS, "--sample", str(args.sample)]
-    evaluate += ["--data", str(args.data / "eval"), "--output_dir", str(folder / "eval"), "--k", "1", "5", "20"]
-    call(evaluate, args.runs / f"{name}.log")
     lines = (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
     names = ("L_1", f"L_{K}", "grad_norm", "mean_cosine", "log_candidates", "temperature")
     log = [{k: round(line[k], 3) for k in names if k in line} for line in map(json.loads, lines) if "L_1" in line]
+    if name in SEEDS:
+        return {"commands": shown([train], args), "log": log}
+    evaluate = ["python", "evaluate_gircse.py", "--model", str(folder), "--tasks", *TASKS, "--sample", str(args.sample)]
+    evaluate += ["--data", str(args.data / "eval"), "--output_dir", str(folder / "eval"), "--k", "1", "5", "20"]
+    call(evaluate, args.runs / f"{name}.log")
     tasks = json.loads((folder / "eval" / "results.json").read_text(encoding="utf-8"))["tasks"]
     scores = [{key: task[key] for key in ("task", "metric", "revision", "scores")} for task in tasks]
-    return {"commands": [shlex.join(train), shlex.join(evaluate)], "settings": RUNS[name], "log": log, "tasks": scores}
+    return {"commands": shown([train, evaluate], args), "log": log, "tasks": scores}
+
+
+def shown(commands: list[list[str]], args: argparse.Namespace) -> list[str]:
+    """The commands, wherever backbone, data and runs lie."""
+    lines = [shlex.join(command) for command in commands]
+    for place, name in ((args.runs, "runs/stable"), (args.data, "DATA"), (args.backbone, "SMOLLM2")):
+        lines = [line.replace(str(place), name) for line in lines]
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("backbone", "data", "runs", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=["start", *RUNS], default=["start", *RUNS])
+    parser.add_argument("--only", nargs="+", choices=["start", *RUNS, *SEEDS], default=["start", *RUNS, *SEEDS])
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--sample", type=int, default=300, help="rows of each task that is evaluated")
     args = parser.parse_args()

@@ -1302,7 +1302,7 @@ def test_a_diverging_run_is_told_so_early_once_and_with_a_remedy(processor, tmp_
 def test_watch(losses, norms, expected):
     def see(logging_steps: int, warm: bool) -> list[str]:
         watch, lines = Watch(), enumerate(zip(losses, norms, strict=True), 1)
-        said = [watch.see(i * logging_steps, [loss] * 2, math.log(64), norm, warm) for i, (loss, norm) in lines]
+        said = [watch.see(i * logging_steps, [loss] * 2, math.log(64), norm, 0.9, warm) for i, (loss, norm) in lines]
         return [line for line in said if line]
 
     found = see(10, True)
@@ -1310,6 +1310,13 @@ def test_watch(losses, norms, expected):
     assert not any("diverges" in line for line in see(1, True))  # a few steps say little
     if losses[0] == 9:
         assert not see(10, False)  # it may start there, and warms up
+
+
+def test_watch_sees_that_all_texts_point_one_way():
+    watch = Watch()
+    cosines = [0.97, 0.995, 0.995, 0.98, *[0.995] * 6]
+    said = [watch.see(10 * i, [4.4, 4.3], math.log(64), 50, cosine, False) for i, cosine in enumerate(cosines)]
+    assert [i for i, line in enumerate(said) if line] == [8] and "all texts are as one" in said[8]
 
 
 def test_a_healthy_run_is_not_warned(straight):
