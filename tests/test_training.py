@@ -1091,7 +1091,8 @@ def test_card_tells_the_scores(lora):
 def test_what_the_card_shows_runs(processor, tmp_path, step_token, said):
     pytest.importorskip("sentence_transformers")
     export(tiny_model(step_token=step_token, num_steps=3), processor, tmp_path)
-    card = model_card(tmp_path, GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
+    settings = {"use_cpu": True, "report_to": "none", "learning_rate": 1e-4}
+    card = model_card(tmp_path, GircseTrainingArguments(output_dir=str(tmp_path), **settings))
     blocks = card.split("```python\n")[1:]
     assert said in card and len(blocks) == 2 and ("k=5" in card) == (step_token == "soft")
     for block in blocks:
@@ -1436,6 +1437,16 @@ def test_accuracy_before_training_is_measured_on_the_accelerator(processor, tmp_
     trainer.state.max_steps = 1  # as in training, when the model is where it should be
     trainer.evaluate()
     assert len(moves) == 2
+
+
+def test_the_learning_rate_is_by_default_that_of_what_is_trained(processor, tmp_path):
+    peft_model = add_lora(tiny_model(), ModelArguments())
+    for model, settings, expected in (
+        (tiny_model(), {}, 5e-5),
+        (peft_model, {}, 2e-4),
+        (peft_model, {"learning_rate": 0.01}, 0.01),
+    ):
+        assert make_trainer(model, processor, tmp_path, make_rows(4), **settings).args.learning_rate == expected
 
 
 def test_evaluate_reports_each_k(processor, tmp_path):
