@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,18 @@ class LocalClassification(LocalTask, AbsTaskClassification):
             row["label"] = numbers[row["label"]]
         train, test = (columns(rows, text="text", label="label") for rows in (fit, test))
         return DatasetDict(train=train, test=test)
+
+    def drawn(self, dataset: DatasetDict, count: int) -> DatasetDict:
+        """Up to `count` texts to test, and of each label as many to fit as mteb's classifier takes: of fewer it learns
+        hardly anything."""
+        order = dataset["train"].shuffle(seed=0)
+        seen: Counter[int] = Counter()
+        kept = [
+            i
+            for i, label in enumerate(order["label"])
+            if not seen.update([label]) and seen[label] <= self.samples_per_label
+        ]
+        return DatasetDict(train=order.select(kept), test=drawn_rows(dataset["test"], count))
 
 
 class LocalClustering(LocalTask, AbsTaskClustering):
