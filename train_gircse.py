@@ -62,6 +62,11 @@ CODE_FILES += [f"configs/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zer
 REMOTE_CODE = {
     "configuration_gircse.py": "all of them",
     "modeling_gircse.py": "`AutoModel`",
+    "step_loop_gircse.py": "`AutoModel`",
+    "soft_tokens_gircse.py": "`AutoModel`",
+    "backbone_gircse.py": "`AutoModel`",
+    "adapters_gircse.py": "`AutoModel`",
+    "static_steps_gircse.py": "`AutoModel`",
     "processing_gircse.py": "`AutoProcessor`",
     "sentence_gircse.py": "`SentenceTransformer`",
     "handler.py": "Inference Endpoints",

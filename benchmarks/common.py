@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -53,6 +54,12 @@ def classes() -> tuple[type[PreTrainedModel], type[PretrainedConfig]]:
     )
 
 
+def room(name: str) -> ModuleType:
+    """A module of the remote code, such as `step_loop`."""
+    package = classes()[0].__module__.rpartition(".")[0]  # which imports it
+    return sys.modules[f"{package}.{name}_gircse"]
+
+
 def text_config(shape: str) -> PretrainedConfig:
     config_class, sizes = SHAPES[shape]
     return config_class(**sizes)
@@ -81,7 +88,7 @@ def variant(model: PreTrainedModel, **axes: str) -> PreTrainedModel:
 
 def step_loop(model: PreTrainedModel, *inputs: Any) -> Any:
     """The model's `StepLoop` of these inputs, of which the prompt has run."""
-    return sys.modules[type(model).__module__].StepLoop(model, *inputs)
+    return room("step_loop").StepLoop(model, *inputs)
 
 
 def seconds(call: Callable[[], object]) -> float:

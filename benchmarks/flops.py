@@ -8,10 +8,12 @@ the growing sequence. Ratios are over Causal-EOS at the same N.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import BIDIRECTIONAL_AVG, CAUSAL_EOS, Table, classes, parser, text_config
+from common import BIDIRECTIONAL_AVG, CAUSAL_EOS, Table, classes, parser, room, text_config
 
 
 def flops(length: int, k: int | None, recompute: bool = False, **axes: str) -> int:
@@ -21,10 +23,9 @@ def flops(length: int, k: int | None, recompute: bool = False, **axes: str) -> i
         model = model_class(config_class(text_config=text_config("mistral-7b"), attn_implementation="eager", **axes))
         ids = torch.zeros(1, length, dtype=torch.long)
     model.eval()
-    if recompute:
-        model._checkpointing = lambda: True
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    without_cache = mock.patch.object(room("step_loop"), "checkpoints", return_value=recompute)
+    with counter, torch.no_grad(), without_cache:
         model(ids, k=k)
     return counter.get_total_flops()
 

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from common import CAUSAL_EOS, DEVICE, Table, build, in_turns, parser, ratio, step_loop, variant
+from common import CAUSAL_EOS, DEVICE, Table, build, in_turns, parser, ratio, room, step_loop, variant
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
 
     @contextmanager
     def plain() -> Iterator[None]:
-        with mock.patch.object(type(model), "_shared_prefix", return_value=0):
+        with mock.patch.object(room("step_loop"), "shared_prefix", return_value=0):
             yield
 
     def prefill(ids: torch.Tensor) -> None:

@@ -10,12 +10,11 @@ what torch allocates beyond table and states; gradients are compared by |a - b| 
 from __future__ import annotations
 
 import itertools
-import sys
 
 import torch
 from torch import Tensor, nn
 
-from common import DEVICE, Table, classes, in_turns, parser, peak_bytes, ratio
+from common import DEVICE, Table, in_turns, parser, peak_bytes, ratio, room
 
 
 def main() -> None:
@@ -24,7 +23,7 @@ def main() -> None:
     options.add_argument("--k", type=int, default=5)
     args = options.parse_args()
 
-    soft_embedding = sys.modules[classes()[0].__module__]._SoftEmbedding
+    soft_embedding = room("soft_tokens").SoftEmbedding
     table = Table(
         V="{}",
         d="{}",

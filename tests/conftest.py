@@ -99,6 +99,12 @@ def gircse() -> SimpleNamespace:
     return SimpleNamespace(GircseModel=model, GircseConfig=module.GircseConfig, GircseOutput=module.GircseOutput)
 
 
+def room(model, name: str):
+    """The module `name` of the remote code that a model, or its class, is of."""
+    package = (model if isinstance(model, type) else type(model)).__module__.rpartition(".")[0]
+    return sys.modules[f"{package}.{name}"]
+
+
 @pytest.fixture
 def make_model(gircse):
     def make(backbone: str = "qwen2", *, dtype=torch.float32, seed: int = 0, text_changes=None, **axes):

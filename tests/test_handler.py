@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from conftest import ROOT, text_config
-from train_gircse import export
+from train_gircse import REMOTE_CODE, export
 
 TEXTS = ["a red fox", "", "how do I renew the card that was stolen from me last week?", "rain", "Füchse 狐 🦊 \x00"]
 STS = "Retrieve semantically similar text."
@@ -402,9 +402,7 @@ def test_requirements_keep_the_container_as_it_is():
     assert (ROOT / "requirements-train.txt").read_text(encoding="utf-8").startswith("-r requirements.txt\n")
 
 
-@pytest.mark.parametrize(
-    "file", ["handler.py", "configuration_gircse.py", "modeling_gircse.py", "processing_gircse.py"]
-)
+@pytest.mark.parametrize("file", [file for file in REMOTE_CODE if file != "sentence_gircse.py"])
 def test_requirements_have_all_that_serving_imports(file):
     allowed = {*requirements("requirements.txt"), *sys.stdlib_module_names}
     for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):

@@ -25,7 +25,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from conftest import ROOT, text_config
 
-REMOTE_FILES = ("configuration_gircse.py", "modeling_gircse.py", "processing_gircse.py")
+MODEL_FILES = [
+    f"{name}_gircse.py"
+    for name in ("adapters", "backbone", "configuration", "modeling", "soft_tokens", "static_steps", "step_loop")
+]
+REMOTE_FILES = (*MODEL_FILES, "processing_gircse.py")
 # transformers took up `dtype=` in 4.56 and goes on taking `torch_dtype=`; our models take both everywhere.
 DTYPE_ARGUMENTS = ["torch_dtype", "dtype"]
 IDS = [[5, 17, 60, 33, 8], [0, 0, 42, 9, 77]]
@@ -203,7 +207,7 @@ def test_round_trip_is_bit_exact(round_trip, name, times):
 @pytest.mark.parametrize("name", ROUND_TRIPS)
 def test_saved_folder_holds_code_and_each_weight_once(round_trip, name, files):
     saved, tied = round_trip[files][name], ROUND_TRIPS[name][2]
-    assert {"configuration_gircse.py", "modeling_gircse.py", "config.json", "model.safetensors"} <= saved["names"]
+    assert {*MODEL_FILES, "config.json", "model.safetensors"} <= saved["names"]
     assert saved["config"]["model_type"] == "gircse"
     assert saved["config"]["auto_map"] == {  # local: with "--" the code would come from another repo
         "AutoConfig": "configuration_gircse.GircseConfig",
@@ -250,7 +254,7 @@ def test_model_type_is_not_a_stock_one(gircse):
 def test_loading_imports_no_training_code(round_trip):
     for times in ("once", "twice"):
         report = round_trip[times]
-        assert report["gircse_modules"] == ["configuration_gircse", "modeling_gircse"]
+        assert report["gircse_modules"] == [file.removesuffix(".py") for file in MODEL_FILES]
         for package in ("peft", "datasets", "sentence_transformers", "trl", "mteb", "ray"):
             assert package not in report["modules"]
 

@@ -14,7 +14,7 @@ import transformers
 from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
-from conftest import BACKBONES, SMALL, text_config
+from conftest import BACKBONES, SMALL, room, text_config
 
 
 def algorithm_1(model, ids, mask, k):
@@ -257,7 +257,7 @@ def test_shared_prefix_runs_once_and_changes_nothing(make_model, monkeypatch, ba
     results = []
     for shared in (True, False):
         if not shared:
-            monkeypatch.setattr(type(model), "_shared_prefix", lambda *args: 0)
+            monkeypatch.setattr(room(model, "step_loop_gircse"), "shared_prefix", lambda *args: 0)
         model.zero_grad()
         output = model(ids, mask, k=3)
         (output.step_embeddings @ direction).sum().backward()
@@ -295,7 +295,7 @@ def test_rows_of_like_start_and_length_are_prefilled_together_and_nothing_change
     results = []
     for grouped in (True, False):
         if not grouped:
-            monkeypatch.setattr(type(model), "_prefill_groups", lambda *args: [None])
+            monkeypatch.setattr(room(model, "step_loop_gircse"), "prefill_groups", lambda *args: [None])
         model.zero_grad()
         output = model(ids, mask, k=3)
         (output.step_embeddings @ direction).sum().backward()
@@ -311,13 +311,16 @@ def test_rows_of_like_start_and_length_are_prefilled_together_and_nothing_change
 def test_prefix_is_not_shared_across_a_sliding_window_or_by_short_prefixes(make_model):
     ids = torch.arange(10, 22).repeat(2, 1)
     ids[1, -1] = 50
-    mask = torch.ones_like(ids)
-    assert make_model("mistral")._shared_prefix(ids, mask, 3) == 0  # a window of 6
-    assert make_model("qwen2")._shared_prefix(ids, mask, 3) == 11
-    assert make_model("qwen2")._shared_prefix(ids[:, 4:], mask[:, 4:], 3) == 0
-    assert make_model("qwen2")._shared_prefix(ids[:1], mask[:1], 3) == 0
-    same = ids[:1].repeat(3, 1)
-    assert make_model("qwen2")._shared_prefix(same, torch.ones_like(same), 3) == 11  # each row runs its last token
+
+    def shared(backbone: str, ids: torch.Tensor) -> int:
+        model = make_model(backbone)
+        return room(model, "step_loop_gircse").shared_prefix(model.language_model, ids, torch.ones_like(ids), 3)
+
+    assert shared("mistral", ids) == 0  # a window of 6
+    assert shared("qwen2", ids) == 11
+    assert shared("qwen2", ids[:, 4:]) == 0
+    assert shared("qwen2", ids[:1]) == 0
+    assert shared("qwen2", ids[:1].repeat(3, 1)) == 11  # each row runs its last token
 
 
 @pytest.mark.parametrize("backbone", ["mistral", "gpt_neo"])
@@ -411,7 +414,7 @@ def test_gradient_checkpointing_gives_the_plain_gradients(make_model, batch, pad
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            assert model._checkpointing()
+            assert room(model, "step_loop_gircse").checkpoints(model.language_model)
         model.zero_grad()
         (model(ids, mask, k=4).step_embeddings @ direction).sum().backward()
         results.append(gradients(model))

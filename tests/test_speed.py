@@ -5,33 +5,28 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import BACKBONES
+from conftest import BACKBONES, room
 from test_modeling import attention_for, gradients, relative
-
-
-def module_of(model):
-    return sys.modules[type(model).__module__]
 
 
 def decoder_calls(model, name):
     """A list that each call of the decoder appends its argument `name` to."""
     calls = []
-    module_of(model)._decoder(model.language_model).register_forward_pre_hook(
+    room(model, "backbone_gircse").decoder_of(model.language_model).register_forward_pre_hook(
         lambda m, args, kwargs: calls.append(kwargs[name]), with_kwargs=True
     )
     return calls
 
 
 def mix_in_chunks(model, monkeypatch, size):
-    monkeypatch.setattr(module_of(model), "SMALLEST_CHUNKED_VOCABULARY", 0)
-    monkeypatch.setattr(module_of(model), "CHUNK_ON_CPU", size)
+    monkeypatch.setattr(room(model, "soft_tokens_gircse"), "SMALLEST_CHUNKED_VOCABULARY", 0)
+    monkeypatch.setattr(room(model, "soft_tokens_gircse"), "CHUNK_ON_CPU", size)
 
 
 def training_step(model, batch, k=3):
@@ -57,8 +52,8 @@ def test_mixing_chunk_by_chunk_gives_the_values_and_gradients_of_one_product(mak
 
 def test_mixing_handles_a_head_with_a_bias_frozen_tables_and_large_scores(make_model, monkeypatch):
     model = make_model()
-    soft_embedding = module_of(model)._SoftEmbedding
-    monkeypatch.setattr(module_of(model), "CHUNK_ON_CPU", 7)
+    soft_embedding = room(model, "soft_tokens_gircse").SoftEmbedding
+    monkeypatch.setattr(room(model, "soft_tokens_gircse"), "CHUNK_ON_CPU", 7)
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape, grad=True):
@@ -136,7 +131,7 @@ def test_steps_read_no_value_back(make_model, batch, padded):
     model = make_model()
     ids, mask = batch if padded else (batch[0][:1].repeat(2, 1), torch.ones(2, 11, dtype=torch.long))
     with torch.no_grad():
-        loop = module_of(model).StepLoop(model, *model._check_inputs(ids, mask, 5))
+        loop = room(model, "step_loop_gircse").StepLoop(model, *model._check_inputs(ids, mask, 5))
         with Reads() as reads:
             for _ in range(5):
                 loop.step()
@@ -149,7 +144,7 @@ def test_cache_grows_by_one_position_a_step(make_model, batch):
     caches = decoder_calls(model, model._find_way(model.device).cache)
     lengths = []
     with torch.no_grad():
-        loop = module_of(model).StepLoop(model, *model._check_inputs(*batch, 4))
+        loop = room(model, "step_loop_gircse").StepLoop(model, *model._check_inputs(*batch, 4))
         for _ in range(4):
             loop.step()
             lengths.append(caches[-1].get_seq_length())
@@ -188,7 +183,7 @@ def test_texts_that_have_settled_run_no_further_steps(make_model, batch):
 @pytest.fixture
 def static(gircse):
     """Skips where transformers has no static cache that counts its own tokens."""
-    if not sys.modules[gircse.GircseModel.__module__]._static_caches_count():
+    if not room(gircse.GircseModel, "static_steps_gircse").static_caches_count():
         pytest.skip("this transformers is too old for static steps")
 
 
@@ -219,11 +214,11 @@ def test_compiled_static_steps_equal_dynamic_ones_and_compile_once_a_shape(make_
         expected = model.generate_embedding(ids, mask, k=k)
         found = model.generate_embedding(ids, mask, k=k, cache_implementation="static")
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    module = module_of(model)
+    module = room(model, "static_steps_gircse")
     torch._dynamo.reset()
-    step = torch.compile(module._step, backend=counted)
+    step = torch.compile(module.one_step, backend=counted)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_compiled_step", lambda device: step)
+        patch.setattr(module, "compiled_step", lambda device: step)
         for _ in range(3):
             model.generate_embedding(*batch, k=5, cache_implementation="static")
     assert counted.frame_count == 1
@@ -231,7 +226,7 @@ def test_compiled_static_steps_equal_dynamic_ones_and_compile_once_a_shape(make_
 
 def test_static_cache_is_kept_for_its_shape_and_not_with_the_weights(make_model, batch, uncompiled):
     model = make_model()
-    kept = module_of(model)._static_caches()
+    kept = room(model, "static_steps_gircse").kept_caches()
     first = model.generate_embedding(*batch, k=4, cache_implementation="static")
     cache = kept[model][1]
     model.generate_embedding(batch[0].flip(0), batch[1].flip(0), k=6, cache_implementation="static")
@@ -264,7 +259,7 @@ def test_static_steps_are_refused_where_they_cannot_be(make_model, gircse, batch
         make_model(step_token="learned").generate_embedding(*batch, k=2, cache_implementation="static")
     for backbone, window in (("mistral", "sliding_window"), ("gpt_neo", "window_size")):
         model = make_model(backbone, text_changes={window: 63})
-        supported = module_of(model)._static_caches_count()
+        supported = room(model, "static_steps_gircse").static_caches_count()
         remedy = "sliding window" if supported else "update transformers"
         with pytest.raises(ValueError, match=remedy):
             model.generate_embedding(*batch, k=2, cache_implementation="static")  # 64 positions hold 11 + 2 tokens

@@ -1,0 +1,219 @@
+"""PEFT adapters of the plain causal LM: merged into it, loaded beside others, and repos that hold an adapter alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from .backbone_gircse import HUB_ARGUMENTS, REPO_ARGUMENTS, is_tied, load_backbone
+
+
+class AdapterMixin:
+    """The methods of a `GircseModel` that load and drop adapters."""
+
+    @classmethod
+    def _from_adapter(cls, repo: str, config: PretrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:
+        """The model whose backbone, a causal LM or a GIRCSE model on the Hub, gets the adapter of `repo` merged."""
+        common = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        where = {name: kwargs.pop(name) for name in REPO_ARGUMENTS if name in kwargs} | common
+        # Nothing but this repo's own code is run, whatever the backbone's repo holds.
+        for name in ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash"):
+            kwargs.pop(name, None)
+        # A configuration would take the dtype for itself; it is for the weights, and those are the backbone's.
+        dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+        if not isinstance(config, PretrainedConfig):
+            config, kwargs = cls.config_class.from_pretrained(
+                config or repo, return_unused_kwargs=True, **where, **kwargs
+            )
+        kwargs |= dtype
+        # transformers 4 keeps the caller's choice in the outer configuration, 5 hands it down.
+        chosen = [getattr(part, "_attn_implementation_internal", None) for part in (config.text_config, config)]
+        kwargs.setdefault("attn_implementation", chosen[0] or chosen[1])
+        where["subfolder"] = "/".join(filter(None, (where.get("subfolder"), config.adapter)))
+        folder = adapter_folder(repo, **where)
+        source = peft_package(repo).PeftConfig.from_pretrained(folder)
+        base, common = source.base_model_name_or_path, {**common, "revision": source.revision}
+        if PretrainedConfig.get_config_dict(base, **common)[0].get("model_type") == cls.config_class.model_type:
+            language_model = cls.from_pretrained(base, **common, **kwargs).language_model
+        else:
+            language_model = load_backbone(base, **common, **kwargs)
+        language_model = merge_adapter(language_model, folder)
+        config.text_config, config.adapter = language_model.config, None  # as saved from now on, it has weights
+        # Left open, transformers 4 would take the backbone's from it.
+        config._attn_implementation = language_model.config._attn_implementation
+        return cls(config, language_model).eval()
+
+    def load_adapter(
+        self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the method of all models of transformers, for adapters of the plain causal LM (keys
+        `base_model.model.model.layers...`) and those of a `GircseModel` (`base_model.model.language_model...`). The
+        adapter is not merged; `set_adapter(name)` switches between several.
+
+        Raises:
+            ValueError: if the adapter does not match the backbone or changes nothing, and is not kept then; if there
+                is another of that name.
+        """
+        if peft_model_id is None or args or "adapter_state_dict" in kwargs:
+            return super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        peft, name = peft_package(peft_model_id), adapter_name or "default"
+        check_version_of_peft(peft)
+        where = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, *REPO_ARGUMENTS) if key in kwargs}
+        where |= {key: value for key, value in (kwargs.pop("adapter_kwargs", None) or {}).items() if key[0] != "_"}
+        if where.get("subfolder"):
+            peft_model_id, where = adapter_folder(peft_model_id, **where), {}
+        config = to_gircse_config(peft.PeftConfig.from_pretrained(peft_model_id, **where))
+        weights = {
+            to_gircse_key(key): value for key, value in peft.load_peft_weights(peft_model_id, "cpu", **where).items()
+        }
+        check_changes(peft_model_id, weights)
+        loaded = getattr(self, "peft_config", {})  # by name; there is no such attribute without any
+        if name in loaded:
+            raise ValueError(f"adapter_name={name!r} is taken; choose another, or free it by delete_adapter({name!r})")
+        active = self.active_adapters() if loaded else None
+        conversions = getattr(self, "_weight_conversions", None)
+        try:
+            info = super().load_adapter(peft_config=config, adapter_state_dict=weights, adapter_name=name, **kwargs)
+            self._check_kept(name, weights, peft.utils.ModulesToSaveWrapper)
+        except (KeyError, RuntimeError, ValueError) as error:
+            if name in getattr(self, "peft_config", {}):
+                self.delete_adapter(name)
+            elif not hasattr(self, "peft_config"):  # it failed half-way
+                unwrap(self)
+            if active:
+                self.set_adapter(active)
+            raise misfit(peft_model_id, self.language_model, error) from error
+        finally:
+            self._weight_conversions = conversions  # transformers 5.0 would save the model under the adapter's names
+        return info
+
+    def _check_kept(self, name: str, weights: dict[str, Tensor], replacement: type) -> None:
+        """Raises a ValueError unless all of an adapter is loaded, and the steps see what it does."""
+        if not isinstance(self.get_input_embeddings(), (nn.Embedding, replacement)):
+            raise ValueError(
+                "it adds to the token embeddings, whose weight the steps read as it is; merge it by "
+                "GircseModel.from_causal_lm(adapter=...)"
+            )
+        kept = self.get_adapter_state_dict(name)
+        lost = weights.keys() ^ kept.keys()
+        # transformers 5 leaves out some of what it does not know (DoRA), so that a key alone says nothing.
+        lost |= {key for key in weights.keys() - lost if not torch.equal(weights[key].to(kept[key]), kept[key])}
+        if lost:
+            raise ValueError(f"unmatched {sorted(lost)[:3]}; GircseModel.from_causal_lm(adapter=...) may take it")
+
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """As the method of all models of transformers; layers that no adapter is left for are plain ones again."""
+        super().delete_adapter(adapter_names)
+        unwrap(self)
+
+
+def merge_adapter(language_model: PreTrainedModel, adapter: str, **where: Any) -> PreTrainedModel:
+    """The causal LM with a PEFT adapter of that causal LM merged into its weights."""
+    peft = peft_package(adapter)
+    config = peft.PeftConfig.from_pretrained(adapter, **where)
+    tied = is_tied(language_model)
+    trainable = {name: weight.requires_grad for name, weight in language_model.named_parameters()}
+    try:
+        model = peft.PeftModel(language_model, config)
+        ends = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
+        if tied and any(isinstance(end, peft.tuners.tuners_utils.BaseTunerLayer) for end in ends):
+            raise ValueError(
+                "it changes the token embeddings or the LM head, which are one weight there, by themselves; train it "
+                "without these among its target_modules (modules_to_save may hold them)"
+            )
+        result = model.load_adapter(adapter, "default", **where)
+        # The adapter's own weights carry its name, whatever its kind (LoRA, IA3, ...).
+        lost = [key for key in result.missing_keys if ".default" in key] + list(result.unexpected_keys)
+        if lost:
+            raise ValueError(f"unmatched {lost[:3]}")
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise misfit(adapter, language_model, error) from error
+    check_changes(adapter, dict(model.named_parameters()))
+    merged = model.merge_and_unload()
+    for name, weight in merged.named_parameters():
+        weight.requires_grad_(trainable.get(name, True))  # PEFT has frozen them all
+    if tied and not is_tied(merged):  # the adapter brought its own; nothing may tie them again
+        merged.config.tie_word_embeddings = False
+        merged.all_tied_weights_keys = {}
+    return merged
+
+
+def adapter_folder(adapter: str, subfolder: str, **where: Any) -> str:
+    """The local copy of an adapter in a subfolder; offline, PEFT looks for its weights in the wrong place there."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return str(Path([cached_file(adapter, name, subfolder=subfolder, **where) for name in names][0]).parent)
+
+
+def unwrap(model: PreTrainedModel) -> None:
+    """Puts the layers back that PEFT wraps for no adapter any more, as the wrappers change the names of weights."""
+    wrapped = []
+    for name, module in model.named_modules():
+        plain = getattr(module, "base_layer", getattr(module, "original_module", None))
+        if plain is not None and not (hasattr(model, "peft_config") and {*module.parameters()} - {*plain.parameters()}):
+            wrapped.append((name, plain))
+    for name, plain in reversed(wrapped):  # inner wrappers first
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+
+
+def peft_package(adapter: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"adapter={adapter!r} needs the peft package: pip install peft") from error
+    return peft
+
+
+def check_version_of_peft(peft: Any) -> None:
+    """Raises an ImportError if the installed transformers switches adapters by a newer peft alone."""
+    try:
+        from transformers.integrations.peft import MIN_PEFT_VERSION
+        from transformers.utils import check_peft_version
+    except ImportError:  # wherever it is then, transformers looks itself
+        return
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        raise ImportError(
+            f"transformers {transformers.__version__} needs peft >= {MIN_PEFT_VERSION} for unmerged adapters, and "
+            f"this is peft {peft.__version__}: pip install -U peft, or merge the adapter by "
+            "GircseModel.from_causal_lm(adapter=...), which works with this one"
+        ) from error
+
+
+def misfit(adapter: str, language_model: PreTrainedModel, reason: Exception) -> ValueError:
+    return ValueError(f"adapter={adapter!r} does not fit {type(language_model).__name__}: {reason}")
+
+
+def check_changes(adapter: str, weights: dict[str, Tensor]) -> None:
+    updates = [weight for name, weight in weights.items() if "lora_B" in name]
+    if updates and not any(weight.any() for weight in updates):
+        raise ValueError(f"adapter={adapter!r} changes nothing: all of its lora_B weights are zero; was it trained?")
+
+
+def to_gircse_key(key: str) -> str:
+    """A key of an adapter's file, of the plain causal LM or of a `GircseModel`, as a key of a `GircseModel`."""
+    key = key.removeprefix("base_model.model.")
+    return key if key.startswith(("language_model.", "learned_tokens.")) else f"language_model.{key}"
+
+
+def to_gircse_config(config: Any) -> Any:
+    """A PEFT configuration whose regular expressions of names hold in a `GircseModel`, too."""
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(value := getattr(config, field, None), str):  # a regular expression of whole names
+            setattr(config, field, to_gircse_pattern(value))
+    for field in ("alpha_pattern", "rank_pattern"):
+        if value := getattr(config, field, None):
+            setattr(config, field, {to_gircse_pattern(key): number for key, number in value.items()})
+    return config
+
+
+def to_gircse_pattern(pattern: str) -> str:
+    """A regular expression of names of the plain causal LM or of a `GircseModel`, as one of a `GircseModel`."""
+    return rf"(language_model\.)?({pattern.removeprefix('^')})"

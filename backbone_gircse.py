@@ -1,0 +1,294 @@
+"""What GIRCSE needs of a causal LM: loading it, checking it, and calling its decoder with masks, positions and a cache.
+
+Architectures and versions of transformers differ in names of arguments, kinds of caches and masks. What the installed
+one takes is tried on the backbone itself, by `find_way`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+# Where a file is found on the Hub: arguments of `from_pretrained` that hold for more than one repo, or for one alone.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+REPO_ARGUMENTS = ("revision", "subfolder")
+# What architectures call how far layers see that don't see all positions: sliding_window, attention_window_size, ...
+WINDOW = r"window(_size|_length)?$"
+# What a call of the decoder raises that can't take what it is given: another way of driving it is tried then.
+REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+SLOW = (
+    "{} has no KV cache of transformers {} that could be gone on from, so each step runs the whole sequence: the same "
+    "vectors, and far slower."
+)
+
+logger = logging.get_logger(__name__)
+
+
+class Way(NamedTuple):
+    """How a backbone is driven, as `find_way` tries it out on the backbone itself. The defaults are
+    Algorithm 1 as it is written: slow, and right for every decoder that takes embeddings and a mask.
+
+    Args:
+        cache: the name under which the decoder takes a KV cache that can be gone on from; None if each step runs the
+            whole sequence.
+        square_masks: whether the decoder takes a mask of its own for each position of the prompt, (B, 1, N, N).
+    """
+
+    cache: str | None = None
+    square_masks: bool = False
+
+
+def load_backbone(name_or_path: str, needs_head: bool = True, **kwargs: Any) -> PreTrainedModel:
+    """A plain causal LM. What its checkpoint lacks would be random: a ValueError, but for a head that is not needed."""
+    name_dtype(kwargs)
+    model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    if kwargs.get("gguf_file"):  # which is dequantized at loading: no loader of what is saved may take it for quantized
+        drop_quantization(model)
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    lost = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+    lost = [key for key in lost if needs_head or key.rpartition(".")[0] not in head]
+    if lost:
+        raise ValueError(
+            f"{name_or_path!r} lacks {len(lost)} weights of {type(model).__name__}, such as {lost[0]!r}, which would "
+            "be random: choose a checkpoint of the whole causal LM"
+        )
+    return model
+
+
+def drop_quantization(model: PreTrainedModel) -> None:
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+
+
+def name_dtype(kwargs: dict[str, Any]) -> None:
+    """Has the dtype under the name that the installed transformers takes: `torch_dtype` until 4.55, `dtype` since."""
+    given = [kwargs.pop(name) for name in ("torch_dtype", "dtype") if name in kwargs]
+    if given:
+        kwargs["dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"] = given[-1]
+
+
+def is_tied(language_model: PreTrainedModel) -> bool:
+    head = language_model.get_output_embeddings()
+    return head is not None and head.weight is language_model.get_input_embeddings().weight
+
+
+def check_structure(language_model: PreTrainedModel) -> None:
+    """Refuses, by name, a backbone whose parts the step loop can't use as they are. Whether it can be driven is tried
+    by `find_way`, so that this holds only what no trial of a few tokens would show."""
+    config, reason = language_model.config, None
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder"
+    elif decoder_of(language_model) is language_model or language_model.get_output_embeddings() is None:
+        reason = "it has no decoder and LM head that can be called apart"
+    elif config.get_text_config() is not config:
+        reason = "it is multimodal (its text part, saved as a causal LM of its own, may be one)"
+    elif config.model_type not in CONFIG_MAPPING or not isinstance(config, CONFIG_MAPPING[config.model_type]):
+        reason = "it is made by code of its own, which the saved model would lack"
+    elif getattr(config, "attention_chunk_size", None):  # Llama 4
+        reason = "its layers count their chunks of attention from the padding on, not from the text"
+    elif getattr(config, "hidden_size_per_layer_input", None):
+        reason = "its layers read the token ids again, and a soft token has none"
+    if reason is not None:
+        raise unfit(language_model, reason)
+
+
+def unfit(language_model: PreTrainedModel, reason: str) -> ValueError:
+    name = type(language_model).__name__
+    return ValueError(f"{name} can't be a GIRCSE backbone: {reason}; choose a decoder-only attention model")
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """How many positions a text and its steps may take in a backbone; None if it has no limit.
+
+    LongRoPE turns all texts of a batch in another way as soon as one of them is longer than the original limit, and a
+    step may pass it with a cache from before: up to there, a text's vector is its own."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if "longrope" in (rope.get("rope_type"), rope.get("type")):
+        original = rope.get("original_max_position_embeddings")
+        return original or config.original_max_position_embeddings
+    return getattr(config, "max_position_embeddings", None)
+
+
+def decoder_of(language_model: PreTrainedModel) -> nn.Module:
+    """f: the causal LM without its head."""
+    decoder = language_model.get_decoder() if hasattr(language_model, "get_decoder") else language_model
+    # transformers 4.57 says of GPT-2 that it is its own decoder; ModernBERT calls its head so.
+    if decoder is language_model or not isinstance(decoder, PreTrainedModel):
+        decoder = language_model.base_model
+    return getattr(language_model, "model", decoder) if decoder is language_model else decoder
+
+
+def decode(
+    decoder: nn.Module, inputs: Tensor, mask: Tensor | None, positions: Tensor, past: dict[str, Cache]
+) -> Tensor:
+    """The last position's state, (B, d), after `inputs` (B, n, d) have run over the cache, which `past` names as the
+    decoder does."""
+    output = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=bool(past), **past)
+    return output.last_hidden_state[:, -1].to(positions.device)
+
+
+def unsharded(module: nn.Module) -> nn.Module:
+    """FSDP2 gathers a module's weights when it is called; the step loop reads them without that."""
+    if hasattr(module, "unshard"):
+        module.unshard()
+    return module
+
+
+@contextmanager
+def attention_of_any_device(language_model: PreTrainedModel) -> Iterator[None]:
+    """For a pass on the CPU, where flash attention, which may be chosen for later, can't run."""
+    config, device = language_model.config, language_model.get_input_embeddings().weight.device
+    chosen = getattr(config, "_attn_implementation", None)
+    if device.type != "cpu" or chosen in ("eager", "sdpa", None):
+        yield
+        return
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = chosen
+
+
+def attention_implementation(language_model: PreTrainedModel) -> str | None:
+    return getattr(language_model.config, "_attn_implementation", None)
+
+
+def embed_tokens(language_model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, N, d). Ids under the mask may be anything (-100 is common); any id of the vocabulary does for them."""
+    return unsharded(language_model.get_input_embeddings())(input_ids * attention_mask)
+
+
+def prompt_mask(language_model: PreTrainedModel, mask: Tensor, way: Way, start: int = 0) -> Tensor:
+    """What the prompt's positions see, from `start` on. Where scores and mask overflow (float16), eager attention
+    makes NaN of padding that sees nothing, and then of all that multiply its values by 0."""
+    length = mask.shape[1]
+    if not way.square_masks or mask.is_meta or mask.all() or exceeds_window(language_model.config, length):
+        return mask  # (B, N), from which the backbone makes what it needs
+    earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=mask.device)
+    seen = earlier & mask[:, None].bool() | itself
+    return additive_mask(seen, language_model.dtype)[:, None, start:]  # (B, 1, N - start, N)
+
+
+def step_mask(language_model: PreTrainedModel, mask: Tensor) -> Tensor | None:
+    """What the generated positions see of the cache: the mask that step k's call takes the first N + k columns of.
+    Made once, so that the backbone makes none of its own at each step, which would read the mask's values back from
+    a GPU."""
+    implementation = attention_implementation(language_model)
+    if implementation not in ("eager", "sdpa") or exceeds_window(language_model.config, mask.shape[1]):
+        return mask  # (B, N + K), from which the backbone makes what it needs
+    if implementation == "sdpa" and not mask.is_meta and mask.all():
+        return None  # a single position sees all that is in the cache
+    return additive_mask(mask, language_model.dtype)[:, None, None]  # (B, 1, 1, N + K)
+
+
+def exceeds_window(config: PretrainedConfig, length: int) -> bool:
+    """Whether some layer may not see all of `length` positions, so that masks are left to the backbone."""
+    windows = [value for name, value in vars(config).items() if re.search(WINDOW, name) and type(value) is int]
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention", "attention"} and not windows:
+        return True  # how far these layers see is not known
+    return any(length > window for window in windows)
+
+
+def additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 and 1 -> what is added to attention scores, of the same shape."""
+    hidden = attention_mask == 0
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
+
+
+def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer, (B, heads, N, size) each."""
+    if hasattr(cache, "layers"):
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache, strict=True))  # transformers < 4.54
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def find_way(
+    language_model: PreTrainedModel,
+    states: Callable[[Tensor, Tensor, Way], Tensor],
+    generates: bool,
+    device: torch.device,
+) -> Way:
+    """The fastest way in which a padded row beside another one comes out as Algorithm 1 has it for that row alone.
+
+    Names of arguments, kinds of caches and masks differ between architectures and between versions of transformers:
+    what the installed one takes is tried instead of looked up.
+
+    Args:
+        states: ids, mask and a way to the states, (B, n, d), that the model would have of them.
+        generates: whether positions are generated after the text, for which a cache is wanted.
+
+    Raises:
+        ValueError: if no way does, so that vectors would be wrong.
+    """
+    ids = torch.arange(8, device=device).reshape(2, 4) % language_model.get_input_embeddings().num_embeddings
+    mask = torch.ones_like(ids)
+    mask[1, 0] = 0
+    training = [module for module in language_model.modules() if module.training]
+    language_model.eval()  # dropout would make every pass another one
+    problem = "its states depend on padding, or can't be gone on from"
+    try:
+        expected = states(ids[1:, 1:], mask[1:, 1:], Way())
+        other = states(ids[1:, -1:], mask[1:, -1:], Way())
+        for way in possible_ways(language_model, ids, generates):
+            try:
+                found = states(ids, mask, way)[1:]
+            except REFUSALS as error:
+                problem = str(error)
+                continue
+            if agree(found, expected, other):
+                if way.cache is None and generates:
+                    logger.warning(SLOW.format(type(language_model).__name__, transformers.__version__))
+                return way
+    except TypeError as error:  # of arguments; what else a plain pass raises is the machine's and says so itself
+        problem = str(error)
+    finally:
+        for module in training:
+            module.training = True
+    raise unfit(language_model, f"with transformers {transformers.__version__}, {problem}")
+
+
+def possible_ways(language_model: PreTrainedModel, ids: Tensor, generates: bool) -> list[Way]:
+    """Fastest first, `Way()` last."""
+    squares = [True, False] if attention_implementation(language_model) == "eager" else [False]
+    names: list[str | None] = [None]
+    if generates:
+        inputs = embed_tokens(language_model, ids, torch.ones_like(ids))
+        with suppress(*REFUSALS):
+            # A decoder returns the cache that it has made under the name by which it takes one. Some make another
+            # kind, of fixed length, and mask for that (Gemma 2 in transformers 4.51).
+            output = decoder_of(language_model)(inputs_embeds=inputs, use_cache=True)
+            names = [name for name, value in output.items() if isinstance(value, DynamicCache)] + names
+    return [Way(name, square) for name in names for square in squares]
+
+
+def agree(found: Tensor, expected: Tensor, other: Tensor) -> bool:
+    """Whether states (1, n, d) are the same up to rounding: far nearer to each other than to those of another text. On
+    the meta device there are no values to tell."""
+    if found.is_meta:
+        return True
+    rounding = 0.01 if torch.finfo(found.dtype).eps < 1e-6 and not torch.is_autocast_enabled(found.device.type) else 0.1
+    found, expected, other = (x.float() for x in (found, expected, other))
+    error, difference, size = (x.norm() for x in (found - expected, other - expected, expected))
+    return bool(error <= max(rounding * difference, 1e-4 * size))

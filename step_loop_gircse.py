@@ -1,0 +1,207 @@
+"""The step loop: a batch's prompt is prefilled once, and then one generated position after the other.
+
+Rows with a common start, such as an instruction, run it once; on a CPU, rows of like length are prefilled together and
+their caches joined, so that little padding is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from .backbone_gircse import (
+    Way,
+    decode,
+    decoder_of,
+    embed_tokens,
+    exceeds_window,
+    keys_and_values,
+    prompt_mask,
+    step_mask,
+)
+
+# A common start of fewer tokens than this is not worth a pass of its own.
+SHORTEST_SHARED_PREFIX = 8
+# On a CPU, a group of rows is prefilled by itself if that saves as many tokens: for about 30, reading all weights once
+# more takes as long as the tokens would. On other devices, rows are prefilled together.
+LEAST_TOKENS_SAVED = 64
+
+
+class StepLoop:
+    """A batch on its way: the prompt's states, and then one generated position after the other.
+
+    Args:
+        model: a `GircseModel` with soft or hard step tokens.
+        input_ids, attention_mask: (B, N) each, as `_check_inputs` returns them.
+        k: the most steps there will be.
+        way: how the backbone is driven, by default as the model has found out.
+
+    Attributes:
+        state: (B, d), h'_0 at first and h'_k after k steps.
+    """
+
+    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor, k: int, way: Way | None = None) -> None:
+        self.model, self.decoder = model, decoder_of(model.language_model)
+        self.way = model._find_way(input_ids.device) if way is None else way
+        if checkpoints(model.language_model):
+            # The layers would fill a cache a second time in backward, and differ from what the forward pass saw.
+            self.way = self.way._replace(cache=None)
+        self.past, self.inputs = {}, None
+        if self.way.cache is None:
+            # (B, N, d), which steps are added to
+            self.inputs = embed_tokens(model.language_model, input_ids, attention_mask)
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            seen = prompt_mask(model.language_model, attention_mask, self.way)
+            self.state = decode(self.decoder, self.inputs, seen, positions, {})
+        else:
+            groups = prefill_groups(model.language_model, input_ids, attention_mask, k)
+            parts = [self._prefill(input_ids, attention_mask, k, rows) for rows in groups]
+            self.state, attention_mask, cache = parts[0] if len(parts) == 1 else joined(groups, parts)
+            self.past = {self.way.cache: cache}
+        self.end = attention_mask.shape[1]
+        self.mask = F.pad(attention_mask, (0, k), value=1)  # (B, N + K)
+        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)  # (B, N + K)
+        self.seen = step_mask(model.language_model, self.mask) if self.past else self.mask
+
+    def _prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, k: int, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, DynamicCache]:
+        """h'_0 (b, d), the mask in the order of the cache's slots (b, n), and the cache, of the rows of these numbers
+        (None for all), with columns that are all padding cut and a common start run once."""
+        language_model, cache = self.model.language_model, DynamicCache()
+        if rows is not None:
+            longest = int(attention_mask[rows].sum(1).max())
+            input_ids, attention_mask = input_ids[rows, -longest:], attention_mask[rows, -longest:]
+        shared, past = shared_prefix(language_model, input_ids, attention_mask, k), {self.way.cache: cache}
+        if shared:
+            input_ids, attention_mask = prefix_first(input_ids, attention_mask, shared)
+        inputs = embed_tokens(language_model, input_ids, attention_mask)
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        if shared:
+            first = inputs[:1, :shared], attention_mask[:1, :shared], positions[:1, :shared]
+            decode(self.decoder, *first, past)
+            cache.batch_repeat_interleave(len(inputs))
+        seen = prompt_mask(language_model, attention_mask, self.way, shared)
+        state = decode(self.decoder, inputs[:, shared:], seen, positions[:, shared:], past)
+        return state, attention_mask, cache
+
+    def step(self) -> tuple[Tensor | None, Tensor]:
+        """s_k and g_k, (B, V) and (B, d); s_k is None where `next_token` makes it chunk by chunk."""
+        probabilities, embedding = self.model._next_token(self.state)
+        return probabilities, self.advance(embedding)
+
+    def advance(self, embedding: Tensor) -> Tensor:
+        """g_k (B, d) after d_k (B, d), whichever token that is of."""
+        inputs = embedding[:, None]  # (B, 1, d)
+        if not self.past:
+            inputs = self.inputs = torch.cat([self.inputs, inputs], dim=1)
+        self.end += 1
+        seen = None if self.seen is None else self.seen[..., : self.end]
+        at = self.positions[:, self.end - inputs.shape[1] : self.end]
+        self.state = decode(self.decoder, inputs, seen, at, self.past)
+        return self.state
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with the rows of these numbers alone, (b,) int64."""
+        for name in ("state", "mask", "positions", "inputs", "seen"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value[rows])
+        for cache in self.past.values():
+            cache.reorder_cache(rows)
+
+
+def checkpoints(language_model: PreTrainedModel) -> bool:
+    """Whether the backward pass runs layers again."""
+    layers = language_model.modules()
+    return language_model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+
+
+def prefill_groups(
+    language_model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, k: int
+) -> list[Tensor | None]:
+    """Numbers of the rows that are prefilled together, (b,) each, or None for all rows: rows with a common start,
+    which then runs once, and rows of like length, which then have little padding."""
+    if len(input_ids) == 1 or input_ids.device.type != "cpu" or runs_in_step(language_model):
+        return [None]
+    lengths = attention_mask.sum(1)
+    order = lengths.argsort(stable=True)
+    starts = tokens_first(input_ids, attention_mask)[:, :SHORTEST_SHARED_PREFIX]
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for row, start in zip(order.tolist(), starts[order].tolist(), strict=True):
+        alike.setdefault(tuple(start), []).append(row)
+    groups, others = [], []
+    for rows in alike.values():
+        shared = shared_prefix(language_model, input_ids[rows], attention_mask[rows], k)
+        if shared * (len(rows) - 1) >= LEAST_TOKENS_SAVED:
+            groups.append(rows)
+        else:
+            others += rows
+    lengths = lengths.tolist()
+    groups.append(sorted(others, key=lengths.__getitem__))
+    groups = [part for rows in groups if rows for part in split_by_length(rows, lengths)]
+    return [None] if len(groups) == 1 else [torch.tensor(rows) for rows in groups]
+
+
+def runs_in_step(language_model: PreTrainedModel) -> bool:
+    """Whether this process has to make the same calls of layers as others, which gather sharded weights at each."""
+    return language_model.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def shared_prefix(language_model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, k: int) -> int:
+    """How many tokens all rows start with, such as an instruction's: their states are the same in every row, so
+    that the prefill runs them once. 0 where that does not pay, or would not be exact."""
+    batch, length = input_ids.shape
+    # Padding then lies between the prefix and the rest, and a sliding window would count it.
+    if batch == 1 or input_ids.is_meta or exceeds_window(language_model.config, length + k):
+        return 0
+    if runs_in_step(language_model):
+        return 0
+    lengths, tokens = attention_mask.sum(1), tokens_first(input_ids, attention_mask)
+    same = (tokens == tokens[:1]).all(0) & (torch.arange(length, device=input_ids.device) < lengths.min() - 1)
+    shared = int(same.long().cumprod(0).sum())
+    return shared if shared >= SHORTEST_SHARED_PREFIX else 0
+
+
+def tokens_first(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Rows of padding and tokens, (B, N) -> each row's tokens, and then its last one again and again."""
+    length = input_ids.shape[1]
+    index = (length - attention_mask.sum(1))[:, None] + torch.arange(length, device=input_ids.device)
+    return input_ids.gather(1, index.clamp(max=length - 1))
+
+
+def split_by_length(rows: list[int], lengths: list[int]) -> list[list[int]]:
+    """Row numbers, shortest row first, in groups that are padded to their own longest row, as far as that pays."""
+    saved = [count * (lengths[rows[-1]] - lengths[rows[count - 1]]) for count in range(1, len(rows))]
+    if max(saved, default=0) < LEAST_TOKENS_SAVED:
+        return [rows]
+    count = saved.index(max(saved)) + 1
+    return split_by_length(rows[:count], lengths) + split_by_length(rows[count:], lengths)
+
+
+def prefix_first(input_ids: Tensor, attention_mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
+    """Rows of padding and tokens -> rows of the first `shared` tokens, padding and the other tokens."""
+    position = attention_mask.cumsum(1)  # 0 for padding, which is on the left
+    order = ((position == 0).long() + 2 * (position > shared).long()).argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def joined(
+    groups: list[Tensor], parts: list[tuple[Tensor, Tensor, DynamicCache]]
+) -> tuple[Tensor, Tensor, DynamicCache]:
+    """What `StepLoop._prefill` returns of each group -> the same of all rows in their order; shorter ones have empty
+    slots on the left, which the mask hides."""
+    states, masks, caches = zip(*parts, strict=True)
+    order, longest = torch.cat(groups).argsort(), max(mask.shape[1] for mask in masks)
+    mask = torch.cat([F.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])[order]
+    joined = DynamicCache()
+    for index, layers in enumerate(zip(*map(keys_and_values, caches), strict=True)):
+        padded = (
+            torch.cat([F.pad(x, (0, 0, longest - x.shape[-2], 0)) for x in side])[order]
+            for side in zip(*layers, strict=True)
+        )
+        joined.update(*padded, index)
+    return torch.cat(states)[order], mask, joined
