@@ -10,7 +10,7 @@ A row on its way through this file:
     report        what all shards set aside -> `_bad_rows.jsonl`
 
 A shard's file appears whole or not at all, and its name follows from the plan: whatever is killed, and whenever, no row
-is lost or repeated. Ray Data's own readers don't number rows, and one broken line ends them: `rows_gircse.py` reads.
+is lost or repeated. Ray Data's own readers don't number rows, and one broken line ends them: `gircse.rows` reads.
 
 Exit status: 0 if every row was embedded, 3 if bad rows were set aside, 2 for an unknown or missing argument, 1 for any
 other error. After an error the same command goes on where it ended.
@@ -47,8 +47,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import HF_MODULES_CACHE
 
-import rows_gircse
-from rows_gircse import ENDINGS, PARQUET, RowFile, is_text
+from gircse import rows as reader
+from gircse.rows import ENDINGS, PARQUET, RowFile, is_text
 
 ROOT = Path(__file__).resolve().parent
 # Readers of a folder of Parquet pass over names that start with "_" or ".".
@@ -361,12 +361,7 @@ class Embedder:
         with FileLock(Path(HF_MODULES_CACHE) / "embed_gircse.lock"):
             self.model, self.processor = load_model(self.settings, trust_remote_code)
         self.model.to(device)
-        k, self.max_length = self.settings["k"], self.processor.max_length
-        room = self.model.max_input_length(k)
-        if room is not None:
-            if room < 1:
-                raise ValueError(f"k={k or self.model.config.num_steps} takes all positions of the backbone: lower it")
-            self.max_length = min(self.max_length, room)
+        self.max_length = self.model.text_limit(self.processor.max_length, self.settings["k"])
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, int]:
         """Embeds and writes a shard; returns how many rows it has and how many of them are bad."""
@@ -474,7 +469,7 @@ def run(options: argparse.Namespace, plan: dict[str, Any], waiting: Sequence[dic
     ray.data.DataContext.get_current().enable_progress_bars = False  # they count shards; the one below, rows
     for name, level in (("ray.data", logging.WARNING), ("ray.data._internal.progress", logging.ERROR)):
         logging.getLogger(name).setLevel(level)
-    ray.cloudpickle.register_pickle_by_value(rows_gircse)  # a node may have no clone of this repo
+    ray.cloudpickle.register_pickle_by_value(reader)  # a node may have no clone of this repo
     tally = ray.remote(num_cpus=0)(Tally).remote()
     device = "cuda" if gpus else "cpu"
     output = str(options.output.absolute())

@@ -97,7 +97,7 @@ class EndpointHandler:
         steps = k or self.model.config.num_steps
         if parameters["return_steps"] and len(texts) * steps * size > MAX_NUMBERS:
             raise ValueError(f"return_steps gives at most {MAX_NUMBERS} numbers: send fewer texts at a time")
-        most = min(filter(None, (self.processor.max_length, self.model.max_input_length(k))))
+        most = self.model.text_limit(self.processor.max_length, k)
         ids = self.processor(texts, prompt=prompt, max_length=most, padding=False, return_tensors=None)["input_ids"]
         result: list = [None] * len(texts)
         for rows in batches([len(row) for row in ids], steps):

@@ -348,7 +348,7 @@ class GircseModel(GircsePreTrainedModel):
         if not input_ids.is_meta:
             longest = self._check_values(input_ids, mask)
             input_ids, mask = input_ids[:, -longest:], mask[:, -longest:]
-        most = self.max_input_length(k)
+        most = self.text_limit(k=k)
         if most is not None and mask.shape[1] > most:
             positions = max_positions(self.config.text_config)
             raise ValueError(
@@ -357,13 +357,20 @@ class GircseModel(GircsePreTrainedModel):
             )
         return input_ids, mask.to(torch.long), k
 
-    def max_input_length(self, k: int | None = None) -> int | None:
-        """The most tokens of a text that leave room for k steps (`config.num_steps` by default) in the backbone's
-        positions; None if it has no limit."""
+    def text_limit(self, max_length: int | None = None, k: int | None = None) -> int | None:
+        """The most tokens that a text may have: `max_length`, or fewer if k steps (`config.num_steps` by default) would
+        not find room in the backbone's positions; None if nothing limits it.
+
+        Raises:
+            ValueError: if the steps leave room for no token.
+        """
         positions = max_positions(self.config.text_config)
-        if positions is None or self.config.step_token == "none":
-            return positions
-        return positions - (self.config.num_steps if k is None else k)
+        if positions is None:
+            return max_length
+        steps = 0 if self.config.step_token == "none" else self.config.num_steps if k is None else k
+        if positions <= steps:
+            raise ValueError(f"k={steps} takes all positions of the backbone: choose k below {positions}")
+        return positions - steps if max_length is None else min(max_length, positions - steps)
 
     def _check_k(self, k: int | None) -> int:
         if self.config.step_token == "none":

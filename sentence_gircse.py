@@ -108,9 +108,7 @@ class SentenceGircse(InputModule):
                 steps = None if k is None else operator.index(k)
             except TypeError:  # refused by `forward`
                 steps = None
-            room = self.model.max_input_length(steps)
-            if room is not None and 0 < room < self.max_seq_length:
-                max_length = room
+            max_length = self.model.text_limit(self.max_seq_length, steps)
         return self.processor(list(inputs), prompt=prompt, max_length=max_length).data
 
     def tokenize(self, texts: list[str], **kwargs: Any) -> dict[str, Tensor]:
@@ -141,7 +139,7 @@ class SentenceGircse(InputModule):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:
-        if value is None and (value := self.model.max_input_length()) is None:
+        if value is None and (value := self.model.text_limit()) is None:
             raise ValueError("max_seq_length=None: the backbone's positions have no limit; give an int")
         self.processor.max_length = value
 

@@ -9,15 +9,12 @@ there, and reported on the second. Texts go sorted by length; times are medians 
 
 from __future__ import annotations
 
-import sys
-
 import pandas
 import torch
 
-from common import DEVICE, ROOT, Table, in_turns, load_root, parser, ratio
+from common import DEVICE, Table, in_turns, load_root, parser, ratio
 
-sys.path.insert(0, str(ROOT / "recipes"))
-from sts_spearman import INSTRUCTION
+INSTRUCTION = "Retrieve semantically similar text."
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, PreTraine
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gircse import ModelArguments, load_model
+from gircse.loading import load
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,7 +67,7 @@ def text_config(shape: str) -> PretrainedConfig:
 
 def load_root() -> tuple[PreTrainedModel, Any]:
     """The root model in float32, and its processor."""
-    model, processor = load_model(ModelArguments())
+    model, processor = load(ROOT)
     return model.to(DEVICE).eval(), processor
 
 

@@ -16,8 +16,9 @@ import tempfile
 import torch
 
 from common import DEVICE, ROOT, Table, in_turns, load_root, parser, peak_bytes, ratio
-from data_gircse import load_pairs
-from train_gircse import GircseTrainer, GircseTrainingArguments
+from gircse.training.arguments import GircseTrainingArguments
+from gircse.training.pairs import load_pairs
+from gircse.training.trainer import GircseTrainer
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
 from common import DEVICE, ROOT, Table, in_turns, parser, ratio
-from data_gircse import load_pairs
+from gircse.training.pairs import load_pairs
 
 K = 5
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import CAUSAL_EOS, DEVICE, Table, build, in_turns, parser, peak_bytes, ratio, variant
-from train_gircse import ModelArguments, add_lora
+from gircse.training.arguments import ModelArguments
+from gircse.training.trainer import add_lora
 
 
 def algorithm_1(model: nn.Module, ids: Tensor, k: int) -> Tensor:

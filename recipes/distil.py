@@ -29,7 +29,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bag_of_tokens
-from train_gircse import ModelArguments, export, load_model
+from gircse.loading import load
+from gircse.training.publishing import export
 
 SIMILAR = "Retrieve semantically similar text."
 # What ships with the model (write_prompts.py), less what asks for one side of a text, such as its sentiment.
@@ -121,7 +122,7 @@ def main() -> None:
     args = parser.parse_args()
 
     set_seed(args.seed)
-    model, processor = load_model(ModelArguments(model_name_or_path=args.model_name_or_path, logit_temperature=1.0))
+    model, processor = load(args.model_name_or_path)
     if args.num_steps:
         model.config.num_steps = args.num_steps
     texts = TeacherTexts(args.vectors)

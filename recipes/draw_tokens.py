@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gircse import ModelArguments, load_model
+from gircse.loading import load
 
 TEXTS = [
     "Why is it so hard to track down this card?",
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("output")
     args = parser.parse_args()
-    model, processor = load_model(ModelArguments(model_name_or_path=args.model))
+    model, processor = load(args.model)
     model.eval()
     draw({facet: tokens_of(model, processor, facet) for facet in INSTRUCTIONS}, args.output)
 

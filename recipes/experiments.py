@@ -2,9 +2,9 @@
 
     python recipes/experiments.py --data DATA --backbone runs/small --runs runs/all --results results/experiments
 
-DATA has train/*.jsonl.gz (pairs) and eval/ (tasks_gircse.py). First each method's learning rate is chosen, by the mean
-of held-out accuracy and STS-Benchmark's development split after a short run; then follow, with the same data, steps and
-batch for all methods:
+DATA has train/*.jsonl.gz (pairs) and eval/ (gircse/evaluation/tasks.py). First each method's learning rate is chosen,
+by the mean of held-out accuracy and STS-Benchmark's development split after a short run; then follow, with the same
+data, steps and batch for all methods:
 
     gircse, causal_eos, bidirectional_avg    three seeds, and one larger number of samples with the first seed
     last_step, no_refinement                 Table 3's rows between Causal-EOS and GIRCSE: the loss on the last step

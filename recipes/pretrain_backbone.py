@@ -2,12 +2,13 @@
 
     python recipes/pretrain_backbone.py --text 'text/*.txt.gz' 'train/*.jsonl.gz' --output_dir runs/backbone
 
-Each line of a text file is one document, and so is each distinct text of the pairs (see data_gircse.py). The tokenizer
-is a byte-level BPE trained on the same documents. They are joined with the end-of-text token and cut into blocks of
-`--block_size` tokens; every 200th document is held out. With `--vectors`, a folder of recipes/teacher_vectors.py, the
-backbone starts from a bag of tokens fitted to them (recipes/bag_of_tokens.py), which pretraining leaves as it is. A run
-that was interrupted goes on from its last checkpoint when the command is repeated. The folder ends with
-`pretraining.json`: the command, the held-out loss by tokens seen, and how the model continues a few beginnings.
+Each line of a text file is one document, and so is each distinct text of the pairs (see gircse/training/pairs.py). The
+tokenizer is a byte-level BPE trained on the same documents. They are joined with the end-of-text token and cut into
+blocks of `--block_size` tokens; every 200th document is held out. With `--vectors`, a folder of
+recipes/teacher_vectors.py, the backbone starts from a bag of tokens fitted to them (recipes/bag_of_tokens.py), which
+pretraining leaves as it is. A run that was interrupted goes on from its last checkpoint when the command is repeated.
+The folder ends with `pretraining.json`: the command, the held-out loss by tokens seen, and how the model continues a
+few beginnings.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import bag_of_tokens
 from distil import TeacherTexts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_gircse import load_pairs
+from gircse.training.pairs import load_pairs
 
 END_OF_TEXT = "<|endoftext|>"
 HOLD_OUT_EVERY = 200

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import report_gircse
+from gircse.evaluation import report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, ASSETS = ROOT / "results", ROOT / "assets"
@@ -61,7 +61,7 @@ def read(path: Path) -> dict:
 def group_means(rows: list[dict], k: int | None) -> dict[str, float]:
     """Group of tasks to the mean of its scores, and of all tasks. A model without steps has one column, which holds for
     every k."""
-    means = report_gircse.means(unseen(rows))
+    means = report.means(unseen(rows))
     return {name.partition(" (")[0]: scores.get("None", scores.get(str(k))) for name, scores in means.items()}
 
 
@@ -295,7 +295,7 @@ def main() -> None:
     models = {name: read(RESULTS / f"{name}.json") for name in ("root", "minilm")}
     runs = experiments()
     samples = min(run["samples"] for run in runs)
-    report_gircse.plot(unseen(models["root"]["tasks"]), ASSETS / "k_curve.png")
+    report.plot(unseen(models["root"]["tasks"]), ASSETS / "k_curve.png")
     draw_curves(runs, samples)
     draw_ablation(runs, samples)
     draw_sizes(runs)

@@ -3,9 +3,9 @@
     python recipes/stable_training.py --backbone SMOLLM2 --data DATA --runs runs/stable --output results/stable_training
 
 SMOLLM2 is the folder of a causal LM with a chat template, here SmolLM2-135M-Instruct; DATA has train/*.jsonl.gz (pairs)
-and eval/ (tasks_gircse.py). First, of the untrained backbone: the loss of each step, L_1..L_K, and the norm of its
-gradient with respect to the layers' weights, then that of their sum with respect to all weights, for several T and
-several shares of the gradient that pass through d_k; medians over one batch each of `--batches` sources. Then each
+and eval/ (gircse/evaluation/tasks.py). First, of the untrained backbone: the loss of each step, L_1..L_K, and the norm
+of its gradient with respect to the layers' weights, then that of their sum with respect to all weights, for several T
+and several shares of the gradient that pass through d_k; medians over one batch each of `--batches` sources. Then each
 setting of RUNS is trained on the same batches and evaluated on samples of three tasks. `default_seed1` and the like are
 short runs of `train_gircse.py` as it is. One JSON a run; what is there is not done again. `--only NAME ...` chooses
 among them (`start` for the gradients).
@@ -30,9 +30,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_objective import scale_gradient
 
-from data_gircse import PairCollator, TrainingPairs, load_pairs
-from losses_gircse import candidate_mask, icr_loss
-from train_gircse import PAPER_PROMPT, ModelArguments, load_model
+from gircse.loading import PAPER_PROMPT, load
+from gircse.training.data import PairCollator, TrainingPairs
+from gircse.training.losses import candidate_mask, icr_loss
+from gircse.training.pairs import load_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 K, TAU, QUERIES, MAX_LENGTH = 5, 0.02, 16, 48
@@ -84,9 +85,7 @@ def gradients_at_the_start(pairs: Path, args: argparse.Namespace) -> list[dict]:
     chat = [(None, None, temperature, share) for temperature in (1.0, 2.0, 4.0) for share in (1.0, 0.1, 0.0)]
     found = []
     for template, suffix, temperature, share in [*chat, (PAPER_PROMPT, "", 1.0, 1.0), (PAPER_PROMPT, "", 2.0, 1.0)]:
-        model, processor = load_model(
-            ModelArguments(str(args.backbone), prompt_template=template, suffix=suffix, logit_temperature=temperature)
-        )
+        model, processor = load(args.backbone, prompt_template=template, suffix=suffix, logit_temperature=temperature)
         scale_gradient(model, share)
         collator, pairs_of_rows = PairCollator(processor, MAX_LENGTH), TrainingPairs(rows, 0, 0)
         of_batches = [of_batch(model, collator([pairs_of_rows[i] for i in batch])) for batch in batches]

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gircse import GircseTrainer, main
+from gircse.training.trainer import GircseTrainer
+from train_gircse import main
 
 TEMPERATURE_RATE = 200  # times the learning rate of the weights, by which a single number would hardly move
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes the root model from nothing: tokenizer and backbone, distillation, GIRCSE training, then its scores.
 # Usage: recipes/train_root_model.sh DATA RUNS [TEACHER]
-#   DATA     a folder with text/*.txt.gz (a document a line), train/*.jsonl.gz (pairs, see data_gircse.py) and eval/
-#            (tasks_gircse.py)
+#   DATA     a folder with text/*.txt.gz (a document a line), train/*.jsonl.gz (pairs, see gircse/training/pairs.py) and eval/
+#            (gircse/evaluation/tasks.py)
 #   RUNS     where all that is made on the way goes; every step goes on from its last checkpoint when repeated
 #   TEACHER  a Sentence Transformers model with vectors of 384 numbers, by default sentence-transformers/all-MiniLM-L6-v2
 set -euo pipefail

@@ -2,9 +2,9 @@
 
     python recipes/unequal_steps.py --model . --data DATA/eval --output results/unequal_steps.json
 
-For every retrieval task of the folder (tasks_gircse.py): nDCG@10 of queries at k_q in an index of documents at k_d; and
-of a search that takes `--shortlist` documents by the least k on both sides, then orders these by the largest on both.
-Its cost is the share of the documents that any query ever asks the largest k of.
+For every retrieval task of the folder (gircse/evaluation/tasks.py): nDCG@10 of queries at k_q in an index of documents
+at k_d; and of a search that takes `--shortlist` documents by the least k on both sides, then orders these by the
+largest on both. Its cost is the share of the documents that any query ever asks the largest k of.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from mteb.types import PromptType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate_gircse
-from tasks_gircse import LocalRetrieval, local_tasks
+from gircse.evaluation import subjects
+from gircse.evaluation.tasks import LocalRetrieval, local_tasks
 
 STEPS = [1, 5, 20]
 
@@ -31,8 +32,8 @@ STEPS = [1, 5, 20]
 class UnequalEncoder(AbsEncoder):
     """The model with a k for queries and one for documents, as mteb calls it."""
 
-    def __init__(self, vectors: evaluate_gircse.Vectors, k_query: int, k_document: int) -> None:
-        encoder = evaluate_gircse.StepEncoder
+    def __init__(self, vectors: subjects.Vectors, k_query: int, k_document: int) -> None:
+        encoder = subjects.StepEncoder
         self.sides = {PromptType.query: encoder(vectors, k_query), PromptType.document: encoder(vectors, k_document)}
         self.mteb_model_meta = vectors.subject.meta
 
@@ -46,9 +47,9 @@ def search(encoder: UnequalEncoder, task: LocalRetrieval, folder: str | None = N
     return mteb.evaluate(encoder, task, **options).task_results[0].scores["test"][0]
 
 
-def measure(task: LocalRetrieval, subject: evaluate_gircse.Subject, shortlist: int, batch_size: int) -> dict[str, Any]:
+def measure(task: LocalRetrieval, subject: subjects.Subject, shortlist: int, batch_size: int) -> dict[str, Any]:
     task.load_data()
-    with evaluate_gircse.Vectors(subject, STEPS, batch_size) as vectors, tempfile.TemporaryDirectory() as folder:
+    with subjects.Vectors(subject, STEPS, batch_size) as vectors, tempfile.TemporaryDirectory() as folder:
         # The least k's search leaves its lists in the folder, for the shortlist.
         grid = {
             f"{k_query} in {k_document}": search(
@@ -94,7 +95,7 @@ def main() -> None:
     argv = ["--model", args.model, "--tasks", "local", "--data", args.data, "--k", *map(str, STEPS)]
     argv += ["--max_length", str(args.max_length)] if args.max_length else []
     settings = evaluate_gircse.parse(argv)
-    subject = evaluate_gircse.load_subject(settings)
+    subject = subjects.load_subject(settings)
     tasks = [task for task in local_tasks(args.data) if isinstance(task, LocalRetrieval)]
     content = {"command": shlex.join(["python", *sys.argv]), "shortlist": args.shortlist}
     content["tasks"] = {t.metadata.name: measure(t, subject, args.shortlist, settings.batch_size) for t in tasks}

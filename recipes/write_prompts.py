@@ -4,7 +4,7 @@ The prompts have the names by which mteb looks for them, and no other, since it 
 
 - a task's (all versions of it), followed by `-query` or `-document` where the two sides differ: the paper's
   instructions, in `instructions.json`. Those of the paper's tasks that mteb doesn't have stay there;
-- a type's, for any other task whose texts are all alike, such as one of your own: `tasks_gircse.INSTRUCTIONS`;
+- a type's, for any other task whose texts are all alike, such as one of your own: those of evaluation/tasks.py;
 - `query` and `document`, for any other search. Reranking is one of these: most of mteb's are of passages for a query.
 
     pip install -r requirements-eval.txt && python recipes/write_prompts.py
@@ -21,7 +21,7 @@ from typing import Any
 import mteb
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tasks_gircse import INSTRUCTIONS
+from gircse.evaluation.tasks import INSTRUCTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 SPELLINGS = {"BIOSESSES": "BIOSSES", "SCIDOCs": "SCIDOCS"}  # the paper's and mteb's

@@ -1,5 +1,5 @@
-"""What `data_gircse` promises: bad rows are named by file and line, draws and batches are fixed by seed and epoch, and
-the collator tells apart what the loss must tell apart."""
+"""What reading and batching pairs promises: bad rows are named by file and line, draws and batches are fixed by seed
+and epoch, and the collator tells apart what the loss must tell apart."""
 
 import csv
 import gzip
@@ -17,8 +17,9 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 
-from data_gircse import PairCollator, SourceBatches, TrainingPairs, load_pairs, parse_columns, split_held_out
-from losses_gircse import candidate_mask, icr_loss
+from gircse.training.data import PairCollator, SourceBatches, TrainingPairs, split_held_out
+from gircse.training.losses import candidate_mask, icr_loss
+from gircse.training.pairs import load_pairs, parse_columns
 
 PAIR = {"query": "q", "pos": ["p"]}
 
@@ -497,7 +498,7 @@ def test_changed_file_is_read_again(tmp_path):
 def test_unchanged_file_is_read_once(tmp_path, monkeypatch):
     path = write(tmp_path / "x.jsonl", [PAIR])
     first = load_pairs(path)
-    monkeypatch.setattr("data_gircse._to_pair", lambda *args: pytest.fail("read again"))
+    monkeypatch.setattr("gircse.training.pairs._to_pair", lambda *args: pytest.fail("read again"))
     assert list(load_pairs(path)) == list(first)
 
 
@@ -587,7 +588,7 @@ def test_bad_rows_are_left_out_and_listed(tmp_path, caplog):
 def test_bad_rows_are_left_out_of_what_the_cache_has(tmp_path, monkeypatch):
     path, listed = write(tmp_path / "x.jsonl", MIXED), tmp_path / "bad_rows.jsonl"
     first = load_pairs(path, max_bad_share=0.4)
-    monkeypatch.setattr("data_gircse._to_pair", lambda *args: pytest.fail("read again"))
+    monkeypatch.setattr("gircse.training.pairs._to_pair", lambda *args: pytest.fail("read again"))
     assert list(load_pairs(path, max_bad_share=0.5, bad_rows_file=listed)) == list(first)
     assert len(listed.read_text().splitlines()) == 2
     with pytest.raises(ValueError, match="2 of 5 rows are wrong"):

@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 import ray
 
 import embed_gircse
-import rows_gircse
 from embed_gircse import BAD_ROWS, EXIT_BAD_ROWS, PLAN, main, make_plan, parse
+from gircse import rows
 
 if not (ROOT / "model.safetensors").exists():
     pytest.skip("the repo root holds no model.safetensors to embed with", allow_module_level=True)
@@ -134,7 +134,7 @@ def test_every_kind_of_input_keeps_ids_and_sets_bad_rows_aside(cluster, tmp_path
     for wait in ("reading model and input", "counting rows", "2 actors load the model", "reading what was set aside"):
         assert wait in printed.err
 
-    assert b"_text_rows" in ray.cloudpickle.dumps(rows_gircse.RowFile)  # the code itself, for nodes without this repo
+    assert b"_text_rows" in ray.cloudpickle.dumps(rows.RowFile)  # the code itself, for nodes without this repo
 
     before = stamps(output)
     assert main(call) == EXIT_BAD_ROWS and stamps(output) == before  # all there, nothing done again
@@ -561,7 +561,7 @@ def test_columns_of_lines_may_come_late_or_not_at_all(tmp_path):
 def test_lines_are_counted_without_being_parsed(tmp_path, monkeypatch):
     file = write_lines(tmp_path / "a.jsonl.gz", [{"m": 1}, {"n": 2, "text": "x"}, *[{"n": 3, "text": "y"}] * 1000])
     loads, calls = json.loads, []
-    monkeypatch.setattr(rows_gircse.json, "loads", lambda line: (calls.append(line), loads(line))[1])
+    monkeypatch.setattr(rows.json, "loads", lambda line: (calls.append(line), loads(line))[1])
     assert embed_gircse.measure(file, "text", "n") == (1002, "int") and len(calls) == 2
 
 

@@ -31,12 +31,15 @@ from sklearn.metrics import average_precision_score
 from transformers import AutoTokenizer
 
 import evaluate_gircse
-import report_gircse
 from conftest import ROOT, text_config
-from evaluate_gircse import StepEncoder, Subject, Vectors, choose_tasks, main, unavailable
-from tasks_gircse import INSTRUCTIONS, LocalTriplets, local_tasks
+from evaluate_gircse import choose_tasks, main, unavailable
+from gircse.evaluation import report, subjects
+from gircse.evaluation.subjects import StepEncoder, Subject, Vectors
+from gircse.evaluation.tasks import INSTRUCTIONS, LocalTriplets, local_tasks
+from gircse.loading import load
+from gircse.training.arguments import ModelArguments
+from gircse.training.publishing import export
 from test_sentence_transformers import make_processor
-from train_gircse import ModelArguments, export, load_model
 
 try:
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -132,7 +135,7 @@ class Passes:
 
     def __init__(self, monkeypatch) -> None:
         self.texts, self.batches, self.largest_k = 0, [], []
-        loader = evaluate_gircse.load_subject
+        loader = subjects.load_subject
 
         def load(args):
             subject = loader(args)
@@ -187,7 +190,7 @@ def evaluated(folder, data, tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def embed(folder):
     """(d,) of one text, embedded alone."""
-    model, processor = load_model(ModelArguments(model_name_or_path=str(folder)))
+    model, processor = load(folder)
 
     def embed(text: str, instruction: str | None, k: int) -> np.ndarray:
         return model.eval().generate_embedding(**processor([text], instruction=instruction), k=k)[0].numpy()
@@ -541,7 +544,7 @@ def test_batches_are_of_like_length(evaluated):
 
 def test_vectors_are_those_of_separate_calls(folder, embed):
     args = evaluate_gircse.parse(["--model", str(folder), "--tasks", "STS12", "--k", "1", "2", "5", "--device", "cpu"])
-    subject = evaluate_gircse.load_subject(args)
+    subject = subjects.load_subject(args)
     texts = ["a b", "longer than the others", "a b", "c"]
     prompt = "Instruct: Compare.\nQuery: "
     with Vectors(subject, subject.steps, 2) as vectors:
@@ -604,7 +607,7 @@ def test_missing_data_is_named_before_the_model_loads(folder, tmp_path, monkeypa
     data = write_data(tmp_path / "data")
     (data / "retrieval_little_qrels.jsonl.gz").unlink()
     (data / "classification_rooms_fit.jsonl.gz").unlink()
-    loader, said = evaluate_gircse.load_subject, []
+    loader, said = subjects.load_subject, []
     monkeypatch.setattr(
         evaluate_gircse, "load_subject", lambda args: said.append(capsys.readouterr().out) or loader(args)
     )
@@ -718,7 +721,7 @@ def test_a_task_that_fails_takes_no_other_along(folder, tmp_path, capsys):
 
 def test_a_log_says_what_is_being_done(folder, data, tmp_path, monkeypatch, capsys):
     """It is no terminal, so that it gets no bar but a line from time to time; here before every batch."""
-    monkeypatch.setattr(evaluate_gircse, "SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr(subjects, "SECONDS_BETWEEN_LINES", -1)
     batches = ["  embedding 7 texts", "  0 of 2 batches", "  1 of 2 batches"]
     for scored in ([*["  reading its data", "  evaluating k = 1"], *batches, *batches, "  evaluating k = 3"], []):
         run(folder, tmp_path, "--k", "1", "3", "--batch_size", "5", data=data, tasks=["sts_pairs"])
@@ -794,7 +797,7 @@ def test_prompts_that_only_the_registry_of_mteb_has(static, data, tmp_path, monk
     assert registered(tmp_path / "out").loader_kwargs["model_prompts"] == {"query": "query: ", "document": "passage: "}
     assert passes.texts == 2 * (len(DOCUMENTS) + len(QUERIES))
     assert prompts(bare, "--prompt_template", "{instruction} ")[0]["query"] == INSTRUCTIONS["retrieval"] + " "
-    assert evaluate_gircse.registry_prompts("jinaai/jina-embeddings-v3") == {}  # there they are names, not prefixes
+    assert subjects.registry_prompts("jinaai/jina-embeddings-v3") == {}  # there they are names, not prefixes
     own["prompts"]["query"] = "ask: "
     (bare / "config_sentence_transformers.json").write_text(json.dumps(own))
     assert prompts(bare, "--model_name", name) == ({"query": "ask: ", "document": "passage: "}, False)
@@ -808,7 +811,7 @@ def test_prompts_that_only_the_registry_of_mteb_has(static, data, tmp_path, monk
 def test_baselines(gircse, data, tmp_path, axes, suffix):
     folder = make_folder(gircse, tmp_path / "baseline", suffix=suffix, step_token="none", **axes)
     report = run(folder, tmp_path / "out", data=data, tasks=["sts_pairs"])
-    model, processor = load_model(ModelArguments(model_name_or_path=str(folder)))
+    model, processor = load(folder)
     left, right = (
         model.generate_embedding(**processor([pair[i] for pair in PAIRS], instruction=INSTRUCTIONS["sts"]))
         for i in (0, 1)
@@ -832,21 +835,21 @@ def test_k_below_one_is_refused(folder, data, tmp_path):
 def test_a_large_k_truncates_long_texts(folder):
     """They and the steps share the backbone's 128 positions; results of such a k are filed under that length."""
 
-    def load(*k: str) -> Subject:
-        return evaluate_gircse.load_subject(
+    def load_with(*k: str) -> Subject:
+        return subjects.load_subject(
             evaluate_gircse.parse(["--model", str(folder), "--tasks", "STS12", "--device", "cpu", "--k", *k])
         )
 
-    assert load("1", "64").settings == {}  # the processor's 64 tokens fit
-    subject = load("1", "100")
+    assert load_with("1", "64").settings == {}  # the processor's 64 tokens fit
+    subject = load_with("1", "100")
     assert subject.settings == {"max_length": 28} and subject.meta.max_tokens == 28
     vectors = subject.embed(["x " * 500, "short"], "", None, subject.steps)
-    model, processor = load_model(ModelArguments(model_name_or_path=str(folder)))
+    model, processor = load(folder)
     for column, k in enumerate((1, 100)):
         expected = model.eval().generate_embedding(**processor(["x " * 500, "short"], max_length=28), k=k)
         np.testing.assert_allclose(vectors[:, column], expected.numpy(), atol=2e-6)
     with pytest.raises(ValueError, match="k=128 takes all positions of the backbone: choose k below 128"):
-        load("128")
+        load_with("128")
 
 
 # Prompts ------------------------------------------------------------------------------------------------------------
@@ -854,7 +857,7 @@ def test_a_large_k_truncates_long_texts(folder):
 
 def test_prompts_of_the_tasks(folder, data):
     args = evaluate_gircse.parse(["--model", str(folder), "--tasks", "mteb", "--device", "cpu"])
-    subject = evaluate_gircse.load_subject(args)
+    subject = subjects.load_subject(args)
     paper = json.loads((ROOT / "recipes" / "instructions.json").read_text(encoding="utf-8"))["mteb"]
 
     def prompt(name: str, side: str | None = None) -> str:
@@ -939,7 +942,7 @@ def test_mteb_embeds_a_task_of_ones_own_under_its_types_instruction(
     said = [str(warning.message) for warning in caught] + [record.getMessage() for record in caplog.records]
     assert [line for line in said if "prompt" in line.lower() or "not valid" in line] == []
     args = evaluate_gircse.parse(["--model", str(folder), "--tasks", "mteb", "--device", "cpu"])
-    assert evaluate_gircse.load_subject(args).prompt(task.metadata, None) == expected
+    assert subjects.load_subject(args).prompt(task.metadata, None) == expected
 
 
 def test_all_published_prompts_have_names_that_mteb_takes(caplog):
@@ -952,9 +955,9 @@ def test_all_published_prompts_have_names_that_mteb_takes(caplog):
 
 
 def test_prompts_of_the_published_scores_are_those_of_today(data):
-    """Those of the folders' tasks come from `tasks_gircse`, whatever the model's prompts have for their types."""
+    """Those of the folders' tasks come from INSTRUCTIONS, whatever the model's prompts have for their types."""
     args = evaluate_gircse.parse(["--model", str(ROOT), "--tasks", "local", "--k", "1", "--device", "cpu"])
-    subject = evaluate_gircse.load_subject(args)
+    subject = subjects.load_subject(args)
     for row in json.loads((ROOT / "results" / "root.json").read_text(encoding="utf-8"))["tasks"]:
         if not row["task"].startswith("instruct"):
             instruction = INSTRUCTIONS.get(row["task"], INSTRUCTIONS[row["task"].partition("_")[0]])
@@ -986,7 +989,7 @@ def test_registry_entry_of_mteb(evaluated, folder, data, embed):
     meta = registered(evaluated.out)
     assert isinstance(meta, ModelMeta) and meta.name == "local/tiny" and meta.experiment_kwargs is None
     assert (meta.embed_dim, meta.max_tokens, meta.license, meta.languages) == (32, 64, "mit", ["eng-Latn"])
-    assert meta.n_parameters == sum(p.numel() for p in load_model(ModelArguments(str(folder)))[0].parameters())
+    assert meta.n_parameters == sum(p.numel() for p in load(folder)[0].parameters())
     assert ModelMeta.model_validate(meta.model_dump()) == meta
     json.dumps(meta.to_dict(), default=str)
 
@@ -1013,7 +1016,7 @@ def test_table_9_rows_of_followir(tmp_path, monkeypatch):
     cache.save_to_cache(result, subject.meta_at(1))
     rows = evaluate_gircse.collect([task], subject, cache)
     assert [(row["metric"], row["scores"]) for row in rows] == [("p-MRR", {"1": 5.0}), ("map_at_1000", {"1": 21.0})]
-    assert report_gircse.means(rows) == {"InstructionReranking (1)": {"1": 5.0}}
+    assert report.means(rows) == {"InstructionReranking (1)": {"1": 5.0}}
 
 
 def test_scores_of_other_languages_in_the_cache_are_left_out(tmp_path):
@@ -1044,7 +1047,7 @@ def test_registry_entry_trusts_what_needs_it(evaluated, static, data, tmp_path):
 
 
 def test_nothing_is_trusted_unasked():
-    for name in ("evaluate_gircse.py", "tasks_gircse.py", "report_gircse.py"):
+    for name in ("evaluate_gircse.py", "gircse/evaluation/tasks.py", "gircse/evaluation/report.py"):
         source = (ROOT / name).read_text(encoding="utf-8")
         assert re.findall(r"trust_remote_code=(?!args\.)\S+", source) == []
 
@@ -1059,26 +1062,26 @@ def test_revision_of_a_hub_model_is_its_commit(tmp_path, monkeypatch, file):
         (repo / "snapshots" / commit).mkdir(parents=True)
         (repo / "snapshots" / commit / file).write_text("{}")
         (repo / "refs" / "main").write_text(commit)
-        monkeypatch.setattr(evaluate_gircse, "file_of", lambda *_: None)
-        assert evaluate_gircse.model_meta(args, {}).revision == commit
+        monkeypatch.setattr(subjects, "file_of", lambda *_: None)
+        assert subjects.model_meta(args, {}).revision == commit
 
 
 def test_revision_of_a_folder_is_its_content(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    assert evaluate_gircse.content_hash(copy) == evaluate_gircse.content_hash(folder)
+    assert subjects.content_hash(copy) == subjects.content_hash(folder)
     (copy / "README.md").write_text("another card")
-    assert evaluate_gircse.content_hash(copy) == evaluate_gircse.content_hash(folder)
+    assert subjects.content_hash(copy) == subjects.content_hash(folder)
     settings = json.loads((copy / "config_sentence_transformers.json").read_text(encoding="utf-8"))
     settings["prompts"]["STS12"] = "other"
     (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    assert evaluate_gircse.content_hash(copy) != evaluate_gircse.content_hash(folder)
+    assert subjects.content_hash(copy) != subjects.content_hash(folder)
 
 
 def test_published_scores_are_of_the_published_weights():
     if not (ROOT / "model.safetensors").exists():
         pytest.skip("the repo root holds no model.safetensors, so there is no published model")
     results = json.loads((ROOT / "results" / "root.json").read_text(encoding="utf-8"))
-    assert results["revision"] == evaluate_gircse.content_hash(ROOT)
+    assert results["revision"] == subjects.content_hash(ROOT)
 
 
 def test_revision_of_an_adapter_only_folder_is_its_adapter_too(folder, tmp_path):
@@ -1090,5 +1093,5 @@ def test_revision_of_an_adapter_only_folder_is_its_adapter_too(folder, tmp_path)
     hashes = set()
     for weights in (b"one", b"two"):
         (copy / "lora" / "adapter_model.safetensors").write_bytes(weights)
-        hashes.add(evaluate_gircse.content_hash(copy))
+        hashes.add(subjects.content_hash(copy))
     assert len(hashes) == 2

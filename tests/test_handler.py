@@ -22,7 +22,8 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from conftest import ROOT, text_config
-from train_gircse import REMOTE_CODE, export
+from gircse.training.card import REMOTE_CODE
+from gircse.training.publishing import export
 
 TEXTS = ["a red fox", "", "how do I renew the card that was stolen from me last week?", "rain", "Füchse 狐 🦊 \x00"]
 STS = "Retrieve semantically similar text."

@@ -19,9 +19,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
+from gircse.training.arguments import GircseTrainingArguments
+from gircse.training.card import REMOTE_CODE, model_card
 from loopback_hub import TOKEN, LoopbackHub
 from test_training import environment, make_rows, make_tokenizer, tiny_text_config
-from train_gircse import REMOTE_CODE, GircseTrainingArguments, model_card
 
 # The Hub on this machine speaks of xet as huggingface_hub 1 and later ones do.
 HAS_XET = importlib.util.find_spec("hf_xet") is not None and int(huggingface_hub.__version__.split(".")[0]) >= 1
@@ -226,7 +227,7 @@ def test_one_commit_holds_all_that_loading_training_and_serving_need(pushed):
     wanted |= {"tokenizer_config.json", "processor_config.json", "modules.json", "config_sentence_transformers.json"}
     wanted |= {"requirements.txt", "README.md", "sample_pairs.jsonl"}
     assert not wanted - files
-    assert not [path for path in files if path.startswith(("checkpoint", "runs", "adapter"))]
+    assert not [path for path in files if path.startswith(("checkpoint", "runs", "adapter/"))]
     assert repo.messages[1:] == [
         "GIRCSE weights and code",
         "The card shows the pinned load",
@@ -284,7 +285,8 @@ def test_card_pins_the_commit_and_hashes_what_is_run(pushed, loaded):
 
 def test_card_names_hub_data_and_no_local_path(tmp_path):
     (tmp_path / "config.json").write_text('{"step_token": "soft"}')
-    arguments = GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    settings = {"use_cpu": True, "report_to": "none", "learning_rate": 1e-4}
+    arguments = GircseTrainingArguments(output_dir=str(tmp_path), **settings)
     card = model_card(tmp_path, arguments, ["some/base", "some/adapter"], "cfli/bge-full-data", {5: (0.25, 0.5)})
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert metadata["datasets"] == ["cfli/bge-full-data"] and metadata["base_model"] == ["some/base", "some/adapter"]

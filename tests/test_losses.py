@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from losses_gircse import candidate_mask, icr_loss, refinement_penalty, stepwise_info_nce
+from gircse.training.losses import candidate_mask, icr_loss, refinement_penalty, stepwise_info_nce
 
 # Two queries, their two positives and one hard negative, one step, all of unit length: cosines can be read off.
 QUERIES = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])

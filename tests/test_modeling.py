@@ -469,7 +469,7 @@ def test_longrope_is_used_up_to_its_original_limit(make_model, batch):
     if field == "rope_scaling":
         changes[field] = {"type": "longrope", **{k: v for k, v in factors.items() if k != "rope_type"}}
     model = make_model("phi3", text_changes=changes)
-    assert model.max_input_length(4) == 8
+    assert model.text_limit(k=4) == 8
     ids, mask = batch[0][:, :8], batch[1][:, :8]
     short = ids[1:2, :4]  # its mates have 8 tokens
     together = model.generate_embedding(ids, mask, k=4)[1:2]
@@ -502,7 +502,7 @@ def test_k_of_any_integer_type(make_model, batch):
     expected = model.generate_embedding(*batch, k=3)
     for k in (np.int64(3), np.uint8(3), torch.tensor(3)):
         assert torch.equal(model.generate_embedding(*batch, k=k), expected)
-        assert model.max_input_length(k) == 125
+        assert model.text_limit(k=k) == 125
 
 
 def test_bad_ids_and_masks(make_model, batch):
@@ -518,7 +518,10 @@ def test_bad_ids_and_masks(make_model, batch):
             model.generate_embedding(outside, mask, k=1)
     with pytest.raises(ValueError, match=r"\(B, N\)"):
         model.generate_embedding(ids, mask[:, :4], k=1)
-    assert model.max_input_length(3) == 125 and model.max_input_length() == 128 - model.config.num_steps
+    assert model.text_limit(k=3) == 125 and model.text_limit() == 128 - model.config.num_steps
+    assert model.text_limit(100, 3) == 100 and model.text_limit(126, 3) == 125
+    with pytest.raises(ValueError, match="k=128 takes all positions of the backbone: choose k below 128"):
+        model.text_limit(100, 128)
     with pytest.raises(ValueError, match="exceeds the backbone's 128 positions"):
         model.generate_embedding(torch.ones(1, 120, dtype=torch.long), k=9)
     model.generate_embedding(torch.ones(1, 120, dtype=torch.long), k=8)

@@ -23,7 +23,8 @@ import distil
 import experiments
 import report_results
 import train_gircse
-from train_gircse import ModelArguments, load_model
+from gircse.loading import load
+from gircse.training.arguments import ModelArguments
 
 SAMPLE = ROOT / "sample_pairs.jsonl"
 
@@ -150,7 +151,7 @@ def test_backbones_that_cannot_hold_a_bag_are_refused(changes, says):
 
 @torch.no_grad()
 def cosines(path, made, k: int) -> float:
-    model, processor = load_model(ModelArguments(model_name_or_path=str(path)))
+    model, processor = load(path)
     z = model.eval()(**processor(made.texts), k=k).embeddings
     return 1 - distil.distillation_loss(z, made.vectors).item()
 
@@ -168,7 +169,7 @@ def test_distillation_loss_is_one_minus_the_mean_cosine():
 
 def test_the_teachers_batches_are_of_like_length_and_take_each_text_once_an_epoch(made):
     texts = distil.TeacherTexts(str(made.folder / "teacher"))
-    _, processor = load_model(ModelArguments(model_name_or_path=str(made.folder / "distilled")))
+    _, processor = load(made.folder / "distilled")
     loader = distil.teacher_loader(texts, processor, 10, 40, seed=0)
     first, second = list(loader.sampler), list(loader.sampler)
     assert sorted(first) == sorted(second) == list(range(len(texts))) and first != second

@@ -1,4 +1,4 @@
-"""What `rows_gircse` promises: every ending gives the same rows, a fault of one row is said of that row alone, and a
+"""What `gircse.rows` promises: every ending gives the same rows, a fault of one row is said of that row alone, and a
 file that can't be read to its end is never taken for a shorter one."""
 
 import gzip
@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rows_gircse import ENDINGS, Row, RowFile, require
+from gircse.rows import ENDINGS, Row, RowFile, require
 
 ROWS = [{"id": "1", "text": "naïve 😀"}, {"id": "2", "text": "two\nlines, and a comma"}, {"id": "3", "text": None}]
 JSON_ENDINGS = [ending for ending in ENDINGS if ".json" in ending or ".ndjson" in ending]

@@ -40,31 +40,19 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from conftest import text_config
-from data_gircse import FEATURES, PairCollator
-from losses_gircse import candidate_mask, icr_loss
-from train_gircse import (
-    PAPER_PROMPT,
-    WITHOUT_EFFECT,
-    DataArguments,
-    GircseTrainer,
-    GircseTrainingArguments,
-    ModelArguments,
-    RandomState,
-    Watch,
-    _by_tokens,
-    _copy_on_cpu,
-    add_lora,
-    check_settings,
-    export,
-    held_out_size,
-    lenient_console,
-    load_model,
-    main,
-    model_card,
-    plot_curves,
-    retrieval_accuracy,
-    show_neighbours,
-)
+from gircse.command_line import lenient_console
+from gircse.loading import PAPER_PROMPT
+from gircse.training.accuracy import retrieval_accuracy, rows_by_tokens
+from gircse.training.arguments import WITHOUT_EFFECT, DataArguments, GircseTrainingArguments, ModelArguments
+from gircse.training.callbacks import Watch
+from gircse.training.card import REMOTE_CODE, model_card, plot_curves, show_neighbours
+from gircse.training.data import PairCollator
+from gircse.training.gradient_cache import RandomState
+from gircse.training.losses import candidate_mask, icr_loss
+from gircse.training.pairs import FEATURES
+from gircse.training.publishing import CODE_FILES, copy_on_cpu, export
+from gircse.training.trainer import GircseTrainer, add_lora
+from train_gircse import check_settings, held_out_size, load_model, main
 
 try:
     import gguf
@@ -721,7 +709,9 @@ def test_memory_that_runs_out_makes_sub_batches_and_keeps_the_batch(processor, t
 
 def test_the_best_model_is_by_default_that_of_the_best_accuracy(processor, tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.9, 0.1])
-    monkeypatch.setattr("train_gircse.retrieval_accuracy", lambda *args: dict.fromkeys(args[4], next(accuracies)))
+    monkeypatch.setattr(
+        "gircse.training.trainer.retrieval_accuracy", lambda *args: dict.fromkeys(args[4], next(accuracies))
+    )
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     trainer = make_trainer(
         tiny_model(), processor, tmp_path, make_rows(4), make_rows(6), load_best_model_at_end=True, **settings
@@ -814,7 +804,7 @@ def test_neighbours_are_printed_on_any_console(workplace, straight, monkeypatch)
     def watched(*args, **kwargs):
         said["result"] = run(*args, **{**kwargs, "env": {**kwargs["env"], "PYTHONUTF8": "0", "LC_ALL": "C"}}, stdout=-1)
 
-    monkeypatch.setattr("train_gircse.subprocess.run", watched)
+    monkeypatch.setattr("gircse.training.card.subprocess.run", watched)
     monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
     rows = make_rows(2)
     rows[0]["query"] = "多少钱"
@@ -1032,7 +1022,7 @@ def lora(workplace):
         return kept.model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train_gircse.export", watched)
+        patch.setattr("gircse.training.trainer.export", watched)
         elsewhere = workplace.folder / "elsewhere"
         elsewhere.mkdir()
         patch.chdir(elsewhere)
@@ -1055,9 +1045,8 @@ torch.save(model.generate_embedding(**inputs, k=4), result)
 
 
 def test_lora_export_loads_elsewhere(lora, tmp_path):
-    code = ("configuration", "modeling", "processing", "train", "data", "losses")
-    others = ["handler.py", "requirements.txt", "requirements-train.txt", "README.md", "config.json"]
-    for name in [f"{part}_gircse.py" for part in code] + others:
+    others = ["gircse/training/losses.py", "requirements.txt", "requirements-train.txt", "README.md", "config.json"]
+    for name in [*REMOTE_CODE, *CODE_FILES, *others]:
         assert (lora.folder / name).is_file(), name
     keys = load_file(lora.folder / "model.safetensors")
     assert keys and not [key for key in keys if "lora" in key or "base_layer" in key or "base_model" in key]
@@ -1151,7 +1140,7 @@ def test_a_length_that_leaves_no_room_for_the_steps_is_refused(processor, tmp_pa
         argv = [*f"--output_dir {tmp_path} --use_cpu True --report_to none {options}".split(), *more]
         check_settings(model, processor, *parser.parse_args_into_dataclasses(argv))
 
-    with pytest.raises(ValueError, match=rf"max_length=\d+ exceeds .*128 positions.*: use --max_length {longest}$"):
+    with pytest.raises(ValueError, match=rf"max_length=\d+ exceeds .*positions.*: use --max_length {longest}$"):
         check()
     with pytest.raises(ValueError, match="max_length="):
         check("--max_length", str(longest + 1))
@@ -1183,7 +1172,7 @@ def test_lora_is_merged_in_the_dtype_that_is_saved(processor, tmp_path):
 
 def test_copy_for_export_is_apart_from_the_model():
     model = tiny_model(text_changes={"tie_word_embeddings": True})
-    copied = _copy_on_cpu(model)
+    copied = copy_on_cpu(model)
     assert copied.get_output_embeddings().weight is copied.get_input_embeddings().weight
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
@@ -1393,7 +1382,7 @@ def test_accuracy_is_measured_in_batches_of_as_many_tokens():
     """Batches of two texts of 512 tokens: 1024 tokens or 32 texts, of like length."""
     lengths = [600, 20, 512, 100, 512, 30, 500, *[10] * 40]
     side = {"attention_mask": torch.stack([(torch.arange(600) < n).long() for n in lengths])}
-    batches = [[lengths[row] for row in rows.tolist()] for rows in _by_tokens(side, 2)]
+    batches = [[lengths[row] for row in rows.tolist()] for rows in rows_by_tokens(side, 2)]
     assert batches == [[10] * 32, [10] * 8 + [20, 30], [100, 500], [512, 512], [600]]
 
 

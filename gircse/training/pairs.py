@@ -1,36 +1,29 @@
-"""Training pairs: read and check them, batch them by source, turn a batch into token ids.
+"""Training pairs: files, folders, patterns and Hub ids of any layout, read and checked row by row.
 
 Under `instruction`, the embedding of `query` (q) belongs near each text of `pos` (d+) and far from each of `neg` (the
-hard negatives d-). The path of such a row through this file:
-
-    load_pairs       file, folder, pattern or Hub id -> checked rows, memory-mapped
-    split_held_out   -> training rows and held-out rows, no query and no pair on both sides
-    TrainingPairs    row i of an epoch -> q, one d+, some d-, drawn by (seed, epoch, i) alone: a resumed run agrees
-    SourceBatches    which rows form a batch: of one source, so that in-batch negatives are of the same task
-    PairCollator     rows -> token ids, and the ids that tell false negatives
+hard negatives d-).
 """
+
+from __future__ import annotations
 
 import ast
 import glob
-import hashlib
 import json
 import logging
 import math
 import os
-import random
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.compute
-import torch
 from datasets.exceptions import DatasetGenerationError
 
-import rows_gircse
-from rows_gircse import ENDINGS, Row, RowFile, require
+from .. import rows as reader
+from ..rows import ENDINGS, Row, RowFile, require
 
 # FlagEmbedding's names for tasks with the instruction on both sides (its "symmetric_class" has bare class names there).
 SYMMETRIC_TYPES = ("symmetric_sts", "symmetric_clustering")
@@ -97,14 +90,14 @@ def load_pairs(
             the latter unless `limit` cuts rows off.
     """
     if limit is not None:
-        _check_count("limit", limit, minimum=1)
+        check_count("limit", limit, minimum=1)
     if max_bad_share is not None and not (type(max_bad_share) in (int, float) and 0 <= max_bad_share < 1):
         raise ValueError(f"max_bad_share must be a share of the rows, 0 <= share < 1, not {max_bad_share!r}")
     files = _find_files(source)
     for name, value in (("config", config), ("split", split)):
         if files and value is not None:
             raise ValueError(f"{name}={value!r} is for data sets on the Hub, and {source!r} is local: leave it out")
-    code = (__file__, rows_gircse.__file__)
+    code = (__file__, reader.__file__)
     arguments = {
         "name": source,
         "rows": files or _load_hub(source, config, split, limit),
@@ -422,181 +415,6 @@ def _is_symmetric(row: Mapping[str, Any], names: Mapping[str, list[str]], defaul
     return value
 
 
-def _check_count(name: str, value: int, *, minimum: int) -> None:
+def check_count(name: str, value: int, *, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, not {value!r}")
-
-
-def split_held_out(pairs: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Returns (training rows, held-out rows), each in the order of `pairs`; the choice is fixed by `seed`.
-
-    Rows with the same query stay together, and so do rows with the same two texts, be it the other way round: where
-    they do not add up to `held_out`, fewer are held out, never more.
-
-    Raises:
-        ValueError: `held_out` is not in 0..len(pairs) - 1, or every query repeats too often to be held out.
-    """
-    _check_count("held_out", held_out, minimum=0)
-    if held_out >= len(pairs):
-        raise ValueError(f"held_out is {held_out}, but there are {len(pairs)} pairs; hold out fewer")
-    groups = _rows_together(pairs)
-    random.Random(seed).shuffle(groups)
-    chosen: set[int] = set()
-    for group in groups:
-        if len(chosen) + len(group) <= held_out:
-            chosen.update(group)
-    if held_out and not chosen:
-        raise ValueError(f"held_out is {held_out}, but every query has more pairs than that; hold out more")
-    return pairs.select([i for i in range(len(pairs)) if i not in chosen]), pairs.select(sorted(chosen))
-
-
-def _rows_together(pairs: datasets.Dataset) -> list[list[int]]:
-    """The rows by query, where two queries are one if each is a positive of the other."""
-    queries = pairs["query"][:]
-    leader = {query: query for query in queries}
-
-    def find(query: str) -> str:
-        while leader[query] != query:
-            leader[query] = query = leader[leader[query]]
-        return query
-
-    directed = {(q, text) for q, texts in zip(queries, pairs["pos"], strict=True) for text in texts if text in leader}
-    for query, text in sorted(directed):
-        if (text, query) in directed:
-            leader[find(text)] = find(query)
-    rows_of: dict[str, list[int]] = {}
-    for index, query in enumerate(queries):
-        rows_of.setdefault(find(query), []).append(index)
-    return list(rows_of.values())
-
-
-class TrainingPairs(torch.utils.data.Dataset):
-    """Rows as an epoch sees them: one positive and up to `num_negatives` hard negatives, drawn anew each epoch."""
-
-    def __init__(self, pairs: datasets.Dataset, num_negatives: int, seed: int) -> None:
-        _check_count("num_negatives", num_negatives, minimum=0)
-        self.pairs, self.num_negatives, self.seed = pairs, num_negatives, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see set_epoch too
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.pairs[index]
-        rng = random.Random(f"{self.seed}/{self._epoch.item()}/{index}")
-        return {
-            "query": row["query"],
-            "positive": rng.choice(row["pos"]),
-            "negatives": rng.sample(row["neg"], min(self.num_negatives, len(row["neg"]))),
-            "all_positives": row["pos"],
-            **{name: row[name] for name in ("instruction", "symmetric", "source", "label")},
-        }
-
-
-class SourceBatches(torch.utils.data.Sampler[list[int]]):
-    """Batches of row numbers, shuffled by (seed, epoch); no row occurs twice in an epoch.
-
-    A global batch is `num_processes` consecutive batches: Accelerate deals them to the processes, and negatives are
-    gathered across them. With `by_source` it is of one source, and global batches come in random order. Rows left over
-    from each source are pooled into mixed batches at the end; what does not fill a last global batch is dropped.
-
-    Raises:
-        ValueError: not one global batch can be filled, or a count is not an integer >= 1.
-    """
-
-    drop_last = True  # read by Accelerate: there is no short batch to fill up
-
-    def __init__(
-        self, sources: Sequence[str], batch_size: int, *, by_source: bool, seed: int, num_processes: int = 1
-    ) -> None:
-        _check_count("batch_size", batch_size, minimum=1)
-        _check_count("num_processes", num_processes, minimum=1)
-        self.batch_size, self.global_size, self.seed, self.epoch = batch_size, batch_size * num_processes, seed, 0
-        groups: dict[str, list[int]] = {}
-        for index, source in enumerate(sources):
-            groups.setdefault(source if by_source else "", []).append(index)
-        self._groups = list(groups.values())
-        self._length = sum(map(len, self._groups)) // self.global_size * num_processes
-        if self._length == 0:
-            raise ValueError(
-                f"batch_size {batch_size} x {num_processes} process(es) needs {self.global_size} pairs, but there are "
-                f"{len(sources)}; lower batch_size or give more pairs"
-            )
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = random.Random(f"{self.seed}/{self.epoch}")
-        blocks: list[list[int]] = []
-        rest: list[int] = []
-        for group in self._groups:
-            pieces = _cut(rng.sample(group, len(group)), self.global_size)
-            rest += pieces.pop() if len(pieces[-1]) < self.global_size else []
-            blocks += pieces
-        rng.shuffle(blocks)
-        rng.shuffle(rest)
-        blocks += [piece for piece in _cut(rest, self.global_size) if len(piece) == self.global_size]
-        return chain.from_iterable(_cut(block, self.batch_size) for block in blocks)
-
-
-def _cut(rows: list[int], size: int) -> list[list[int]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _text_id(*parts: str) -> int:
-    """A hash in 0 .. 2^63 - 1, the same in every process and on every machine."""
-    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
-class PairCollator:
-    """Turns B rows of `TrainingPairs` into the tensors of one training step.
-
-    `processor(texts, instruction=[str | None, ...], max_length=max_length)` returns a mapping with `input_ids` and
-    `attention_mask`; `max_length` None leaves the longest input in tokens to it.
-    """
-
-    def __init__(self, processor: Callable[..., Mapping[str, torch.Tensor]], max_length: int | None = None) -> None:
-        self.processor, self.max_length = processor, max_length
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Documents are the B positives in the order of the queries, then the M - B negatives, row by row.
-
-        Returns, all int64:
-            query, document: {input_ids, attention_mask}, (B, N_q) and (M, N_d). Queries have their row's instruction,
-                documents only if the row is symmetric.
-            document_ids (M,): hashes of the texts.
-            positive_ids (B, P): hashes of all positives of the row, drawn or not; padded with -1.
-            query_ids (B,): hashes of (instruction, query).
-            prompted_ids (M,): hashes of (instruction, text) of the documents, "" where they are embedded bare: what has
-                a query's id is the very input of that query.
-            query_labels (B,), document_labels (M,): hashes of (source, label), -1 without one. A positive has its
-                query's label, a hard negative -1.
-        """
-        instructions = [row["instruction"] or None for row in rows]
-        sides = [row["instruction"] or None if row["symmetric"] else None for row in rows]  # of the documents
-        negatives = [(text, side) for row, side in zip(rows, sides, strict=True) for text in row["negatives"]]
-        documents = [row["positive"] for row in rows] + [text for text, _ in negatives]
-        sides += [side for _, side in negatives]
-        positive_ids = [torch.tensor([_text_id(text) for text in row["all_positives"]]) for row in rows]
-        labels = [-1 if row["label"] is None else _text_id(row["source"], row["label"]) for row in rows]
-        return {
-            "query": self._encode([row["query"] for row in rows], instructions),
-            "document": self._encode(documents, sides),
-            "document_ids": torch.tensor([_text_id(text) for text in documents]),
-            "positive_ids": torch.nn.utils.rnn.pad_sequence(positive_ids, batch_first=True, padding_value=-1),
-            "query_ids": torch.tensor([_text_id(row["instruction"], row["query"]) for row in rows]),
-            "prompted_ids": torch.tensor([_text_id(s or "", t) for s, t in zip(sides, documents, strict=True)]),
-            "query_labels": torch.tensor(labels),
-            "document_labels": torch.tensor(labels + [-1] * len(negatives)),
-        }
-
-    def _encode(self, texts: list[str], instructions: list[str | None]) -> dict[str, torch.Tensor]:
-        encoded = self.processor(texts, instruction=instructions, max_length=self.max_length)
-        return {name: encoded[name] for name in ("input_ids", "attention_mask")}

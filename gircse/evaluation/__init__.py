@@ -1,0 +1,1 @@
+"""Evaluation with mteb: any model, files as tasks, and the report."""

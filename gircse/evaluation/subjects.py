@@ -1,0 +1,329 @@
+"""Any model as mteb sees it: its texts, prompts and metadata, and one encoding pass for all k."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mteb
+import numpy as np
+import torch
+from huggingface_hub import ModelCard
+from mteb.abstasks.abstask import get_abstask_prompt
+from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+from mteb.models.abs_encoder import AbsEncoder, get_prompt
+from mteb.models.model_meta import ScoringFunction
+from mteb.types import PromptType
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+from transformers import PretrainedConfig
+from transformers.utils import cached_file
+
+from ..loading import commit_of, is_gircse, load, sentence_transformers_settings
+from .report import CODE_OF_ITS_OWN
+
+STEPS = (1, 3, 5, 10, 15, 20)
+SECONDS_BETWEEN_LINES = 60  # of progress, in a log
+
+
+@dataclass
+class Subject:
+    """The model that is evaluated.
+
+    Args:
+        meta: what mteb knows of it; name and revision tell it from every other model and every other state of it.
+        settings: what else changes its embeddings or scores, beside k.
+        steps: the values of k, or `[None]` for a model without steps.
+        embed: (texts, prompt, side, steps) to (B, len(steps), d) float32; side is "query", "document" or None.
+        prompts: literal prefixes by mteb's names.
+        template: makes a prompt of an instruction; None if only `prompts` are used, by mteb's rule.
+        shown: the k of the model card.
+    """
+
+    meta: ModelMeta
+    settings: dict[str, Any]
+    steps: list[int | None]
+    embed: Callable[[list[str], str, str | None, list[int | None]], np.ndarray]
+    prompts: dict[str, str]
+    template: str | None
+    shown: int | None
+
+    def meta_at(self, k: int | None) -> ModelMeta:
+        """The metadata under which results of k are filed: mteb's cache goes by name, revision and these settings."""
+        settings = self.settings if k is None else {"k": k, **self.settings}
+        return self.meta.model_copy(update={"experiment_kwargs": settings or None})
+
+    def prompt(self, metadata: Any, side: str | None) -> str:
+        """The literal prefix of one side of a task; `side` is None for tasks whose texts are all alike."""
+        if self.template is None:
+            prompt_type = PromptType(side) if side else None
+            return get_prompt(self.prompts, metadata, prompt_type) or ""
+        for name in (metadata.name, *(metadata.adapted_from or ())):
+            for key in (f"{name}-{side}", name):
+                if key in self.prompts:
+                    return self.prompts[key]
+        instruction = metadata.prompt
+        if isinstance(instruction, dict):
+            instruction = instruction.get(side or "query")
+        elif side == "document" and metadata.type != "Reranking":  # reranking compares texts of one kind
+            instruction = None
+        if not instruction and side is not None:
+            return self.prompts.get(side, "")
+        if not instruction and metadata.type in self.prompts:
+            return self.prompts[metadata.type]
+        return self.template.replace("{instruction}", instruction or get_abstask_prompt(metadata.name))
+
+
+def say(line: str) -> None:
+    print(line, flush=True)  # a log would else get it hours later
+
+
+def load_subject(args: argparse.Namespace) -> Subject:
+    """Loads the model that the arguments name.
+
+    Raises:
+        ValueError: for a k that the model doesn't have.
+    """
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        ours = is_gircse(args.model)
+    except (OSError, ValueError):  # modules of Sentence Transformers may lie in subfolders
+        ours = False
+    subject = (gircse_subject if ours else sentence_transformers_subject)(args, device)
+    # What is at its default leaves no trace, so that defaults can be written out without an evaluation of its own.
+    options = {"dtype": "float32", "max_length": None, "prompt_template": None, "sample": None}
+    subject.settings |= {
+        name: getattr(args, name) for name, default in options.items() if getattr(args, name) != default
+    }
+    return subject
+
+
+def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
+    model, processor = load(args.model, dtype=args.dtype)  # this repo's code
+    model.eval().to(device)
+    if args.max_length:
+        processor.max_length = args.max_length
+    config = model.config
+    if config.step_token == "none":
+        steps = [None]
+    else:
+        most = config.num_steps if config.step_token == "learned" else max(args.k or STEPS)
+        steps = sorted({k for k in args.k or STEPS if args.k or k <= most})
+        if steps[0] < 1 or steps[-1] > most:
+            raise ValueError(f"k={steps} must be from 1 to {most} for this model")
+    room = model.text_limit(processor.max_length, steps[-1])
+    if room < processor.max_length:
+        # A setting, since the scores of a smaller k depend on what the largest one leaves of a text.
+        args.max_length = processor.max_length = room
+
+    def embed(texts: list[str], prompt: str, side: str | None, steps: list[int | None]) -> np.ndarray:
+        inputs = processor(texts, prompt=prompt).to(device)
+        if steps == [None]:
+            return model.generate_embedding(**inputs, return_steps=True).cpu().numpy()
+        states = model.generate_embedding(**inputs, k=max(steps), return_steps=True)
+        return states[:, [k - 1 for k in steps]].cpu().numpy()
+
+    template = args.prompt_template or processor.prompt_template
+    settings = file_of(args.model, "config_sentence_transformers.json")
+    prompts = json.loads(settings.read_text(encoding="utf-8")).get("prompts", {}) if settings else {}
+    if args.prompt_template or not any(prompts.values()):
+        prompts = repo_prompts(template)
+    size = model.num_parameters()
+    facts = {
+        "max_tokens": processor.max_length,
+        "embed_dim": config.hidden_size,
+        "n_parameters": size,
+        "n_embedding_parameters": model.get_input_embeddings().weight.numel(),
+        "memory_usage_mb": round(size * model.dtype.itemsize / 2**20),
+        "use_instructions": True,
+        "similarity_fn_name": ScoringFunction.COSINE,
+        "loader_kwargs": CODE_OF_ITS_OWN,
+        "framework": ["Sentence Transformers", "PyTorch", "Transformers", "safetensors"],
+    }
+    shown = None if steps == [None] else config.num_steps if config.num_steps in steps else steps[-1]
+    return Subject(model_meta(args, facts), {}, steps, embed, prompts, template, shown)
+
+
+def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subject:
+    name_of_dtype = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # transformers < 4.56
+    model = SentenceTransformer(
+        args.model,
+        device=device,
+        trust_remote_code=args.trust_remote_code,
+        model_kwargs={name_of_dtype: getattr(torch, args.dtype)},
+    )
+    if args.max_length:
+        model.max_seq_length = args.max_length
+
+    def embed(texts: list[str], prompt: str, side: str | None, steps: list[int | None]) -> np.ndarray:
+        encode = {"query": model.encode_query, "document": model.encode_document, None: model.encode}[side]
+        return encode(texts, prompt=prompt, batch_size=len(texts), show_progress_bar=False)[:, None].astype(np.float32)
+
+    prompts, settings, loader_kwargs = model.prompts, {}, {}
+    if args.prompt_template:
+        prompts = repo_prompts(args.prompt_template)
+    elif not any(prompts.values()):
+        prompts = registry_prompts(args.model_name or args.model)
+        if any(prompts.values()):
+            settings, loader_kwargs = {"prompts": "mteb"}, {"model_prompts": prompts}
+        else:
+            say(
+                f"{args.model} has no prompts, nor has mteb's registry any prefixes for it: texts are embedded bare. "
+                "If it was trained with prompts, give --prompt_template, or the --model_name that mteb knows it by."
+            )
+    if args.trust_remote_code:
+        loader_kwargs["trust_remote_code"] = args.trust_remote_code
+    known = ModelMeta.from_sentence_transformer_model(model)
+    facts = {name: value for name in type(known).model_fields if (value := getattr(known, name)) is not None}
+    facts["use_instructions"] = bool(args.prompt_template or any(prompts.values()))
+    facts["loader_kwargs"] = known.loader_kwargs | loader_kwargs
+    return Subject(model_meta(args, facts), settings, [None], embed, prompts, args.prompt_template, None)
+
+
+def registry_prompts(name: str) -> dict[str, str]:
+    """The prompts that mteb's registry has for a model whose repo has none, such as those of E5."""
+    try:
+        meta = mteb.get_model_meta(name, fetch_from_hf=False)
+    except KeyError:
+        return {}
+    # To a loader of its own they may be anything, such as names of adapters (Jina) or templates (UAE).
+    prefixes = meta.loader is SentenceTransformerEncoderWrapper
+    return meta.loader_kwargs.get("model_prompts") or {} if prefixes else {}
+
+
+def repo_prompts(template: str) -> dict[str, str]:
+    """This repo's prompts in another template."""
+    writer = SimpleNamespace(prompt_for=lambda text: template.replace("{instruction}", text) if text else "")
+    return sentence_transformers_settings(writer)["prompts"]
+
+
+def model_meta(args: argparse.Namespace, facts: dict[str, Any]) -> ModelMeta:
+    """mteb's `ModelMeta` of a model, from what was seen of it and what its card says; what neither says is None.
+
+    A folder is filed as `local/FOLDER` under the hash of its weights and settings, unless `--model_name` names it.
+    """
+    local = Path(args.model).is_dir()
+    path = file_of(args.model, "README.md")
+    card = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path else {}
+    name = args.model_name or (f"local/{Path(args.model).resolve().name}" if local else args.model)
+    languages = card.get("language") or []
+    named = {
+        "name": name,
+        "revision": content_hash(Path(args.model)) if local else commit_of(args.model),
+        "languages": ["eng-Latn"] if "en" in ([languages] if isinstance(languages, str) else languages) else None,
+        "license": card.get("license"),
+        "open_weights": True,
+        "adapted_from": card.get("base_model") if isinstance(card.get("base_model"), str) else None,
+        "reference": None if name.startswith("local/") else f"https://huggingface.co/{name}",
+    }
+    empty = ModelMeta.create_empty().model_dump() | {"loader": SentenceTransformerEncoderWrapper}
+    fields = empty | facts | {key: value for key, value in named.items() if value is not None}
+    try:
+        return ModelMeta(**fields)
+    except ValueError:  # a licence that mteb doesn't know
+        return ModelMeta(**fields | {"license": named["reference"]})
+
+
+def file_of(model: str, name: str) -> Path | None:
+    """A file of a folder or a Hub repo, if it has it."""
+    try:
+        return Path(cached_file(model, name))
+    except OSError:
+        return None
+
+
+def content_hash(folder: Path) -> str:
+    """12 digits that change with the weights or a setting of a model's folder."""
+    listed = folder / "modules.json"
+    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+    folders = {folder} | {folder / module["path"] for module in modules}
+    config = folder / "config.json"  # names the folder of an adapter that takes the weights' place
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    if settings.get("model_type") == "gircse" and settings.get("adapter"):
+        folders.add(folder / settings["adapter"])
+    paths = {p for f in folders if f.is_dir() for p in f.iterdir() if p.suffix in (".safetensors", ".bin", ".json")}
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda path: path.relative_to(folder).parts):  # alike on any system
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+# Encoding -----------------------------------------------------------------------------------------------------------
+
+
+class Vectors:
+    """z_k of every distinct text of a task under its prompt, for several k, from one pass.
+
+    They wait on disk in a folder for temporary files (`TMPDIR`), which goes when the block ends: 4 bytes x d x number
+    of k for each text, so 2 GB for 100,000 documents with d = 896 and six k. In memory there is one k at a time.
+    """
+
+    def __init__(self, subject: Subject, steps: list[int | None], batch_size: int) -> None:
+        self.subject, self.steps, self.batch_size = subject, steps, batch_size
+        self.rows: dict[bytes, int] = {}
+
+    def __enter__(self) -> Vectors:
+        self.folder = tempfile.TemporaryDirectory(prefix="gircse-vectors-")
+        self.files = {k: Path(self.folder.name, f"{k}.f32").open("wb") for k in self.steps}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for file in self.files.values():
+            file.close()
+        self.folder.cleanup()
+
+    def __call__(self, texts: list[str], prompt: str, side: str | None, k: int | None) -> np.ndarray:
+        """(len(texts), d) float32: z_k of each text, embedded now unless it was before, at any k."""
+        keys = [self._key(text, prompt, side) for text in texts]
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.rows}
+        by_length = sorted(new, key=lambda key: len(new[key]), reverse=True)  # so that little is padded
+        if new:
+            say(f"  embedding {len(new):,} texts")
+        for start in progress(range(0, len(by_length), self.batch_size)):
+            batch = by_length[start : start + self.batch_size]
+            embeddings = self.subject.embed([new[key] for key in batch], prompt, side, self.steps)  # (B, |k|, d)
+            for column, file in enumerate(self.files.values()):
+                np.ascontiguousarray(embeddings[:, column], dtype=np.float32).tofile(file)
+            self.rows.update(zip(batch, range(len(self.rows), len(self.rows) + len(batch)), strict=True))
+        self.files[k].flush()
+        stored = np.memmap(self.files[k].name, np.float32, "r").reshape(len(self.rows), -1)
+        return np.asarray(stored[[self.rows[key] for key in keys]])
+
+    @staticmethod
+    def _key(text: str, prompt: str, side: str | None) -> bytes:
+        parts = json.dumps([text, prompt, side])
+        return hashlib.blake2b(parts.encode(), digest_size=16).digest()  # the texts themselves would fill the memory
+
+
+def progress(starts: range) -> Iterator[int]:
+    """Goes through the starts of batches with a bar in a terminal; in a log, which has no room for one, with a line
+    every minute."""
+    bar, said = tqdm(starts, desc="batches", leave=False, disable=None), time.monotonic()
+    for done, start in enumerate(bar):
+        if bar.disable and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            say(f"  {done:,} of {len(starts):,} batches")
+        yield start
+
+
+class StepEncoder(AbsEncoder):
+    """The model at one k, as mteb calls it (its `EncoderProtocol`)."""
+
+    def __init__(self, vectors: Vectors, k: int | None) -> None:
+        self.vectors, self.k = vectors, k
+        self.mteb_model_meta = vectors.subject.meta_at(k)
+
+    def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **kwargs: Any) -> np.ndarray:
+        side = prompt_type.value if prompt_type else None
+        texts = [text for batch in inputs for text in batch["text"]]
+        return self.vectors(texts, self.vectors.subject.prompt(task_metadata, side), side, self.k)

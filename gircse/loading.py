@@ -1,0 +1,177 @@
+"""Models from Hub ids and folders: GIRCSE models, plain causal LMs and GGUF files, with this repo's own classes."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.integrations import deepspeed
+from transformers.utils import logging
+
+from . import ROOT
+
+# What the paper puts before a text (appendix C), and what stands for the text in it.
+PAPER_PROMPT, TEXT = "Instruct: {instruction}\nQuery: ", "{text}"
+# A new model's texts leave room for as many steps as evaluation takes.
+STEPS_OF_EVALUATION = 20
+
+logger = logging.get_logger("gircse")
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Models made inside have all of their weights. With ZeRO-3, transformers would make them in empty shards, whatever
+    `zero3_init_flag` says, which can be neither checked nor evaluated nor filled before training shards them itself."""
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(config)
+
+
+@whole_weights()
+def load(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    adapter: str | None = None,
+    gguf_file: str | None = None,
+    prompt_template: str | None = None,
+    suffix: str | None = None,
+    **axes: Any,
+) -> tuple[PreTrainedModel, Any]:
+    """The model and its processor, from a GIRCSE model or a plain causal LM. The code is this repo's own.
+
+    Args:
+        path: Hub id or folder.
+        dtype: of the weights, a name such as `"bfloat16"`.
+        attn_implementation: as in `from_pretrained`.
+        adapter: a PEFT adapter of the plain causal LM, which is merged.
+        gguf_file: the file to take of a repo in GGUF; by default the one that there is in a folder of nothing else.
+        prompt_template, suffix: of a new model's processor; without both, as [`chat_prompt`] says.
+        axes: of a new model, as `GircseModel.from_causal_lm` takes them.
+
+    Raises:
+        ValueError: if the arguments don't go together, the folder is none of these, or the backbone is refused.
+    """
+    path = str(path)
+    model_class = get_class_from_dynamic_module("modeling_gircse.GircseModel", str(ROOT))
+    processor_class = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))
+    AutoConfig.register("gircse", model_class.config_class, exist_ok=True)  # or loading a tokenizer asks for trust
+    settings: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if attn_implementation:
+        settings["attn_implementation"] = attn_implementation
+    gguf = {"gguf_file": name} if (name := gguf_file or only_gguf_file(path)) else {}
+    if not gguf and is_gircse(path):
+        if adapter:
+            raise ValueError(f"adapter={adapter!r} needs a plain causal LM, and {path!r} is a GIRCSE model")
+        # Left open, the question whether to trust the folder's code would be put to the user for the tokenizer's sake.
+        processor = processor_class.from_pretrained(path, trust_remote_code=False)
+        return model_class.from_pretrained(path, **settings), processor
+    model = model_class.from_causal_lm(path, adapter=adapter, **axes, **settings, **gguf)
+
+    def make_processor(**options: Any) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(path, **gguf, **options)
+        chosen = (prompt_template, suffix) if prompt_template or suffix is not None else chat_prompt(tokenizer)
+        return processor_class(tokenizer, prompt_template=chosen[0] or PAPER_PROMPT, suffix=chosen[1] or "")
+
+    processor = make_processor()
+    if saving_problem(processor):  # beside the mistral-common package, Mistral's repos load as its own tokenizer
+        processor = make_processor(mistral_format=False)
+    processor.max_length = model.text_limit(processor.max_length, max(model.config.num_steps, STEPS_OF_EVALUATION))
+    return model, processor
+
+
+def chat_prompt(tokenizer: Any) -> tuple[str, str]:
+    """What precedes and what follows a text, so that both are one user's turn of the tokenizer's chat template that has
+    the paper's prompt in it, at the point where the model would answer. Without a chat template, the paper's prompt.
+
+    The turn is that of a conversation that goes on, since many templates open one with a default system message."""
+    turn = {"role": "user", "content": f"{PAPER_PROMPT}{TEXT}"}
+    earlier = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+    def render(messages: list[dict[str, str]], answers: bool) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answers)
+
+    if not getattr(tokenizer, "chat_template", None):
+        return PAPER_PROMPT, ""
+    try:
+        first, before, both = render([turn], True), render(earlier, False), render([*earlier, turn], True)
+    except Exception as error:  # a template is a program of whoever wrote the tokenizer
+        logger.warning(f"the chat template can't be used ({error}): texts get the paper's prompt")
+        return PAPER_PROMPT, ""
+    prompt, found, suffix = (both.removeprefix(before) if both.startswith(before) else first).partition(TEXT)
+    if not found or PAPER_PROMPT not in prompt:
+        return PAPER_PROMPT, ""
+    start = tokenizer.bos_token or ""
+    return (prompt if prompt.startswith(start) or not first.startswith(start) else start + prompt), suffix
+
+
+def is_gircse(path: str) -> bool:
+    """Whether a folder or Hub repo is a GIRCSE model.
+
+    Raises:
+        ValueError: for a folder that is no model of transformers, with what it is.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+            remedy = f"holds a PEFT adapter of {base!r}: give that as the model, and this folder as --adapter"
+        elif gguf := sorted(file.name for file in folder.glob("*.gguf")):
+            remedy = f"holds several GGUF files ({', '.join(gguf)}): choose one by --gguf_file"
+        elif (folder / "modules.json").exists():
+            remedy = "is a Sentence Transformers model of other modules: give the causal LM that it was made from"
+        else:
+            remedy = "has no config.json: give the folder of a causal LM or of a GIRCSE model"
+        raise ValueError(f"model_name_or_path={path!r} {remedy}")
+    return PretrainedConfig.get_config_dict(path)[0].get("model_type") == "gircse"
+
+
+def only_gguf_file(path: str) -> str | None:
+    """The GGUF file of a folder that holds nothing else to load."""
+    files = [] if (Path(path) / "config.json").exists() else list(Path(path).glob("*.gguf"))
+    return files[0].name if len(files) == 1 else None
+
+
+def saving_problem(processor: Any) -> Exception | None:
+    """What saving the processor raises, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            processor.save_pretrained(folder)
+        except Exception as error:  # of whichever tokenizer it is
+            return error
+
+
+def commit_of(name: str) -> str | None:
+    """The commit of the Hub that was loaded under `name`, from the place of its files in the cache."""
+    found = [try_to_load_from_cache(name, file) for file in ("config.json", "modules.json") if is_hub_id(name)]
+    return next((Path(path).parent.name for path in found if isinstance(path, str)), None)
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"([\w.-]+/)?[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def sentence_transformers_settings(processor: Any) -> dict[str, Any]:
+    """This repo's `config_sentence_transformers.json`, its prompts in the template of `processor`."""
+    names = ("config_sentence_transformers.json", "processor_config.json")
+    settings, own = (json.loads((ROOT / name).read_text(encoding="utf-8")) for name in names)
+    before, _, after = own["prompt_template"].partition("{instruction}")
+    for name, prompt in settings["prompts"].items():
+        settings["prompts"][name] = processor.prompt_for(prompt.removeprefix(before).removesuffix(after))
+    return settings

@@ -1,0 +1,211 @@
+"""The arguments of `train_gircse.py`: where the model starts, which pairs, and how it is trained."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import MISSING, dataclass, field, fields
+
+import torch
+from transformers import TrainingArguments
+
+from .. import ROOT
+from ..command_line import unescape
+from .losses import REDUCTIONS
+
+BAD_ROWS = "bad_rows.jsonl"
+# Peak learning rates at which a pretrained backbone learns without diverging (docs/training.md).
+LORA_RATE, FULL_RATE = 2e-4, 5e-5
+OF_EVALUATION = "held-out pairs are evaluated by retrieval accuracy alone"
+OF_BATCHES = "batches are of one source each, in random order; --mix_sources mixes the sources"
+OF_TOKENS = "a step embeds two sets of texts, whose tokens Trainer can't count"
+# Arguments of `TrainingArguments` that nothing here would act on, and why. All others hold as Trainer has them.
+WITHOUT_EFFECT = {
+    "average_tokens_across_devices": "the loss is that of the joint batch of all processes",
+    "batch_eval_metrics": OF_EVALUATION,
+    "bf16_full_eval": OF_EVALUATION,
+    "do_predict": "evaluate_gircse.py scores a saved model",
+    "eval_accumulation_steps": OF_EVALUATION,
+    "eval_do_concat_batches": OF_EVALUATION,
+    "eval_use_gather_object": OF_EVALUATION,
+    "fp16_full_eval": OF_EVALUATION,
+    "group_by_length": OF_BATCHES,
+    "hub_always_push": "the finished folder is uploaded, and no checkpoint",
+    "include_for_metrics": OF_EVALUATION,
+    "include_inputs_for_metrics": OF_EVALUATION,
+    "include_num_input_tokens_seen": OF_TOKENS,
+    "include_tokens_per_second": OF_TOKENS,
+    "jit_mode_eval": OF_EVALUATION,
+    "label_names": "the columns of pairs are fixed; --columns maps others to them",
+    "label_smoothing_factor": "InfoNCE has no labels to smooth; a higher --temperature softens it",
+    "length_column_name": OF_BATCHES,
+    "liger_kernel_config": "its kernels are for causal LMs with labels",
+    "overwrite_output_dir": "nothing of an earlier run is removed; choose another folder, or remove it yourself",
+    "parallelism_config": "layers are not split over processes; use configs/fsdp2.yaml or configs/zero3.yaml",
+    "past_index": OF_EVALUATION,
+    "prediction_loss_only": OF_EVALUATION,
+    "train_sampling_strategy": OF_BATCHES,
+    "use_cache": "the step loop has a KV cache of its own",
+    "use_legacy_prediction_loop": OF_EVALUATION,
+    "use_liger_kernel": "its kernels are for causal LMs with labels",
+}
+
+
+@dataclass
+class ModelArguments:
+    """Where the model starts from, and which of its weights are trained."""
+
+    model_name_or_path: str = field(
+        default=str(ROOT), metadata={"help": "a causal LM or a GIRCSE model: Hub id or folder"}
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "a PEFT adapter of the plain causal LM, merged before training"}
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "the file to take of a repo in GGUF; the one that there is in a folder"}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "dtype in which the weights are trained", "choices": ["float32", "bfloat16"]},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    tuning: str = field(default="lora", metadata={"help": "lora, or full for all weights", "choices": ["lora", "full"]})
+    lora_r: int = 64
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    num_steps: int = field(default=20, metadata={"help": "K at inference, written to a new model's config"})
+    logit_temperature: float = field(
+        default=2.0, metadata={"help": "T of the soft tokens, for a new model; the paper's 1 makes gradients explode"}
+    )
+    step_token: str = field(default="soft", metadata={"help": "soft, hard, learned or none, for a new model"})
+    attention: str = field(default="causal", metadata={"help": "causal or bidirectional, for a new model"})
+    pooling: str = field(default="mean", metadata={"help": "mean or last, for a new model"})
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "what precedes a text, for a new model: the backbone's chat template with the paper's prompt"
+        },
+    )
+    suffix: str | None = field(
+        default=None,
+        metadata={
+            "help": "what follows every text, for a new model: as in the chat template; '' beside --prompt_template"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_template", "suffix"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, unescape(value))
+
+
+@dataclass
+class DataArguments:
+    """The pairs; see `pairs.load_pairs` for the layouts."""
+
+    train_data: str = field(default=str(ROOT / "sample_pairs.jsonl"), metadata={"help": "file, folder, glob or Hub id"})
+    data_config: str | None = field(default=None, metadata={"help": "of a Hub data set that has several"})
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "what the file calls columns, such as query=question pos=answer neg=wrong_1,wrong_2"},
+    )
+    limit: int | None = field(default=None, metadata={"help": "read only the first rows"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": f"leave rows with errors out, and list them in {BAD_ROWS} of the output"}
+    )
+    max_bad_share: float = field(default=0.01, metadata={"help": "the most of them, as a share of all rows"})
+    held_out: int | None = field(
+        default=None,
+        metadata={
+            "help": "pairs kept from training to measure accuracy on: as many as take 5 % of its time, up to 256"
+        },
+    )
+    symmetric_sources: list[str] = field(
+        default_factory=list, metadata={"help": "sources whose documents get the instruction too"}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "longest text in tokens, the processor's by default"}
+    )
+    show_neighbours: bool = field(
+        default=False, metadata={"help": "at the end, load the saved folder in a new process and search with it"}
+    )
+
+
+@dataclass
+class GircseTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the paper's defaults and the ICR objective's settings."""
+
+    output_dir: str = field(default="gircse-trained", metadata={"help": "the Hub-ready folder"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": f"peak learning rate: {LORA_RATE:g} of a LoRA, {FULL_RATE:g} of all weights"}
+    )
+    warmup_ratio: float = field(default=0.1, metadata={"help": "share of the steps with a rising learning rate"})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "queries a process and step"})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the pairs"})
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "where the log goes besides"})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "no buffer ever changes here"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between two lines of the log"})
+    k: int = field(default=5, metadata={"help": "K, the generated tokens in training"})
+    temperature: float = field(default=0.02, metadata={"help": "tau of InfoNCE"})
+    refinement_weight: float = field(default=1.0, metadata={"help": "lambda, the weight of the refinement penalty"})
+    reduction: str = field(
+        default="sum", metadata={"help": "over the steps' losses: sum (paper) or mean", "choices": list(REDUCTIONS)}
+    )
+    matryoshka_dims: list[int] = field(
+        default_factory=list, metadata={"help": "also train the leading dimensions of these sizes"}
+    )
+    num_negatives: int = field(default=1, metadata={"help": "hard negatives a query, where there are so many"})
+    sub_batch_size: int | None = field(
+        default=None, metadata={"help": "gradient caching: texts whose activations are kept at once"}
+    )
+    mix_sources: bool = field(
+        default=False, metadata={"help": "draw batches from all sources together, not one source each"}
+    )
+    save_dtype: str = field(
+        default="float32", metadata={"help": "dtype of the saved weights", "choices": ["float32", "bfloat16"]}
+    )
+    save_adapter: bool = field(
+        default=False, metadata={"help": "save the LoRA alone, which loads as the whole model does, not merged weights"}
+    )
+    hub_strategy: str = field(default="end", metadata={"help": "end: the finished folder; no checkpoint is uploaded"})
+
+    def __post_init__(self) -> None:
+        self.remove_unused_columns = False
+        self._check_inherited()
+        if self.disable_tqdm is None and not sys.stderr.isatty():
+            self.disable_tqdm = True  # bars fill a log that is no terminal; the lines of the log stay
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "accuracy"  # at the trained k; Trainer's own default is a loss
+        # Without this, Trainer refuses bf16 where there is only a CPU.
+        accelerated = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
+        self.use_cpu = self.use_cpu or not accelerated
+        warmup_steps = self.warmup_steps
+        super().__post_init__()  # which also reads a command line's JSON
+        if self.gradient_checkpointing:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+        self.warmup_steps = warmup_steps  # transformers 5.0 puts the ratio there, over an explicit number
+        for name, value in (("k", self.k), ("sub_batch_size", self.sub_batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be >= 1")
+        if self.hub_strategy != "end":
+            raise ValueError(
+                f"hub_strategy={self.hub_strategy.value!r} uploads checkpoints, which don't load: use 'end'"
+            )
+        if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
+            raise ValueError("accelerator_config: split_batches and dispatch_batches would cut contrastive batches up")
+
+    def _check_inherited(self) -> None:
+        """Raises a ValueError for an argument of `TrainingArguments` that would have no effect."""
+        for base in fields(TrainingArguments):
+            value, default = getattr(self, base.name, None), base.default
+            if base.default_factory is not MISSING:
+                default = base.default_factory()
+            if base.name in WITHOUT_EFFECT and value and value not in (default, "no"):
+                raise ValueError(
+                    f"{base.name}={value!r} has no effect here: {WITHOUT_EFFECT[base.name]}. Leave it at {default!r}"
+                )
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        return math.ceil(num_training_steps * (self.warmup_steps or self.warmup_ratio))

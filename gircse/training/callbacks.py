@@ -1,0 +1,87 @@
+"""What goes on beside the steps: the log's file, the epoch of the data, and a watch over what the log says."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .data import TrainingPairs
+
+
+class LogFile(TrainerCallback):
+    """Writes each line of the log to `training_log.jsonl` as it comes; a resumed run goes on from its checkpoint's."""
+
+    def __init__(self, folder: str) -> None:
+        self.path = Path(folder) / "training_log.jsonl"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in state.log_history), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.log_history:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class EpochSetter(TrainerCallback):
+    """Tells the data which epoch it is, also after a resume."""
+
+    def __init__(self, dataset: TrainingPairs) -> None:
+        self.dataset, self.batches = dataset, None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch = int(state.epoch or 0)
+        self.dataset.set_epoch(epoch)
+        if self.batches is not None:
+            self.batches.set_epoch(epoch)
+
+
+class Watch:
+    """Tells once, and early, that a run learns nothing, from the lines of its log."""
+
+    COLLAPSED, DIVERGING = 5, 3  # lines in a row that it takes
+    STEPS = 20  # and the steps, as single ones say little
+    GROWTH = 30  # of the gradient norm over the least so far; sources differ by less
+    ONE_DIRECTION = 0.99  # mean cosine between texts; pretrained backbones start below
+
+    def __init__(self) -> None:
+        self.collapsed, self.diverging = 0, []  # lines, and the steps of lines
+        self.least_loss = self.least_norm = math.inf
+        self.told = False
+
+    def see(
+        self, step: int, losses: Sequence[float], chance: float, norm: float, cosine: float, warm: bool
+    ) -> str | None:
+        """What is wrong, if that has just become clear.
+
+        Args:
+            step: of the line.
+            losses: L_1..L_K.
+            chance: the log of the number of candidates, the loss of a model that takes all texts for one.
+            norm: the gradient norm before clipping, or NaN.
+            cosine: the mean one between the queries' embeddings.
+            warm: whether the warm-up is over, before which losses may start above chance.
+        """
+        loss = sum(losses) / len(losses)
+        grown = norm > self.GROWTH * self.least_norm
+        lost = not math.isfinite(loss) or (warm and loss > 1.01 * chance and loss > 0.98 * self.least_loss)
+        alike = cosine > self.ONE_DIRECTION or all(abs(x - chance) < 0.01 * chance for x in losses)
+        self.collapsed = self.collapsed + 1 if alike else 0
+        self.diverging = [*self.diverging, step] if grown or lost else []
+        self.least_loss, self.least_norm = min(loss, self.least_loss), min(norm, self.least_norm)
+        if self.told:
+            return None
+        if self.collapsed >= self.COLLAPSED:
+            self.told = True
+            return f"has collapsed: for {self.collapsed} lines of the log all texts are as one"
+        if len(self.diverging) >= self.DIVERGING and step - self.diverging[0] >= self.STEPS:
+            self.told = True
+            what = "the gradient explodes" if grown else "the losses are worse than by chance and don't fall"
+            return f"diverges: since step {self.diverging[0]} {what}"
+        return None

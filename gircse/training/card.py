@@ -1,0 +1,201 @@
+"""What a trained folder says of itself: its card, the curves of its training, and a search with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from transformers.utils import logging
+
+from ..loading import is_hub_id
+from .arguments import GircseTrainingArguments
+
+logger = logging.get_logger("gircse")
+# What others' machines run of a published folder, and when.
+REMOTE_CODE = {
+    "configuration_gircse.py": "all of them",
+    "modeling_gircse.py": "`AutoModel`",
+    "step_loop_gircse.py": "`AutoModel`",
+    "soft_tokens_gircse.py": "`AutoModel`",
+    "backbone_gircse.py": "`AutoModel`",
+    "adapters_gircse.py": "`AutoModel`",
+    "static_steps_gircse.py": "`AutoModel`",
+    "processing_gircse.py": "`AutoProcessor`",
+    "sentence_gircse.py": "`SentenceTransformer`",
+    "handler.py": "Inference Endpoints",
+}
+METHODS = {
+    "soft": "it generates K soft tokens after a text and averages their last hidden states (GIRCSE)",
+    "hard": "it generates K tokens after a text and averages their last hidden states",
+    "learned": "it appends K learned tokens to a text and averages their last hidden states",
+    "none": "it pools the last hidden states of a text and generates nothing",
+}
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+A text embedding model: {method}. Made from {base}.
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{repo}", {pin}trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{repo}", {pin}trust_remote_code=True)
+inputs = processor(["how do I renew a card"], instruction="Given a question, retrieve a passage that answers it.")
+embeddings = model.generate_embedding(**inputs)  # (1, d), unit norm
+```
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{repo}", {pin}trust_remote_code=True)
+embeddings = model.encode_query(["how do I renew a card"]{k})
+```
+
+Inference Endpoints serve merged weights by `handler.py`; Text Embeddings Inference and vLLM can't.
+
+## What `trust_remote_code=True` runs
+
+Only these files, by who loads the model. Read them, and pin the commit that you have read.
+
+| file | loaded by | SHA-256 |
+|---|---|---|
+{files}
+
+## Held-out retrieval accuracy
+
+Before and after this training, by the number of generated tokens:
+
+| k | before | after |
+|---|---|---|
+{rows}
+
+Trained with iterative contrastive refinement: {settings}.
+"""
+
+
+def model_card(
+    folder: Path,
+    training: GircseTrainingArguments,
+    base_models: Sequence[str] = (),
+    train_data: str = "",
+    scores: dict[int, tuple[float, float]] | None = None,
+    repo_id: str | None = None,
+    commit: str | None = None,
+) -> str:
+    """The card of the exported `folder`, filled from the run.
+
+    Args:
+        folder: its `config.json` says what the model does; its code files are listed with their hashes.
+        training: the run's settings.
+        base_models, train_data: see [`GircseTrainer`].
+        scores: held-out accuracy before and after training by k.
+        repo_id, commit: where the folder is published; without them the card speaks of the folder itself.
+    """
+    bases = [name for name in base_models if is_hub_id(name)]
+    on_hub, data_name = is_hub_id(train_data), train_data if is_hub_id(train_data) else Path(train_data).name
+    results = [
+        EvalResult(
+            task_type="text-retrieval",
+            dataset_type=train_data if on_hub else "local",
+            dataset_name=f"{data_name or 'training pairs'}, held out",
+            metric_type="accuracy",
+            metric_name=f"accuracy at k = {k}",
+            metric_value=round(after, 5),
+        )
+        for k, (_, after) in (scores or {}).items()
+    ]
+    name = (repo_id or str(folder.resolve())).rpartition("/")[2]
+    metadata = ModelCardData(
+        base_model=bases[0] if len(bases) == 1 else bases or None,
+        datasets=[train_data] if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="feature-extraction",
+        tags=["gircse", "sentence-transformers", "sentence-similarity", "text-embeddings", "custom_code"],
+        **({"model_name": name, "eval_results": results} if results else {}),
+    )
+    step_token = json.loads((folder / "config.json").read_text(encoding="utf-8"))["step_token"]
+    run = [name for name in REMOTE_CODE if (folder / name).exists()]
+    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in run}
+    batch = (training.per_device_train_batch_size, training.gradient_accumulation_steps, training.world_size)
+    return CARD.format(
+        metadata=metadata.to_yaml(),
+        name=name,
+        base=", ".join(bases) or "a local model",
+        method=METHODS[step_token],
+        k=", k=5" if step_token in ("soft", "hard") else "",
+        repo=repo_id or ".",
+        pin="" if commit is None else f'revision="{commit}", ',
+        files="\n".join(f"| `{name}` | {REMOTE_CODE[name]} | `{digest}` |" for name, digest in hashes.items()),
+        rows="\n".join(f"| {k} | {before:.3f} | {after:.3f} |" for k, (before, after) in (scores or {}).items()),
+        settings=f"K = {training.k}, temperature {training.temperature}, lambda {training.refinement_weight}, "
+        f"reduction {training.reduction}, learning rate {training.learning_rate:g}, "
+        f"batch {' x '.join(map(str, batch))} (queries, accumulation, processes)",
+    )
+
+
+def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
+    """The loss and the gradient norm over the steps (the paper's Figures 4 and 5)."""
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning("matplotlib is not installed: no picture of the training curves")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [line for line in history if "loss" in line and "L_1" in line]
+    if not lines:
+        return
+    steps = [line["step"] for line in lines]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    names = sorted((n for n in lines[0] if n.startswith("L_") and n != "L_reg"), key=lambda n: int(n[2:]))
+    labelled = {round(sixth * (len(names) - 1) / 5) for sixth in range(6)}  # more names would cover the curves
+    for index, name in enumerate(names):
+        shade = pyplot.cm.viridis(0.85 * index / max(len(names) - 1, 1))
+        label = f"$L_{{{name[2:]}}}$" if index in labelled else None
+        left.plot(steps, [line[name] for line in lines], color=shade, linewidth=1.2, label=label)
+    left.set(xlabel="step", ylabel="contrastive loss of step k")
+    left.legend(frameon=False)
+    norms = [float(line.get("grad_norm", "nan")) for line in lines]
+    right.plot(steps, norms, color="tab:gray", linewidth=1.2)
+    right.set(xlabel="step", ylabel="gradient norm (L2)", ylim=(0, None))
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+SEARCH = """
+import json, sys
+from transformers import AutoModel, AutoProcessor
+folder, rows = sys.argv[1], json.load(sys.stdin)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+def embed(texts, instructions):
+    return model.generate_embedding(**processor(texts, instruction=instructions))
+queries = embed([r["query"] for r in rows[:4]], [r["instruction"] for r in rows[:4]])
+for row, query in zip(rows, queries):
+    same = [r for r in rows if r["source"] == row["source"]]
+    documents = embed([r["pos"][0] for r in same], [r["instruction"] if r["symmetric"] else None for r in same])
+    print(f"\\n{row['instruction']}\\n  {row['query']}")
+    for score, index in zip(*map(list, (query @ documents.T).topk(min(3, len(same))))):
+        print(f"    {score:.3f}  {same[index]['pos'][0]}")
+"""
+
+
+def show_neighbours(folder: str, pairs: Any) -> None:
+    """Loads `folder` in a new process, as a user would, and prints a few held-out queries with their nearest texts."""
+    print(f"\nLoading {folder} in a new process:", flush=True)
+    rows = json.dumps([dict(row) for row in pairs])
+    call = [sys.executable, "-c", SEARCH, str(Path(folder).resolve())]
+    subprocess.run(call, input=rows, text=True, check=True, env={**os.environ, "PYTHONIOENCODING": ":backslashreplace"})

@@ -1,0 +1,142 @@
+"""The Hub-ready folder: weights, adapters, tokenizer, prompts and code."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from .. import ROOT
+from ..loading import commit_of, is_hub_id, saving_problem, sentence_transformers_settings
+from .arguments import BAD_ROWS, GircseTrainingArguments
+
+# What goes along with a trained model, beside the code that loads it.
+CODE_FILES = ["train_gircse.py", "evaluate_gircse.py", "embed_gircse.py", "sample_pairs.jsonl"]
+CODE_FILES += ["requirements.txt", *(f"requirements-{use}.txt" for use in ("train", "eval", "embed"))]
+CODE_FILES += ["sentence_gircse.py", "modules.json", "handler.py"]
+CODE_FILES += [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "gircse").rglob("*.py"))]
+CODE_FILES += [f"configs/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zero3")]
+# Stays at home when a folder is published; what an upload removes from the repo if the folder has no such file.
+ADAPTER_FOLDER = "adapter"
+NOT_PUBLISHED = ["checkpoint-*", "runs/*", "*.bin", "training_log.jsonl", BAD_ROWS]
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "*adapter_config.json"]
+
+
+def export(
+    model: Any, processor: Any, folder: str | Path, dtype: str = "float32", adapter_of: str | None = None
+) -> PreTrainedModel:
+    """Saves a Hub-ready folder but for its card: weights (LoRA merged), tokenizer, configuration, prompts and code.
+
+    With `adapter_of`, the model that training started from, the LoRA alone takes the weights' place; see
+    [`save_adapter`].
+
+    Raises:
+        ValueError: if there is an adapter and it changes nothing.
+    """
+    folder = Path(folder)
+    tuned = hasattr(model, "merge_and_unload")
+    if tuned and not any(weight.any() for name, weight in model.named_parameters() if "lora_B" in name):
+        raise ValueError("the adapter changes nothing: all of its lora_B weights are zero; has it been trained?")
+    if adapter_of:
+        model = save_adapter(model, folder, getattr(torch, dtype), adapter_of)
+    else:
+        shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of an earlier run
+        saved = getattr(torch, dtype)
+        if tuned:  # in the wider of both, as bfloat16 would round much of what was learned away
+            model = model.to(torch.promote_types(model.dtype, saved)).merge_and_unload()
+        model = model.to(saved)
+        model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for name in CODE_FILES:
+        if not (folder / name).exists() or not (folder / name).samefile(ROOT / name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    settings = json.dumps(sentence_transformers_settings(processor), indent=2, ensure_ascii=False)
+    (folder / "config_sentence_transformers.json").write_text(settings + "\n", encoding="utf-8")
+    return model
+
+
+def save_adapter(model: Any, folder: Path, dtype: torch.dtype, adapter_of: str) -> PreTrainedModel:
+    """Saves the LoRA of a `PeftModel` as one of the plain causal LM, and a configuration that tells where it is.
+
+    The keys are PEFT's for the causal LM, `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, so that
+    PEFT alone loads it on that, too. It lies in a subfolder: with `adapter_config.json` beside `config.json`,
+    `AutoModel.from_pretrained` would not look at the latter, and give the bare backbone.
+
+    Returns:
+        The model without its adapter.
+    """
+    from peft import get_peft_model_state_dict
+
+    base, config = model.get_base_model(), copy.deepcopy(model.active_peft_config)
+    # A folder is named so that it is found from elsewhere, too.
+    place = str(Path(adapter_of).resolve()) if Path(adapter_of).exists() else adapter_of
+    config.base_model_name_or_path, config.revision = place, commit_of(adapter_of)
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    if not isinstance(config.target_modules, str):
+        config.target_modules = {plain_name(name) for name in config.target_modules}
+    weights = {
+        plain_name(name, "base_model.model."): weight.detach().to("cpu", dtype).contiguous()
+        for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    config.save_pretrained(folder / ADAPTER_FOLDER)
+    save_file(weights, folder / ADAPTER_FOLDER / "adapter_model.safetensors", metadata={"format": "pt"})
+    for path in folder.glob("model*.safetensors*"):  # of an earlier run
+        path.unlink()
+    base = model.unload()
+    base.config.adapter = ADAPTER_FOLDER
+    custom_object_save(base, folder, config=base.config)
+    base.config.save_pretrained(folder)
+    return base
+
+
+def check_adapter(model: Any, base_models: Sequence[str], publishes: bool) -> None:
+    """Raises a ValueError for a model that `save_adapter` can't save, or that nobody else could load."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base is model or base.config.step_token == "learned":
+        lost = "full tuning" if base is model else "learned tokens"
+        raise ValueError(f"save_adapter=True saves a LoRA of the backbone alone, and would lose {lost}: leave it out")
+    if len(base_models) != 1:
+        raise ValueError(f"save_adapter=True needs the one model that the LoRA belongs to, not {list(base_models)}")
+    if publishes and not is_hub_id(base_models[0]):
+        raise ValueError(f"save_adapter=True publishes no weights, and {base_models[0]!r} is not on the Hub")
+
+
+def check_saving(model: Any, processor: Any, training: GircseTrainingArguments) -> None:
+    """Raises a ValueError now, and not after training, for a model that the export could not save."""
+    if problem := saving_problem(processor):
+        raise ValueError(
+            f"the tokenizer can't be saved ({problem}): give a folder with a tokenizer.json, such as one that "
+            "AutoTokenizer.from_pretrained(..., mistral_format=False).save_pretrained(folder) has written"
+        )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    quantized = getattr(base.config.text_config, "quantization_config", None) is not None
+    if quantized and model is base:
+        raise ValueError("the backbone is quantized, and its weights can't be trained as they are: use --tuning lora")
+    if quantized and not training.save_adapter:
+        raise ValueError(
+            "the backbone is quantized, and a LoRA can't be merged into such weights: add --save_adapter, or start "
+            "from the weights before quantization"
+        )
+
+
+def plain_name(name: str, prefix: str = "") -> str:
+    """A `GircseModel`'s name of a module or weight -> the causal LM's."""
+    return prefix + name.removeprefix(prefix).removeprefix("language_model.")
+
+
+def copy_on_cpu(model: nn.Module) -> nn.Module:
+    """A copy, for which there may be no room beside model and optimizer on the accelerator."""
+    copies: dict[int, Tensor] = {id(x): x.detach().to("cpu", copy=True) for x in model.buffers()}
+    for weight in model.parameters():
+        copies[id(weight)] = nn.Parameter(weight.detach().to("cpu", copy=True), weight.requires_grad)
+    return copy.deepcopy(model, copies)
