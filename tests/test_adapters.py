@@ -286,13 +286,14 @@ def test_adapter_with_patterns_of_names(plain, inputs, gircse, tmp_path, setting
 @unmerged
 def test_own_adapters_and_checkpoints_are_loaded(plain, trained, inputs, gircse, tmp_path):
     """An adapter-only repo's adapter, and PEFT's layout of a `GircseModel`, as checkpoints have it."""
-    expected = embed(AutoModel.from_pretrained(trained / "merged", trust_remote_code=True), inputs)
-    model = gircse.GircseModel.from_causal_lm(str(plain))
+    merged = AutoModel.from_pretrained(trained / "merged", trust_remote_code=True)
+    expected, temperature = embed(merged, inputs), merged.config.logit_temperature
+    model = gircse.GircseModel.from_causal_lm(str(plain), logit_temperature=temperature)
     model.load_adapter(str(trained / "adapter_only"), "own", adapter_kwargs={"subfolder": "adapter"})
     torch.testing.assert_close(embed(model, inputs), expected, rtol=0, atol=1e-5)
 
     other = peft.get_peft_model(
-        gircse.GircseModel.from_causal_lm(str(plain)),
+        gircse.GircseModel.from_causal_lm(str(plain), logit_temperature=temperature),
         peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="FEATURE_EXTRACTION"),
     ).eval()
     other.save_pretrained(tmp_path)
