@@ -93,7 +93,9 @@ def gradients_at_the_start(pairs: Path, args: argparse.Namespace) -> list[dict]:
             [statistics.median(x) for x in zip(*part, strict=True)] for part in zip(*of_batches, strict=True)
         )
         row = {"prompt": "chat" if template is None else "paper", "temperature": temperature, "share": share}
-        found.append({**row, "losses": losses, "layers": layers, "all_weights": total[0]})
+        rounded = {"losses": losses, "layers": layers, "all_weights": total}
+        rounded = {name: [round(value, 3) for value in values] for name, values in rounded.items()}
+        found.append({**row, **rounded, "all_weights": rounded["all_weights"][0]})
         print(found[-1], flush=True)
     return found
 
@@ -169,7 +171,7 @@ def main() -> None:
     for name in ("backbone", "data", "runs", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=["start", *RUNS, *SEEDS], default=["start", *RUNS, *SEEDS])
-    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=1, help="of one source each, for the gradients")
     parser.add_argument("--sample", type=int, default=300, help="rows of each task that is evaluated")
     args = parser.parse_args()
     os.chdir(ROOT)
