@@ -51,6 +51,15 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def decoder_shapes(model):
+    """A list that each call of the decoder appends its rows and positions to."""
+    shapes = []
+    room(model, "backbone_gircse").decoder_of(model.language_model).register_forward_pre_hook(
+        lambda m, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    return shapes
+
+
 def attention_for(backbone):
     """transformers 4.51 can't make GPT-2's padding mask for SDPA in float64."""
     return {"attn_implementation": "eager"} if backbone == "gpt2" else {}
@@ -249,12 +258,7 @@ def test_shared_prefix_runs_once_and_changes_nothing(make_model, monkeypatch, ba
     ids = torch.stack([F.pad(row, p) for row, p in zip(rows, pad, strict=True)])
     mask = torch.stack([F.pad(torch.ones_like(row), p) for row, p in zip(rows, pad, strict=True)])
     direction = torch.linspace(-1, 1, 32, dtype=torch.float64)
-    decoder = model.language_model.transformer if backbone == "gpt2" else model.language_model.model
-    shapes = []
-    decoder.register_forward_pre_hook(
-        lambda m, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
-    )
-    results = []
+    shapes, results = decoder_shapes(model), []
     for shared in (True, False):
         if not shared:
             monkeypatch.setattr(room(model, "step_loop_gircse"), "shared_prefix", lambda *args: 0)
@@ -287,12 +291,7 @@ def test_rows_of_like_start_and_length_are_prefilled_together_and_nothing_change
         [F.pad(torch.ones_like(row), (0, 40 - len(row)) if i % 2 else (40 - len(row), 0)) for i, row in enumerate(rows)]
     )
     direction = torch.linspace(-1, 1, 32, dtype=torch.float64)
-    decoder = model.language_model.transformer if backbone == "gpt2" else model.language_model.model
-    shapes = []
-    decoder.register_forward_pre_hook(
-        lambda m, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
-    )
-    results = []
+    shapes, results = decoder_shapes(model), []
     for grouped in (True, False):
         if not grouped:
             monkeypatch.setattr(room(model, "step_loop_gircse"), "prefill_groups", lambda *args: [None])
