@@ -40,12 +40,16 @@ STARTS += [(f"{name}, long warm-up", f"{method}_long_warm_up", k) for name, meth
 STABLE = {
     "paper": "paper's prompt, T = 1, LoRA at 1e-4",
     "papers_prompt": "paper's prompt, T = 2",
+    "end_token": "paper's prompt, then the end token, T = 2",
     "t1": "T = 1",
+    "t1_warm_up": "T = 1, warm-up of 50 steps for 10",
     "gradient_0.1": "T = 1, a tenth of d<sub>k</sub>'s gradient",
     "t2": "T = 2",
     "t4": "T = 4",
     "t_learned": "T trained, from 2",
+    "lora_1e-4": "T = 2, LoRA at 1e-4",
     "lora": "T = 2, LoRA at 2e-4",
+    "lora_5e-4": "T = 2, LoRA at 5e-4",
     "causal_eos": "Causal-EOS",
 }
 UNEQUAL = {"root": "root model", "gircse": "GIRCSE, 20k samples", "mixed_steps": "the same, mixed steps"}

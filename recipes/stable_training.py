@@ -48,17 +48,21 @@ SHARED = (
     f"--max_steps 100 --per_device_train_batch_size {QUERIES} --num_negatives 0 --max_length {MAX_LENGTH} --held_out 0 "
     f"--save_strategy no --report_to none --logging_steps 1 --symmetric_sources {' '.join(SYMMETRIC)}"
 )
-PAPERS = f"--prompt_template {shlex.quote(PAPER_PROMPT)} --suffix ''"
+PAPERS = f"--prompt_template {shlex.quote(PAPER_PROMPT)}"
 FULL = "--tuning full --learning_rate 5e-5"
 RUNS = {
-    "paper": f"{PAPERS} --logit_temperature 1 --tuning lora --learning_rate 1e-4",
+    "paper": f"{PAPERS} --suffix '' --logit_temperature 1 --tuning lora --learning_rate 1e-4",
+    "lora_1e-4": "--logit_temperature 2 --tuning lora --learning_rate 1e-4",
     "lora": "--logit_temperature 2 --tuning lora --learning_rate 2e-4",
+    "lora_5e-4": "--logit_temperature 2 --tuning lora --learning_rate 5e-4",
     "t1": f"--logit_temperature 1 {FULL}",
+    "t1_warm_up": f"--logit_temperature 1 --warmup_steps 50 {FULL}",
     "t2": f"--logit_temperature 2 {FULL}",
     "t4": f"--logit_temperature 4 {FULL}",
     "t_learned": f"--logit_temperature 2 --learn_temperature {FULL}",
     "gradient_0.1": f"--logit_temperature 1 --soft_token_gradient 0.1 {FULL}",
-    "papers_prompt": f"{PAPERS} --logit_temperature 2 {FULL}",
+    "papers_prompt": f"{PAPERS} --suffix '' --logit_temperature 2 {FULL}",
+    "end_token": f"{PAPERS} --suffix '<|im_end|>' --logit_temperature 2 {FULL}",
     "causal_eos": f"--step_token none --pooling last {FULL}",
 }
 DEFAULT = "--max_steps 40 --per_device_train_batch_size 8 --learning_rate 1e-4 --logging_steps 1 --report_to none"
