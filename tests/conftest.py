@@ -105,6 +105,13 @@ def room(model, name: str):
     return sys.modules[f"{package}.{name}"]
 
 
+def step_loop(model, ids, mask, k: int):
+    """A batch after its prefill."""
+    return room(model, "step_loop_gircse").StepLoop(
+        model, *room(model, "inputs_gircse").check_inputs(model, ids, mask, k)
+    )
+
+
 @pytest.fixture
 def make_model(gircse):
     def make(backbone: str = "qwen2", *, dtype=torch.float32, seed: int = 0, text_changes=None, **axes):

@@ -27,7 +27,17 @@ from conftest import ROOT, text_config
 
 MODEL_FILES = [
     f"{name}_gircse.py"
-    for name in ("adapters", "backbone", "configuration", "modeling", "soft_tokens", "static_steps", "step_loop")
+    for name in (
+        "adapters",
+        "backbone",
+        "configuration",
+        "inputs",
+        "modeling",
+        "single_pass",
+        "soft_tokens",
+        "static_steps",
+        "step_loop",
+    )
 ]
 REMOTE_FILES = (*MODEL_FILES, "processing_gircse.py")
 # transformers took up `dtype=` in 4.56 and goes on taking `torch_dtype=`; our models take both everywhere.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import BACKBONES, room
+from conftest import BACKBONES, room, step_loop
 from test_modeling import attention_for, gradients, relative
 
 
@@ -131,7 +131,7 @@ def test_steps_read_no_value_back(make_model, batch, padded):
     model = make_model()
     ids, mask = batch if padded else (batch[0][:1].repeat(2, 1), torch.ones(2, 11, dtype=torch.long))
     with torch.no_grad():
-        loop = room(model, "step_loop_gircse").StepLoop(model, *model._check_inputs(ids, mask, 5))
+        loop = step_loop(model, ids, mask, 5)
         with Reads() as reads:
             for _ in range(5):
                 loop.step()
@@ -144,7 +144,7 @@ def test_cache_grows_by_one_position_a_step(make_model, batch):
     caches = decoder_calls(model, model._find_way(model.device).cache)
     lengths = []
     with torch.no_grad():
-        loop = room(model, "step_loop_gircse").StepLoop(model, *model._check_inputs(*batch, 4))
+        loop = step_loop(model, *batch, 4)
         for _ in range(4):
             loop.step()
             lengths.append(caches[-1].get_seq_length())
