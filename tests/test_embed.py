@@ -31,8 +31,14 @@ import pyarrow.parquet as pq
 import ray
 
 import embed_gircse
-from embed_gircse import BAD_ROWS, EXIT_BAD_ROWS, PLAN, main, make_plan, parse
-from gircse import rows
+from embed_gircse import EXIT_BAD_ROWS, main, parse
+from gircse import command_line, rows
+from gircse.command_line import progress
+from gircse.embedding import actors, shards
+from gircse.embedding import plan as plans
+from gircse.embedding.actors import size_pool
+from gircse.embedding.plan import PLAN, make_plan
+from gircse.embedding.shards import BAD_ROWS
 
 if not (ROOT / "model.safetensors").exists():
     pytest.skip("the repo root holds no model.safetensors to embed with", allow_module_level=True)
@@ -80,7 +86,7 @@ def stamps(output: Path) -> dict[str, tuple[int, int]]:
 
 def expected(texts: list[str], k: int, instruction: str | None = None) -> torch.Tensor:
     settings = {"model": str(ROOT), "revision": None, "dtype": "float32"}
-    model, processor = embed_gircse.load_model(settings, trust_remote_code=False)
+    model, processor = actors.load_model(settings, trust_remote_code=False)
     return model.generate_embedding(**processor(texts, instruction=instruction), k=k)
 
 
@@ -163,8 +169,8 @@ def embed_alone(call: list[str], order: int = 1) -> int:
     """Runs a job without Ray, its shards in this order; returns its exit status."""
     options = parse(call)
     plan = make_plan(options)
-    embedder = embed_gircse.Embedder(plan, str(options.output), options.batch_size, "cpu", False)
-    for shard in embed_gircse.list_shards(plan)[::order]:
+    embedder = actors.Embedder(plan, str(options.output), options.batch_size, "cpu", False)
+    for shard in plans.list_shards(plan)[::order]:
         if not (options.output / shard["name"]).exists():
             assert embedder(shard)["rows"] == shard["stop"] - shard["start"]
     return main(call)
@@ -264,7 +270,7 @@ def test_a_large_k_truncates_long_texts(tmp_path):
     call = finished(tmp_path, [{"text": text} for text in texts], "--k", "30")
     assert main(call) == 0
     settings = {"model": str(ROOT), "revision": None, "dtype": "float32"}
-    model, processor = embed_gircse.load_model(settings, trust_remote_code=False)
+    model, processor = actors.load_model(settings, trust_remote_code=False)
     vectors = model.generate_embedding(**processor(texts, max_length=512 - 30), k=30)
     found = torch.stack(list(read(tmp_path / "out").values()))
     assert F.cosine_similarity(found, vectors).min() > 0.9999
@@ -280,7 +286,7 @@ def test_what_others_write_is_left_to_them(tmp_path):
     call, output = finished(tmp_path, [{"text": "x"}], "--k", "1"), tmp_path / "out"
     gone = subprocess.Popen(["true"])
     gone.wait()
-    here = embed_gircse._machine()
+    here = shards._machine()
     kept = [f".000001.parquet.{here}-{os.getpid()}.tmp", ".000002.parquet.elsewhere-1.tmp"]
     kept += [f".000003.parquet.domain.{here}-{gone.pid}.tmp"]  # a longer name of another machine
     old = [f".000004.parquet.{here}-{os.getpid()}.tmp", ".000005.parquet.elsewhere-1.tmp"]
@@ -296,20 +302,20 @@ def test_what_others_write_is_left_to_them(tmp_path):
 def test_a_machine_may_be_called_anything(tmp_path, monkeypatch, name):
     """And nobody is killed to find out whether he lives, as Windows understands signal 0."""
     monkeypatch.setattr(platform, "node", lambda: name)
-    monkeypatch.setattr(embed_gircse.psutil, "pid_exists", lambda process: process == os.getpid())
+    monkeypatch.setattr(shards.psutil, "pid_exists", lambda process: process == os.getpid())
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal was sent"))
     monkeypatch.delattr(os, "uname")
     seen = []
-    embed_gircse.write_whole(tmp_path / "000001.parquet", lambda file: (file.write_text("x"), seen.append(file)))
+    shards.write_whole(tmp_path / "000001.parquet", lambda file: (file.write_text("x"), seen.append(file)))
     assert (tmp_path / "000001.parquet").read_text() == "x" and not seen[0].exists()
     assert seen[0].name.isascii() and not set(seen[0].name) & set('/\\:*?"<>| ')
     own = os.getpid()
     left = [tmp_path / seen[0].name.replace(f"-{own}.", f"-{process}.") for process in (own, own + 1)]
     for file in left:
         file.touch()
-    assert [embed_gircse.is_abandoned(file) for file in left] == [False, name != ""]  # no name is no proof
+    assert [shards.is_abandoned(file) for file in left] == [False, name != ""]  # no name is no proof
     monkeypatch.setattr(platform, "node", lambda: "another")
-    assert not any(map(embed_gircse.is_abandoned, left))
+    assert not any(map(shards.is_abandoned, left))
 
 
 # What is shown -------------------------------------------------------------------------------------------------------
@@ -332,12 +338,12 @@ def test_a_console_that_lacks_letters(tmp_path, monkeypatch, encoding):
 
 
 def test_a_log_has_a_line_at_once_and_one_every_half_minute(capsys, monkeypatch):
-    with embed_gircse.progress(total=3, desc="at work") as bar:
+    with progress(total=3, desc="at work") as bar:
         bar.update(1)
         bar.update(1)
     assert capsys.readouterr().err.count("at work") == 2  # at the begin and at the end
-    monkeypatch.setattr(embed_gircse, "LOG_SECONDS", 0)
-    with embed_gircse.progress(total=3, desc="at work") as bar:
+    monkeypatch.setattr(command_line, "LOG_SECONDS", 0)
+    with progress(total=3, desc="at work") as bar:
         bar.update(1)
         bar.update(0)
     lines = capsys.readouterr().err.splitlines()
@@ -348,12 +354,12 @@ def test_an_actor_tells_how_far_it_is(tmp_path, monkeypatch):
     """Each second, and of bad rows at the end."""
     file = write_lines(tmp_path / "a.jsonl", [*({"text": str(i)} for i in range(5)), b"bad"])
     call = arguments(file, tmp_path / "out", "--k", "1")
-    tally = embed_gircse.Tally()
+    tally = actors.Tally()
     told = []
     remote = SimpleNamespace(tell=SimpleNamespace(remote=lambda *of: (told.append(of), tally.tell(*of))))
-    embedder = embed_gircse.Embedder(make_plan(parse(call)), str(tmp_path / "out"), 2, "cpu", False, remote)
+    embedder = actors.Embedder(make_plan(parse(call)), str(tmp_path / "out"), 2, "cpu", False, remote)
     seconds = iter(range(0, 100, 2))
-    monkeypatch.setattr(embed_gircse, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(actors, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     embedder({"name": "000000.parquet", "file": 0, "start": 0, "stop": 6})
     assert told == [("000000.parquet", rows) for rows in (2, 4, 5, 6)]
     tally.tell("000001.parquet", 10)
@@ -361,7 +367,7 @@ def test_an_actor_tells_how_far_it_is(tmp_path, monkeypatch):
 
 
 def test_the_bar_follows_the_tally_while_it_can_be_asked(monkeypatch, capsys):
-    monkeypatch.setattr(embed_gircse, "LOG_SECONDS", 0)
+    monkeypatch.setattr(command_line, "LOG_SECONDS", 0)
     answers = [0, ray.exceptions.GetTimeoutError(), 3, ray.exceptions.RayActorError(), 2, 5]  # 2: a shard began anew
 
     def get(reference, timeout):
@@ -372,7 +378,7 @@ def test_the_bar_follows_the_tally_while_it_can_be_asked(monkeypatch, capsys):
 
     monkeypatch.setattr(ray, "get", get)
     tally = SimpleNamespace(total=SimpleNamespace(remote=lambda: None))
-    with embed_gircse.progress(total=30, initial=20, desc="load") as bar:
+    with progress(total=30, initial=20, desc="load") as bar:
         embed_gircse.follow(bar, tally, "work", lambda seconds: not answers)
     lines = capsys.readouterr().err.splitlines()
     assert [re.search(r"(\w+): .* (\d+)/30", line).groups() for line in lines] == [
@@ -438,11 +444,12 @@ TWO_COMMITS = """
 import json, sys
 from pathlib import Path
 import embed_gircse
+from gircse.embedding import actors
 folder, cache = map(Path, sys.argv[1:])
 call = ["--input", str(folder / "a.jsonl"), "--model", "you/gircse", "--trust_remote_code", "--output"]
 def revision(output, *more):
     settings = embed_gircse.make_plan(embed_gircse.parse([*call, str(folder / output), *more]))["settings"]
-    return [settings["revision"][0], embed_gircse.load_model(settings, True)[0].config.num_steps]
+    return [settings["revision"][0], actors.load_model(settings, True)[0].config.num_steps]
 def move_main(commit):
     (cache / "models--you--gircse" / "refs" / "main").write_text(commit)
 move_main("b" * 40)
@@ -502,7 +509,7 @@ def test_a_job_keeps_the_commit_that_it_began_with(tmp_path):
 def test_pool_of_actors(monkeypatch, nodes, asked, actors):
     alive = [{"Alive": True, "Resources": {"CPU": float(cpu), "GPU": float(gpu)}} for cpu, gpu in nodes]
     monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}])
-    assert embed_gircse.size_pool(**{"num_actors": None, "num_gpus": None, **asked}) == actors
+    assert size_pool(**{"num_actors": None, "num_gpus": None, **asked}) == actors
 
 
 def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_model):
@@ -551,29 +558,29 @@ def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_mo
 
 def test_columns_of_lines_may_come_late_or_not_at_all(tmp_path):
     late = write_lines(tmp_path / "late.jsonl", [b"broken", {"m": 1}, {"n": None, "text": "x"}, {"n": 3}])
-    assert embed_gircse.measure(late, "text", None) == (4, None)
-    assert embed_gircse.measure(late, "text", "n") == (4, "int")
+    assert plans.measure(late, "text", None) == (4, None)
+    assert plans.measure(late, "text", "n") == (4, "int")
     for lines in ([], [b"", b"broken", b"[3]"]):  # no row, so that the report says what is wrong with each line
         file = write_lines(tmp_path / "broken.jsonl", lines)
-        assert embed_gircse.measure(file, "text", "n") == (len(lines), None)
+        assert plans.measure(file, "text", "n") == (len(lines), None)
 
 
 def test_lines_are_counted_without_being_parsed(tmp_path, monkeypatch):
     file = write_lines(tmp_path / "a.jsonl.gz", [{"m": 1}, {"n": 2, "text": "x"}, *[{"n": 3, "text": "y"}] * 1000])
     loads, calls = json.loads, []
     monkeypatch.setattr(rows.json, "loads", lambda line: (calls.append(line), loads(line))[1])
-    assert embed_gircse.measure(file, "text", "n") == (1002, "int") and len(calls) == 2
+    assert plans.measure(file, "text", "n") == (1002, "int") and len(calls) == 2
 
 
 def test_files_have_names_whatever_they_are_called_and_wherever_they_lie(tmp_path, monkeypatch):
     files = [tmp_path / "x" / "a.csv", tmp_path / "y" / "\udcff\u4e2d.csv"]  # what no UTF-8 is, as Python has it
-    assert embed_gircse.name_files(files) == ["x/a.csv", "y/\\udcff\u4e2d.csv"]
+    assert plans.name_files(files) == ["x/a.csv", "y/\\udcff\u4e2d.csv"]
 
     def commonpath(_):
         raise ValueError("Paths don't have the same drive")
 
     monkeypatch.setattr(os.path, "commonpath", commonpath)
-    assert embed_gircse.name_files(files[:1]) == [files[0].as_posix()]
+    assert plans.name_files(files[:1]) == [files[0].as_posix()]
 
 
 def test_another_adapter_for_the_same_output_is_refused(tmp_path):
@@ -665,7 +672,7 @@ def test_a_killed_job_and_a_killed_worker_lose_and_repeat_no_row(tmp_path):
     wait_for(lambda: not any(map(alive, below)), log)  # Ray's processes end with the job that started them
     before = stamps(output)
     assert 2 <= len(before) < 24 and not (output / BAD_ROWS).exists()
-    (output / f".000023.parquet.{embed_gircse._machine()}-{job.pid}.tmp").write_text("half of a shard")
+    (output / f".000023.parquet.{shards._machine()}-{job.pid}.tmp").write_text("half of a shard")
 
     job = start(call, log)
     try:
