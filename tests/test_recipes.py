@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "recipes"))
+sys.path.extend(str(ROOT / "recipes" / folder) for folder in ("root_model", "paper", "figures"))
 import bag_of_tokens
 import distil
 import experiments
@@ -45,7 +45,8 @@ def made(tmp_path_factory):
     (folder / "plain.txt").write_text("\n".join(row["query"] for row in rows), encoding="utf-8")
     sizes = "--vocab_size 400 --hidden_size 32 --intermediate_size 48 --num_layers 2 --num_heads 4 --block_size 64"
     sizes += " --batch_size 8 --max_steps 40 --learning_rate 5e-3"
-    recipe("pretrain_backbone", "--text", folder / "*.txt", SAMPLE, *sizes.split(), "--output_dir", folder / "backbone")
+    texts = ("--text", folder / "*.txt", SAMPLE)
+    recipe("root_model/pretrain_backbone", *texts, *sizes.split(), "--output_dir", folder / "backbone")
 
     texts = list(dict.fromkeys(row["query"] for row in rows))[:128]
     # the teacher knows a text by its first letter, which a student has to learn
@@ -56,14 +57,14 @@ def made(tmp_path_factory):
     np.save(folder / "teacher/vectors.npy", vectors)
     settings = "--batch_size 16 --learning_rate 1e-2 --epochs 12 --max_length 40"
     where = ("--vectors", folder / "teacher", "--output_dir", folder / "distilled")
-    recipe("distil", "--model_name_or_path", folder / "backbone", *where, *settings.split())
+    recipe("root_model/distil", "--model_name_or_path", folder / "backbone", *where, *settings.split())
     return SimpleNamespace(folder=folder, texts=texts, vectors=torch.from_numpy(vectors).float())
 
 
 def test_pretraining_reports_and_its_tokenizer_is_what_autotokenizer_loads(made):
     backbone = made.folder / "backbone"
     report = json.loads((backbone / "pretraining.json").read_text(encoding="utf-8"))
-    assert report["command"].startswith("python recipes/pretrain_backbone.py --text")
+    assert report["command"].startswith("python recipes/root_model/pretrain_backbone.py --text")
     assert report["parameters"] == AutoModelForCausalLM.from_pretrained(backbone).num_parameters()
     assert len(report["continuations"]) == 4
     assert report["held_out_loss"][-1]["tokens_seen"] == 40 * 8 * 64
@@ -127,7 +128,7 @@ def test_pretraining_leaves_the_bag_as_it_is(made, tmp_path):
     for file in (made.folder / "backbone").glob("tokenizer*.json"):
         shutil.copy(file, tmp_path)
     texts = ("--text", made.folder / "*.txt", SAMPLE, "--vectors", made.folder / "teacher")
-    recipe("pretrain_backbone", *texts, *sizes.split(), "--output_dir", tmp_path)
+    recipe("root_model/pretrain_backbone", *texts, *sizes.split(), "--output_dir", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.float32)
     attention = model.model.layers[0].self_attn
     torch.testing.assert_close(attention.v_proj.weight, torch.eye(32))
@@ -185,7 +186,7 @@ def test_vectors_of_another_size_are_refused(made, tmp_path):
     (tmp_path / "texts.json").write_text('["a text"]')
     command = ["--model_name_or_path", made.folder / "backbone", "--vectors", tmp_path, "--output_dir", tmp_path / "o"]
     with pytest.raises(AssertionError, match="5 dimensions, but the model has 32"):
-        recipe("distil", *command)
+        recipe("root_model/distil", *command)
 
 
 def logged(folder) -> list[dict]:
@@ -205,7 +206,7 @@ def train(name: str, made, folder, *arguments: str) -> list[dict]:
 
 @pytest.mark.parametrize("objective", ["icr", "last_step", "mixed_steps"])
 def test_objectives(made, tmp_path, objective):
-    line = train("train_objective", made, tmp_path, "--objective", objective)[0]
+    line = train("paper/train_objective", made, tmp_path, "--objective", objective)[0]
     steps = [line[name] for name in line if name.startswith("L_") and name != "L_reg"]
     assert len(steps) == (1 if objective == "last_step" else 3)
     assert line["loss"] == pytest.approx(sum(steps) + line["L_reg"], rel=1e-3)
@@ -216,13 +217,13 @@ def test_the_way_back_through_soft_tokens(made, tmp_path):
     """Its gradient is scaled, and the values are not; a learned temperature moves and is what the folder has."""
     settings = ("--learning_rate", "1e-3", "--warmup_ratio", "0", "--max_grad_norm", "1e9")
     plain, same, none = (
-        train("train_objective", made, tmp_path / f"share{share}", "--soft_token_gradient", share, *settings)
+        train("paper/train_objective", made, tmp_path / f"share{share}", "--soft_token_gradient", share, *settings)
         for share in ("1", "0.999999", "0")
     )
     assert plain[0]["loss"] == pytest.approx(none[0]["loss"], rel=1e-5)
     assert plain[0]["grad_norm"] == pytest.approx(same[0]["grad_norm"], rel=1e-3)
     assert plain[0]["grad_norm"] != pytest.approx(none[0]["grad_norm"], rel=1e-3)
-    learned = train("train_objective", made, tmp_path / "learned", "--learn_temperature", *settings)
+    learned = train("paper/train_objective", made, tmp_path / "learned", "--learn_temperature", *settings)
     assert learned[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5) and learned[1]["temperature"] != 1
     config = json.loads((tmp_path / "learned" / "config.json").read_text(encoding="utf-8"))
     assert config["logit_temperature"] != 1 and abs(config["logit_temperature"] - learned[1]["temperature"]) < 0.5
@@ -230,7 +231,7 @@ def test_the_way_back_through_soft_tokens(made, tmp_path):
 
 def test_a_teacher_adds_its_loss(made, tmp_path):
     teacher = ("--vectors", str(made.folder / "teacher"), "--teacher_batch_size", "16")
-    line = train("train_with_teacher", made, tmp_path, *teacher, "--teacher_weight", "10")[0]
+    line = train("root_model/train_with_teacher", made, tmp_path, *teacher, "--teacher_weight", "10")[0]
     icr = sum(value for name, value in line.items() if name.startswith("L_"))
     assert 0 < line["loss"] - icr < 10  # 10 x (1 - cos) of a distilled model
 
@@ -317,5 +318,5 @@ def test_published_prompts_are_those_of_the_recipe():
 
     known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
     template = read("processor_config.json")["prompt_template"]
-    expected = write_prompts.prompts(read("recipes/instructions.json")["mteb"], known, template)
+    expected = write_prompts.prompts(read("recipes/root_model/instructions.json")["mteb"], known, template)
     assert read("config_sentence_transformers.json")["prompts"] == expected

@@ -1,11 +1,11 @@
 """Make a backbone from nothing: a BPE tokenizer and a Qwen2-shaped causal LM, from text files and training pairs.
 
-    python recipes/pretrain_backbone.py --text 'text/*.txt.gz' 'train/*.jsonl.gz' --output_dir runs/backbone
+    python recipes/root_model/pretrain_backbone.py --text 'text/*.txt.gz' 'train/*.jsonl.gz' --output_dir runs/backbone
 
 Each line of a text file is one document, and so is each distinct text of the pairs (see gircse/training/pairs.py). The
 tokenizer is a byte-level BPE trained on the same documents. They are joined with the end-of-text token and cut into
 blocks of `--block_size` tokens; every 200th document is held out. With `--vectors`, a folder of
-recipes/teacher_vectors.py, the backbone starts from a bag of tokens fitted to them (recipes/bag_of_tokens.py), which
+teacher_vectors.py, the backbone starts from a bag of tokens fitted to them (bag_of_tokens.py), which
 pretraining leaves as it is. A run that was interrupted goes on from its last checkpoint when the command is repeated.
 The folder ends with `pretraining.json`: the command, the held-out loss by tokens seen, and how the model continues a
 few beginnings.
@@ -39,7 +39,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import bag_of_tokens
 from distil import TeacherTexts
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gircse.training.pairs import load_pairs
 
 END_OF_TEXT = "<|endoftext|>"

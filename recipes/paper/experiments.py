@@ -1,6 +1,6 @@
 """The paper's comparisons from one backbone: trains each variant, evaluates it, and keeps what came out.
 
-    python recipes/experiments.py --data DATA --backbone runs/small --runs runs/all --results results/experiments
+    python recipes/paper/experiments.py --data DATA --backbone runs/small --runs runs/all --results results/experiments
 
 DATA has train/*.jsonl.gz (pairs) and eval/ (gircse/evaluation/tasks.py). First each method's learning rate is chosen,
 by the mean of held-out accuracy and STS-Benchmark's development split after a short run; then follow, with the same
@@ -34,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BATCH = 64
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 GENERATING = "--k 5 --num_steps 5"
@@ -95,7 +95,7 @@ def call(command: list[str], log: Path, threads: int) -> None:
 
 def train(run: Run, learning_rate: float, args: argparse.Namespace, folder: Path) -> list[str]:
     """Trains into `folder`, unless that was done before; returns the command."""
-    command = ["python", "recipes/train_objective.py", "--model_name_or_path", str(args.backbone)]
+    command = ["python", "recipes/paper/train_objective.py", "--model_name_or_path", str(args.backbone)]
     command += ["--train_data", str(args.data / "train"), "--output_dir", str(folder), *run.settings.split()]
     command += ["--learning_rate", str(learning_rate), "--max_steps", str(run.samples // BATCH)]
     command += ["--seed", str(run.seed), "--logging_steps", "20", *SHARED.split()]

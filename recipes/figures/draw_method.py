@@ -1,4 +1,4 @@
-"""Draws the method's picture: python recipes/draw_method.py assets/method.png"""
+"""Draws the method's picture: python recipes/figures/draw_method.py assets/method.png"""
 
 from __future__ import annotations
 

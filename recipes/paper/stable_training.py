@@ -1,6 +1,7 @@
 """What lets a pretrained backbone learn with K soft tokens: gradients at the start, and scores after as many steps.
 
-    python recipes/stable_training.py --backbone SMOLLM2 --data DATA --runs runs/stable --output results/stable_training
+    python recipes/paper/stable_training.py --backbone SMOLLM2 --data DATA --runs runs/stable \\
+        --output results/stable_training
 
 SMOLLM2 is the folder of a causal LM with a chat template, here SmolLM2-135M-Instruct; DATA has train/*.jsonl.gz (pairs)
 and eval/ (gircse/evaluation/tasks.py). First, of the untrained backbone: the loss of each step, L_1..L_K, and the norm
@@ -27,15 +28,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_objective import scale_gradient
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gircse.loading import PAPER_PROMPT, load
 from gircse.training.data import PairCollator, TrainingPairs
 from gircse.training.losses import candidate_mask, icr_loss
 from gircse.training.pairs import load_pairs
+from train_objective import scale_gradient
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 K, TAU, QUERIES, MAX_LENGTH = 5, 0.02, 16, 48
 # Sources of short texts, so that a step is cheap on a laptop, and as many pairs of each.
 SOURCES = (
@@ -146,7 +146,7 @@ def perform(name: str, pairs: Path, args: argparse.Namespace) -> dict:
     if name in SEEDS:
         train = ["python", "train_gircse.py", *base, *DEFAULT.split(), "--seed", str(SEEDS[name])]
     else:
-        train = ["python", "recipes/train_objective.py", *base, *shlex.split(SHARED), *shlex.split(RUNS[name])]
+        train = ["python", "recipes/paper/train_objective.py", *base, *shlex.split(SHARED), *shlex.split(RUNS[name])]
     if not (folder / "model.safetensors").exists():
         call(train, args.runs / f"{name}.log")
     lines = (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()

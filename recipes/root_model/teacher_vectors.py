@@ -1,6 +1,6 @@
-"""Embed many plain texts with a stronger encoder: what recipes/distil.py teaches a GIRCSE model.
+"""Embed many plain texts with a stronger encoder: what recipes/root_model/distil.py teaches a GIRCSE model.
 
-    python recipes/teacher_vectors.py --text 'text/*.txt.gz' 'train/*.jsonl.gz' --output_dir runs/teacher \\
+    python recipes/root_model/teacher_vectors.py --text 'text/*.txt.gz' 'train/*.jsonl.gz' --output_dir runs/teacher \\
         --teacher sentence-transformers/all-MiniLM-L6-v2
 
 The texts are those that `pretrain_backbone.documents` reads, long ones cut into sentences, each distinct one once, and

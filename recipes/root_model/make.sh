@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the root model from nothing: tokenizer and backbone, distillation, GIRCSE training, then its scores.
-# Usage: recipes/train_root_model.sh DATA RUNS [TEACHER]
+# Usage: recipes/root_model/make.sh DATA RUNS [TEACHER]
 #   DATA     a folder with text/*.txt.gz (a document a line), train/*.jsonl.gz (pairs, see gircse/training/pairs.py) and eval/
 #            (gircse/evaluation/tasks.py)
 #   RUNS     where all that is made on the way goes; every step goes on from its last checkpoint when repeated
@@ -9,7 +9,7 @@ set -euo pipefail
 data=$(realpath "$1") runs=$(realpath -m "$2") minilm=sentence-transformers/all-MiniLM-L6-v2
 teacher=${3:-$minilm}
 [ -d "$teacher" ] && teacher=$(realpath "$teacher")
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 mkdir -p "$runs/pairs" "$runs/sample" results
 
 # The MEDI triplets state no licence: they stay out of weights that are published. Of each file at most 4,000 pairs are
@@ -28,17 +28,17 @@ done
 texts=("$data/text/*.txt.gz" "$runs/pairs/*.jsonl.gz")
 
 [ -f "$runs/teacher/vectors.npy" ] ||
-    python recipes/teacher_vectors.py --text "${texts[@]}" --teacher "$teacher" --output_dir "$runs/teacher"
+    python recipes/root_model/teacher_vectors.py --text "${texts[@]}" --teacher "$teacher" --output_dir "$runs/teacher"
 [ -f "$runs/backbone/pretraining.json" ] ||
-    python recipes/pretrain_backbone.py --text "${texts[@]}" --vectors "$runs/teacher" --vocab_size 16384 \
+    python recipes/root_model/pretrain_backbone.py --text "${texts[@]}" --vectors "$runs/teacher" --vocab_size 16384 \
         --num_layers 4 --num_key_value_heads 6 --max_steps 1300 --output_dir "$runs/backbone"
 [ -f "$runs/distilled/model.safetensors" ] ||
-    python recipes/distil.py --model_name_or_path "$runs/backbone" --vectors "$runs/teacher" \
+    python recipes/root_model/distil.py --model_name_or_path "$runs/backbone" --vectors "$runs/teacher" \
         --damping 0.1 --learning_rate 5e-4 --num_steps 5 --epochs 0.7 --output_dir "$runs/distilled"
 resume=""
 compgen -G "$runs/gircse/checkpoint-*/trainer_state.json" > /dev/null && resume="--resume_from_checkpoint last"
 [ -f "$runs/gircse/model.safetensors" ] ||
-    python recipes/train_with_teacher.py --vectors "$runs/teacher" --teacher_weight 4 \
+    python recipes/root_model/train_with_teacher.py --vectors "$runs/teacher" --teacher_weight 4 \
         --model_name_or_path "$runs/distilled" --train_data "$runs/sample" --output_dir "$runs/gircse" --tuning full \
         --learning_rate 3e-4 --temperature 0.05 --k 20 --reduction mean --num_negatives 1 --max_length 96 \
         --held_out 512 --per_device_train_batch_size 64 --max_steps 150 --bf16 \
@@ -60,7 +60,7 @@ python evaluate_gircse.py --model . "${settings[@]}" --output_dir "$runs/eval-ro
 keep "$runs/eval-root/results.json" results/root.json
 python evaluate_gircse.py --model "$teacher" --model_name "$minilm" "${settings[@]}" --output_dir "$runs/eval-minilm"
 keep "$runs/eval-minilm/results.json" results/minilm.json
-python recipes/unequal_steps.py --model . --data "$data/eval" --max_length 256 --output "$runs/unequal_steps.json"
+python recipes/paper/unequal_steps.py --model . --data "$data/eval" --max_length 256 --output "$runs/unequal_steps.json"
 keep "$runs/unequal_steps.json" results/unequal_steps/root.json
-python recipes/draw_tokens.py --model . assets/tokens.png
-python recipes/report_results.py
+python recipes/figures/draw_tokens.py --model . assets/tokens.png
+python recipes/figures/report_results.py

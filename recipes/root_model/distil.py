@@ -1,8 +1,9 @@
 """Teach a causal LM, as a GIRCSE model, the embeddings that a stronger encoder has for plain texts.
 
-    python recipes/distil.py --model_name_or_path runs/backbone --vectors runs/teacher --output_dir runs/distilled
+    python recipes/root_model/distil.py --model_name_or_path runs/backbone --vectors runs/teacher \\
+        --output_dir runs/distilled
 
-`--vectors` is a folder of recipes/teacher_vectors.py, with vectors of the backbone's hidden size. The loss is
+`--vectors` is a folder of teacher_vectors.py, with vectors of the backbone's hidden size. The loss is
 1 - cos(z_K, vector), mean over the texts. K is drawn anew for each batch, so that an embedding is good after any number
 of steps (in a mean over z_1..z_K, the last of 20 would weigh a twentieth of the first); so is whether its texts go bare
 or under an instruction. The wordings are many, those that ship with the model: one like none that it has seen goes into
@@ -27,7 +28,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import bag_of_tokens
 from gircse.loading import load
 from gircse.training.publishing import export
@@ -112,7 +113,7 @@ def main() -> None:
         "--damping",
         type=float,
         default=1.0,
-        help="factor, at the start, on what the layers add to a bag of recipes/bag_of_tokens.py",
+        help="factor, at the start, on what the layers add to a bag of recipes/root_model/bag_of_tokens.py",
     )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)

@@ -1,8 +1,8 @@
 """`train_gircse.py` with a stronger encoder's embeddings of plain texts as an extra loss.
 
-    python recipes/train_with_teacher.py --vectors runs/teacher --model_name_or_path runs/distilled ...
+    python recipes/root_model/train_with_teacher.py --vectors runs/teacher --model_name_or_path runs/distilled ...
 
-with any arguments of train_gircse.py. Each step adds `--teacher_weight` x distillation_loss (recipes/distil.py) on a
+with any arguments of train_gircse.py. Each step adds `--teacher_weight` x distillation_loss (distil.py) on a
 batch of its own, so that what the contrastive pairs don't teach is not forgotten.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distil import STEPS, TeacherTexts, distillation_loss, teacher_loader
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gircse
 
 
