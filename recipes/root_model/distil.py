@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
@@ -32,12 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import bag_of_tokens
 from gircse.loading import load
 from gircse.training.publishing import export
+from teacher_vectors import TeacherTexts
 
 SIMILAR = "Retrieve semantically similar text."
 # What ships with the model (write_prompts.py), less what asks for one side of a text, such as its sentiment.
 SHIPPED = json.loads(Path(__file__).with_name("instructions.json").read_text(encoding="utf-8"))["mteb"].values()
 INSTRUCTIONS = sorted({text for text in SHIPPED if not text.startswith("Classify")})
-STEPS = (1, 8, 20)  # to the most that are asked for
+STEPS = (1, 8, 20)  # K of a batch is one of these; 20 is the most that the root model is evaluated at
 
 
 def distillation_loss(embeddings: Tensor, vectors: Tensor) -> Tensor:
@@ -48,20 +48,6 @@ def distillation_loss(embeddings: Tensor, vectors: Tensor) -> Tensor:
         vectors: (B, d), the teacher's, unit norm.
     """
     return 1 - (embeddings.float() * vectors.float()).sum(-1).mean()
-
-
-class TeacherTexts(torch.utils.data.Dataset):
-    """Texts of a folder of teacher_vectors.py with their vectors, (d,) float32."""
-
-    def __init__(self, folder: str) -> None:
-        self.texts = json.loads(Path(folder, "texts.json").read_text(encoding="utf-8"))
-        self.vectors = np.load(Path(folder, "vectors.npy"), mmap_mode="r")
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor]:
-        return self.texts[index], torch.from_numpy(self.vectors[index].astype(np.float32))
 
 
 class TeacherCollator:
@@ -101,7 +87,7 @@ class DistillingTrainer(Trainer):
         return distillation_loss(model(**inputs, k=random.choice(STEPS)).embeddings, vectors)
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="a causal LM or a GIRCSE model")
     parser.add_argument("--vectors", required=True, help="folder of teacher_vectors.py")
@@ -120,8 +106,30 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=96, help="longest text in tokens")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=args.output_dir,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        weight_decay=0.01,
+        num_train_epochs=args.epochs,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=50,
+        save_steps=500,
+        save_total_limit=1,
+        report_to="none",
+        remove_unused_columns=False,
+        seed=args.seed,
+    )
+
+
+def main() -> None:
+    args = parse_args()
     set_seed(args.seed)
     model, processor = load(args.model_name_or_path)
     if args.num_steps:
@@ -133,30 +141,10 @@ def main() -> None:
         )
     if args.damping != 1:
         bag_of_tokens.damp(model.language_model, args.damping)
-    trainer = DistillingTrainer(
-        model,
-        TrainingArguments(
-            output_dir=args.output_dir,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=100,
-            weight_decay=0.01,
-            num_train_epochs=args.epochs,
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=50,
-            save_steps=500,
-            save_total_limit=1,
-            report_to="none",
-            remove_unused_columns=False,
-            seed=args.seed,
-        ),
-        train_dataset=texts,
-        loader=teacher_loader(texts, processor, args.batch_size, args.max_length, args.seed),
-    )
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    )
+    loader = teacher_loader(texts, processor, args.batch_size, args.max_length, args.seed)
+    trainer = DistillingTrainer(model, training_arguments(args), train_dataset=texts, loader=loader)
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
     export(model, processor, args.output_dir)
 
 

@@ -18,13 +18,14 @@ from typing import Any
 
 from torch import Tensor
 
-from distil import STEPS, TeacherTexts, distillation_loss, teacher_loader
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gircse
+from distil import STEPS, distillation_loss, teacher_loader
+from gircse.training.trainer import GircseTrainer
+from teacher_vectors import TeacherTexts
+from train_gircse import main as train
 
 
-class TeacherTrainer(train_gircse.GircseTrainer):
+class TeacherTrainer(GircseTrainer):
     """ICR, and `weight` times distillation on batches of `batch_size` texts of the folder `vectors`."""
 
     def __init__(self, *args: Any, vectors: str, weight: float, batch_size: int, **kwargs: Any) -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--teacher_batch_size", type=int, default=64)
     args, rest = parser.parse_known_args()
     make = partial(TeacherTrainer, vectors=args.vectors, weight=args.teacher_weight, batch_size=args.teacher_batch_size)
-    train_gircse.main(rest, make)
+    train(rest, make)
 
 
 if __name__ == "__main__":
