@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from conftest import ROOT
 
-sys.path.extend(str(ROOT / "recipes" / folder) for folder in ("root_model", "paper", "figures"))
+sys.path.extend(str(ROOT / "recipes" / folder) for folder in ("", "root_model", "paper", "figures"))
 import bag_of_tokens
+import check_data
 import distil
 import experiments
 import report_results
@@ -320,3 +324,50 @@ def test_published_prompts_are_those_of_the_recipe():
     template = read("processor_config.json")["prompt_template"]
     expected = write_prompts.prompts(read("recipes/root_model/instructions.json")["mteb"], known, template)
     assert read("config_sentence_transformers.json")["prompts"] == expected
+
+
+def test_a_folder_of_data_is_checked_against_the_manifest(tmp_path):
+    manifest = {}
+    for name, lines in {
+        "text/a.txt.gz": "one\ntwo\n",
+        "train/b.jsonl.gz": "{}\n",
+        "eval/c.jsonl.gz": "{}\n{}\n",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.write_bytes(gzip.compress(lines.encode(), mtime=0))
+        manifest[name] = {"rows": lines.count("\n"), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert check_data.differences(tmp_path, manifest) == []
+
+    whole = (tmp_path / "text/a.txt.gz").read_bytes()
+    (tmp_path / "text/a.txt.gz").write_bytes(gzip.compress(b"one\n", mtime=0))
+    (tmp_path / "train/b.jsonl.gz").unlink()
+    (tmp_path / "eval/c.jsonl.gz").write_bytes(gzip.compress(b"{}\n[]\n", mtime=0))
+    (tmp_path / "train/more.jsonl.gz").touch()
+    assert check_data.differences(tmp_path, manifest) == [
+        "text/a.txt.gz: 1 rows instead of 2",
+        "train/b.jsonl.gz: missing",
+        "eval/c.jsonl.gz: as many rows, but other bytes",
+        "train/more.jsonl.gz: not in the manifest",
+    ]
+    (tmp_path / "text/a.txt.gz").write_bytes(whole[:-4])
+    assert check_data.differences(tmp_path, manifest)[0] == "text/a.txt.gz: not a whole gzip file"
+
+
+def test_the_page_of_the_data_holds_the_manifests_table():
+    manifest = check_data.read_manifest()
+    assert check_data.table(manifest) in (ROOT / "recipes/DATA.md").read_text(encoding="utf-8")
+    assert all(re.fullmatch("[0-9a-f]{64}", known["sha256"]) and known["rows"] > 0 for known in manifest.values())
+    # what the result of an evaluation was measured on
+    tasks = {row["task"].partition("-")[0] for row in report_results.read(ROOT / "results/root.json")["tasks"]}
+    assert {task for task in tasks if not any(name.startswith(f"eval/{task}") for name in manifest)} == set()
+
+
+STEPS_OF_THE_ROOT_MODEL = ("teacher_vectors", "bag_of_tokens", "pretrain_backbone", "distil", "train_with_teacher")
+
+
+def test_the_root_models_steps_import_earlier_ones_alone():
+    for number, name in enumerate(STEPS_OF_THE_ROOT_MODEL):
+        code = (ROOT / f"recipes/root_model/{name}.py").read_text(encoding="utf-8")
+        imported = re.findall(r"^\s*(?:import|from) (\w+)", code, re.MULTILINE)
+        assert not set(imported) & set(STEPS_OF_THE_ROOT_MODEL[number:]), name

@@ -2,7 +2,7 @@
 
     python recipes/paper/experiments.py --data DATA --backbone runs/small --runs runs/all --results results/experiments
 
-DATA has train/*.jsonl.gz (pairs) and eval/ (gircse/evaluation/tasks.py). First each method's learning rate is chosen,
+DATA, a folder with train/ and eval/, is described in recipes/DATA.md. First each method's learning rate is chosen,
 by the mean of held-out accuracy and STS-Benchmark's development split after a short run; then follow, with the same
 data, steps and batch for all methods:
 

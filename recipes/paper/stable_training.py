@@ -3,8 +3,8 @@
     python recipes/paper/stable_training.py --backbone SMOLLM2 --data DATA --runs runs/stable \\
         --output results/stable_training
 
-SMOLLM2 is the folder of a causal LM with a chat template, here SmolLM2-135M-Instruct; DATA has train/*.jsonl.gz (pairs)
-and eval/ (gircse/evaluation/tasks.py). First, of the untrained backbone: the loss of each step, L_1..L_K, and the norm
+SMOLLM2 is the folder of a causal LM with a chat template, here SmolLM2-135M-Instruct; DATA, a folder with train/ and
+eval/, is described in recipes/DATA.md. First, of the untrained backbone: the loss of each step, L_1..L_K, and the norm
 of its gradient with respect to the layers' weights, then that of their sum with respect to all weights, for several T
 and several shares of the gradient that pass through d_k; medians over one batch each of `--batches` sources. Then each
 setting of RUNS is trained on the same batches and evaluated on samples of three tasks. `default_seed1` and the like are

@@ -1,8 +1,9 @@
 """Make a backbone from nothing: a BPE tokenizer and a Qwen2-shaped causal LM, from text files and training pairs.
 
-    python recipes/root_model/pretrain_backbone.py --text 'text/*.txt.gz' 'train/*.jsonl.gz' --output_dir runs/backbone
+    python recipes/root_model/pretrain_backbone.py --text 'DATA/text/*.txt.gz' 'DATA/train/*.jsonl.gz' \\
+        --output_dir runs/backbone
 
-Each line of a text file is one document, and so is each distinct text of the pairs (see gircse/training/pairs.py). The
+DATA is described in recipes/DATA.md. Each line of a text file is one document, and so is each distinct text of the pairs (see gircse/training/pairs.py). The
 tokenizer is a byte-level BPE trained on the same documents. They are joined with the end-of-text token and cut into
 blocks of `--block_size` tokens; every 200th document is held out. With `--vectors`, a folder of
 teacher_vectors.py, the backbone starts from a bag of tokens fitted to them (bag_of_tokens.py), which

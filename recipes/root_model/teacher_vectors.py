@@ -1,9 +1,9 @@
 """Embed many plain texts with a stronger encoder: what recipes/root_model/distil.py teaches a GIRCSE model.
 
-    python recipes/root_model/teacher_vectors.py --text 'text/*.txt.gz' 'train/*.jsonl.gz' --output_dir runs/teacher \\
-        --teacher sentence-transformers/all-MiniLM-L6-v2
+    python recipes/root_model/teacher_vectors.py --text 'DATA/text/*.txt.gz' 'DATA/train/*.jsonl.gz' \\
+        --teacher sentence-transformers/all-MiniLM-L6-v2 --output_dir runs/teacher
 
-The texts are the documents of the files (`documents`), long ones cut into sentences, each distinct one once, and of
+DATA is described in recipes/DATA.md. The texts are the documents of the files (`documents`), long ones cut into sentences, each distinct one once, and of
 each file at most `--most_of_a_file`, drawn at random. The folder gets `texts.json`, a list of n strings, and
 `vectors.npy`, (n, d) float16 of unit norm. Give `--teacher` a Sentence Transformers model: a Hub id or a folder.
 
