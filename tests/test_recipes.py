@@ -371,3 +371,13 @@ def test_the_root_models_steps_import_earlier_ones_alone():
         code = (ROOT / f"recipes/root_model/{name}.py").read_text(encoding="utf-8")
         imported = re.findall(r"^\s*(?:import|from) (\w+)", code, re.MULTILINE)
         assert not set(imported) & set(STEPS_OF_THE_ROOT_MODEL[number:]), name
+
+
+def test_publishing_stops_before_it_overwrites_when_a_file_is_missing(tmp_path):
+    before = hashlib.sha256((ROOT / "config.json").read_bytes()).hexdigest()
+    (tmp_path / "gircse").mkdir()
+    (tmp_path / "gircse/config.json").write_text("{}")
+    command = ["bash", "recipes/root_model/publish.sh", tmp_path, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "model.safetensors is missing: run recipes/root_model/make.sh" in done.stderr
+    assert hashlib.sha256((ROOT / "config.json").read_bytes()).hexdigest() == before

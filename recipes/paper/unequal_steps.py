@@ -2,9 +2,9 @@
 
     python recipes/paper/unequal_steps.py --model . --data DATA/eval --output results/unequal_steps.json
 
-DATA is described in recipes/DATA.md. For every retrieval task of its eval/: nDCG@10 of queries at k_q in an index of documents
-at k_d; and of a search that takes `--shortlist` documents by the least k on both sides, then orders these by the
-largest on both. Its cost is the share of the documents that any query ever asks the largest k of.
+DATA is described in recipes/DATA.md. For every retrieval task of its eval/: nDCG@10 of queries at k_q in an index of
+documents at k_d; and of a search that takes `--shortlist` documents by the least k on both sides, then orders these by
+the largest on both. Its cost is the share of the documents that any query ever asks the largest k of.
 """
 
 from __future__ import annotations

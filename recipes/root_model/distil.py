@@ -6,9 +6,9 @@
 `--vectors` is a folder of teacher_vectors.py, with vectors of the backbone's hidden size. The loss is
 1 - cos(z_K, vector), mean over the texts. K is drawn anew for each batch, so that an embedding is good after any number
 of steps (in a mean over z_1..z_K, the last of 20 would weigh a twentieth of the first); so is whether its texts go bare
-or under an instruction. The wordings are many, those that ship with the model: one like none that it has seen goes into
-the embedding as if it were part of the text. A run that was interrupted goes on from its last checkpoint when the
-command is repeated.
+or under an instruction. Instructions are drawn from the many that ship with the model: where a model has seen few, the
+words of any other one change the embedding as if they were part of the text. A run that was interrupted goes on from
+its last checkpoint when the command is repeated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from gircse.training.publishing import export
 from teacher_vectors import TeacherTexts
 
 SIMILAR = "Retrieve semantically similar text."
-# What ships with the model (write_prompts.py), less what asks for one side of a text, such as its sentiment.
+# The instructions that write_prompts.py gives the model. Those to classify are left out: they ask for one aspect of a
+# text, such as its sentiment, where the teacher's vector holds its whole meaning.
 SHIPPED = json.loads(Path(__file__).with_name("instructions.json").read_text(encoding="utf-8"))["mteb"].values()
 INSTRUCTIONS = sorted({text for text in SHIPPED if not text.startswith("Classify")})
 STEPS = (1, 8, 20)  # K of a batch is one of these; 20 is the most that the root model is evaluated at

@@ -3,13 +3,13 @@
     python recipes/root_model/pretrain_backbone.py --text 'DATA/text/*.txt.gz' 'DATA/train/*.jsonl.gz' \\
         --output_dir runs/backbone
 
-DATA is described in recipes/DATA.md. Each line of a text file is one document, and so is each distinct text of the pairs (see gircse/training/pairs.py). The
-tokenizer is a byte-level BPE trained on the same documents. They are joined with the end-of-text token and cut into
-blocks of `--block_size` tokens; every 200th document is held out. With `--vectors`, a folder of
-teacher_vectors.py, the backbone starts from a bag of tokens fitted to them (bag_of_tokens.py), which
-pretraining leaves as it is. A run that was interrupted goes on from its last checkpoint when the command is repeated.
-The folder ends with `pretraining.json`: the command, the held-out loss by tokens seen, and how the model continues a
-few beginnings.
+DATA is described in recipes/DATA.md. Each line of a text file is one document, and so is each distinct text of the
+pairs (see gircse/training/pairs.py). The tokenizer is a byte-level BPE trained on the same documents. They are joined
+with the end-of-text token and cut into blocks of `--block_size` tokens; every 200th document is held out. With
+`--vectors`, a folder of teacher_vectors.py, the backbone starts from a bag of tokens fitted to them (bag_of_tokens.py),
+which pretraining leaves as it is. A run that was interrupted goes on from its last checkpoint when the command is
+repeated. The folder ends with `pretraining.json`: the command, the held-out loss by tokens seen, and how the model
+continues a few beginnings.
 """
 
 from __future__ import annotations

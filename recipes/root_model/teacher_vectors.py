@@ -3,9 +3,10 @@
     python recipes/root_model/teacher_vectors.py --text 'DATA/text/*.txt.gz' 'DATA/train/*.jsonl.gz' \\
         --teacher sentence-transformers/all-MiniLM-L6-v2 --output_dir runs/teacher
 
-DATA is described in recipes/DATA.md. The texts are the documents of the files (`documents`), long ones cut into sentences, each distinct one once, and of
-each file at most `--most_of_a_file`, drawn at random. The folder gets `texts.json`, a list of n strings, and
-`vectors.npy`, (n, d) float16 of unit norm. Give `--teacher` a Sentence Transformers model: a Hub id or a folder.
+DATA is described in recipes/DATA.md. The texts are the documents of the files (`documents`), long ones cut into
+sentences, each distinct one once, and of each file at most `--most_of_a_file`, drawn at random. The folder gets
+`texts.json`, a list of n strings, and `vectors.npy`, (n, d) float16 of unit norm. `--teacher` is a model of Sentence
+Transformers: a Hub id or a folder.
 
 The first step of the root model. The later ones read texts by `documents`, and this folder by `TeacherTexts`.
 """
