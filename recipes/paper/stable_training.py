@@ -1,9 +1,10 @@
 """What lets a pretrained backbone learn with K soft tokens: gradients at the start, and scores after as many steps.
 
-    python recipes/stable_training.py --backbone SMOLLM2 --data DATA --runs runs/stable --output results/stable_training
+    python recipes/paper/stable_training.py --backbone SMOLLM2 --data DATA --runs runs/stable \\
+        --output results/stable_training
 
-SMOLLM2 is the folder of a causal LM with a chat template, here SmolLM2-135M-Instruct; DATA has train/*.jsonl.gz (pairs)
-and eval/ (gircse/evaluation/tasks.py). First, of the untrained backbone: the loss of each step, L_1..L_K, and the norm
+SMOLLM2 is the folder of a causal LM with a chat template, here SmolLM2-135M-Instruct; DATA, a folder with train/ and
+eval/, is described in recipes/DATA.md. First, of the untrained backbone: the loss of each step, L_1..L_K, and the norm
 of its gradient with respect to the layers' weights, then that of their sum with respect to all weights, for several T
 and several shares of the gradient that pass through d_k; medians over one batch each of `--batches` sources. Then each
 setting of RUNS is trained on the same batches and evaluated on samples of three tasks. `default_seed1` and the like are
@@ -27,17 +28,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_objective import scale_gradient
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gircse.loading import PAPER_PROMPT, load
 from gircse.training.data import PairCollator, TrainingPairs
 from gircse.training.losses import candidate_mask, icr_loss
 from gircse.training.pairs import load_pairs
+from train_objective import scale_gradient
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 K, TAU, QUERIES, MAX_LENGTH = 5, 0.02, 16, 48
-# Sources of short texts, so that a step is cheap on a laptop, and as many pairs of each.
+# K and TAU are the paper's. Short texts and small batches let a run of 100 steps end on a CPU; none of these is tuned.
 SOURCES = (
     "dictionary_oewn_reverse emotion_goemotions intent_banking77 intent_clinc150 intent_snips nli_counterfactual "
     "nli_medi_1000 nli_snli_devtest paraphrase_stsb_train qa_opentriviaqa"
@@ -49,7 +49,7 @@ SHARED = (
     f"--save_strategy no --report_to none --logging_steps 1 --symmetric_sources {' '.join(SYMMETRIC)}"
 )
 PAPERS = f"--prompt_template {shlex.quote(PAPER_PROMPT)}"
-FULL = "--tuning full --learning_rate 5e-5"
+FULL = "--tuning full --learning_rate 5e-5"  # train_gircse.py's default for all weights
 RUNS = {
     "paper": f"{PAPERS} --suffix '' --logit_temperature 1 --tuning lora --learning_rate 1e-4",
     "lora_1e-4": "--logit_temperature 2 --tuning lora --learning_rate 1e-4",
@@ -65,6 +65,7 @@ RUNS = {
     "end_token": f"{PAPERS} --suffix '<|im_end|>' --logit_temperature 2 {FULL}",
     "causal_eos": f"--step_token none --pooling last {FULL}",
 }
+# The default but for a small budget; 1e-4 is half of the default rate of a LoRA, and not tuned.
 DEFAULT = "--max_steps 40 --per_device_train_batch_size 8 --learning_rate 1e-4 --logging_steps 1 --report_to none"
 SEEDS = {f"default_seed{seed}": seed for seed in (1, 2, 3)}
 TASKS = ["sts_stsbenchmark_dev", "retrieval_xquad_en", "classification_hwu64_intent"]
@@ -146,7 +147,7 @@ def perform(name: str, pairs: Path, args: argparse.Namespace) -> dict:
     if name in SEEDS:
         train = ["python", "train_gircse.py", *base, *DEFAULT.split(), "--seed", str(SEEDS[name])]
     else:
-        train = ["python", "recipes/train_objective.py", *base, *shlex.split(SHARED), *shlex.split(RUNS[name])]
+        train = ["python", "recipes/paper/train_objective.py", *base, *shlex.split(SHARED), *shlex.split(RUNS[name])]
     if not (folder / "model.safetensors").exists():
         call(train, args.runs / f"{name}.log")
     lines = (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()

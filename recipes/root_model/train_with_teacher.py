@@ -1,8 +1,8 @@
 """`train_gircse.py` with a stronger encoder's embeddings of plain texts as an extra loss.
 
-    python recipes/train_with_teacher.py --vectors runs/teacher --model_name_or_path runs/distilled ...
+    python recipes/root_model/train_with_teacher.py --vectors runs/teacher --model_name_or_path runs/distilled ...
 
-with any arguments of train_gircse.py. Each step adds `--teacher_weight` x distillation_loss (recipes/distil.py) on a
+with any arguments of train_gircse.py. Each step adds `--teacher_weight` x distillation_loss (distil.py) on a
 batch of its own, so that what the contrastive pairs don't teach is not forgotten.
 """
 
@@ -18,13 +18,14 @@ from typing import Any
 
 from torch import Tensor
 
-from distil import STEPS, TeacherTexts, distillation_loss, teacher_loader
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from distil import STEPS, distillation_loss, teacher_loader
+from gircse.training.trainer import GircseTrainer
+from teacher_vectors import TeacherTexts
+from train_gircse import main as train
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_gircse
 
-
-class TeacherTrainer(train_gircse.GircseTrainer):
+class TeacherTrainer(GircseTrainer):
     """ICR, and `weight` times distillation on batches of `batch_size` texts of the folder `vectors`."""
 
     def __init__(self, *args: Any, vectors: str, weight: float, batch_size: int, **kwargs: Any) -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--teacher_batch_size", type=int, default=64)
     args, rest = parser.parse_known_args()
     make = partial(TeacherTrainer, vectors=args.vectors, weight=args.teacher_weight, batch_size=args.teacher_batch_size)
-    train_gircse.main(rest, make)
+    train(rest, make)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Teach a causal LM, as a GIRCSE model, the embeddings that a stronger encoder has for plain texts.
 
-    python recipes/distil.py --model_name_or_path runs/backbone --vectors runs/teacher --output_dir runs/distilled
+    python recipes/root_model/distil.py --model_name_or_path runs/backbone --vectors runs/teacher \\
+        --output_dir runs/distilled
 
-`--vectors` is a folder of recipes/teacher_vectors.py, with vectors of the backbone's hidden size. The loss is
+`--vectors` is a folder of teacher_vectors.py, with vectors of the backbone's hidden size. The loss is
 1 - cos(z_K, vector), mean over the texts. K is drawn anew for each batch, so that an embedding is good after any number
 of steps (in a mean over z_1..z_K, the last of 20 would weigh a twentieth of the first); so is whether its texts go bare
-or under an instruction. The wordings are many, those that ship with the model: one like none that it has seen goes into
-the embedding as if it were part of the text. A run that was interrupted goes on from its last checkpoint when the
-command is repeated.
+or under an instruction. Instructions are drawn from the many that ship with the model: where a model has seen few, the
+words of any other one change the embedding as if they were part of the text. A run that was interrupted goes on from
+its last checkpoint when the command is repeated.
 """
 
 from __future__ import annotations
@@ -20,23 +21,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import bag_of_tokens
 from gircse.loading import load
 from gircse.training.publishing import export
+from teacher_vectors import TeacherTexts
 
 SIMILAR = "Retrieve semantically similar text."
-# What ships with the model (write_prompts.py), less what asks for one side of a text, such as its sentiment.
+# The instructions that write_prompts.py gives the model. Those to classify are left out: they ask for one aspect of a
+# text, such as its sentiment, where the teacher's vector holds its whole meaning.
 SHIPPED = json.loads(Path(__file__).with_name("instructions.json").read_text(encoding="utf-8"))["mteb"].values()
 INSTRUCTIONS = sorted({text for text in SHIPPED if not text.startswith("Classify")})
-STEPS = (1, 8, 20)  # to the most that are asked for
+STEPS = (1, 8, 20)  # K of a batch is one of these; 20 is the most that the root model is evaluated at
 
 
 def distillation_loss(embeddings: Tensor, vectors: Tensor) -> Tensor:
@@ -47,20 +49,6 @@ def distillation_loss(embeddings: Tensor, vectors: Tensor) -> Tensor:
         vectors: (B, d), the teacher's, unit norm.
     """
     return 1 - (embeddings.float() * vectors.float()).sum(-1).mean()
-
-
-class TeacherTexts(torch.utils.data.Dataset):
-    """Texts of a folder of teacher_vectors.py with their vectors, (d,) float32."""
-
-    def __init__(self, folder: str) -> None:
-        self.texts = json.loads(Path(folder, "texts.json").read_text(encoding="utf-8"))
-        self.vectors = np.load(Path(folder, "vectors.npy"), mmap_mode="r")
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor]:
-        return self.texts[index], torch.from_numpy(self.vectors[index].astype(np.float32))
 
 
 class TeacherCollator:
@@ -100,7 +88,7 @@ class DistillingTrainer(Trainer):
         return distillation_loss(model(**inputs, k=random.choice(STEPS)).embeddings, vectors)
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="a causal LM or a GIRCSE model")
     parser.add_argument("--vectors", required=True, help="folder of teacher_vectors.py")
@@ -112,15 +100,37 @@ def main() -> None:
         "--damping",
         type=float,
         default=1.0,
-        help="factor, at the start, on what the layers add to a bag of recipes/bag_of_tokens.py",
+        help="factor, at the start, on what the layers add to a bag of recipes/root_model/bag_of_tokens.py",
     )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--max_length", type=int, default=96, help="longest text in tokens")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=args.output_dir,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        weight_decay=0.01,
+        num_train_epochs=args.epochs,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=50,
+        save_steps=500,
+        save_total_limit=1,
+        report_to="none",
+        remove_unused_columns=False,
+        seed=args.seed,
+    )
+
+
+def main() -> None:
+    args = parse_args()
     set_seed(args.seed)
     model, processor = load(args.model_name_or_path)
     if args.num_steps:
@@ -132,30 +142,10 @@ def main() -> None:
         )
     if args.damping != 1:
         bag_of_tokens.damp(model.language_model, args.damping)
-    trainer = DistillingTrainer(
-        model,
-        TrainingArguments(
-            output_dir=args.output_dir,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=100,
-            weight_decay=0.01,
-            num_train_epochs=args.epochs,
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=50,
-            save_steps=500,
-            save_total_limit=1,
-            report_to="none",
-            remove_unused_columns=False,
-            seed=args.seed,
-        ),
-        train_dataset=texts,
-        loader=teacher_loader(texts, processor, args.batch_size, args.max_length, args.seed),
-    )
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    )
+    loader = teacher_loader(texts, processor, args.batch_size, args.max_length, args.seed)
+    trainer = DistillingTrainer(model, training_arguments(args), train_dataset=texts, loader=loader)
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
     export(model, processor, args.output_dir)
 
 

@@ -7,7 +7,7 @@ The prompts have the names by which mteb looks for them, and no other, since it 
 - a type's, for any other task whose texts are all alike, such as one of your own: those of evaluation/tasks.py;
 - `query` and `document`, for any other search. Reranking is one of these: most of mteb's are of passages for a query.
 
-    pip install -r requirements-eval.txt && python recipes/write_prompts.py
+    pip install -r requirements-eval.txt && python recipes/root_model/write_prompts.py
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 
 import mteb
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gircse.evaluation.tasks import INSTRUCTIONS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SPELLINGS = {"BIOSESSES": "BIOSSES", "SCIDOCs": "SCIDOCS"}  # the paper's and mteb's
 SIDES = {"Q": "query", "C": "document"}
 GENERAL_TASK = "MSMARCO-Q"  # whose instruction suits a query of any search
@@ -78,7 +78,7 @@ def write(name: str, content: Any) -> None:
 
 
 def main() -> None:
-    paper = json.loads((ROOT / "recipes/instructions.json").read_text(encoding="utf-8"))["mteb"]
+    paper = json.loads((ROOT / "recipes/root_model/instructions.json").read_text(encoding="utf-8"))["mteb"]
     template = json.loads((ROOT / "processor_config.json").read_text(encoding="utf-8"))["prompt_template"]
     known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
     write("modules.json", [{"idx": 0, "name": "0", "path": "", "type": "sentence_gircse.SentenceGircse"}])

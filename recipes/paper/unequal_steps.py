@@ -1,10 +1,10 @@
 """Search with different numbers of steps for queries and documents, and from coarse to fine.
 
-    python recipes/unequal_steps.py --model . --data DATA/eval --output results/unequal_steps.json
+    python recipes/paper/unequal_steps.py --model . --data DATA/eval --output results/unequal_steps.json
 
-For every retrieval task of the folder (gircse/evaluation/tasks.py): nDCG@10 of queries at k_q in an index of documents
-at k_d; and of a search that takes `--shortlist` documents by the least k on both sides, then orders these by the
-largest on both. Its cost is the share of the documents that any query ever asks the largest k of.
+DATA is described in recipes/DATA.md. For every retrieval task of its eval/: nDCG@10 of queries at k_q in an index of
+documents at k_d; and of a search that takes `--shortlist` documents by the least k on both sides, then orders these by
+the largest on both. Its cost is the share of the documents that any query ever asks the largest k of.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import mteb
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import PromptType
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate_gircse
 from gircse.evaluation import subjects
 from gircse.evaluation.tasks import LocalRetrieval, local_tasks

@@ -1,8 +1,8 @@
 """The paper's comparisons from one backbone: trains each variant, evaluates it, and keeps what came out.
 
-    python recipes/experiments.py --data DATA --backbone runs/small --runs runs/all --results results/experiments
+    python recipes/paper/experiments.py --data DATA --backbone runs/small --runs runs/all --results results/experiments
 
-DATA has train/*.jsonl.gz (pairs) and eval/ (gircse/evaluation/tasks.py). First each method's learning rate is chosen,
+DATA, a folder with train/ and eval/, is described in recipes/DATA.md. First each method's learning rate is chosen,
 by the mean of held-out accuracy and STS-Benchmark's development split after a short run; then follow, with the same
 data, steps and batch for all methods:
 
@@ -34,16 +34,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-BATCH = 64
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-GENERATING = "--k 5 --num_steps 5"
+ROOT = Path(__file__).resolve().parents[2]
+BATCH = 64  # without gradient caching, which costs time; not tuned
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)  # of 3e-4, 1e-3 and 3e-3 the lowest had won, so that the grid went lower
+GENERATING = "--k 5 --num_steps 5"  # the paper's K in training
 BASELINES = {
     "causal_eos": "--step_token none --pooling last --suffix <|endoftext|>",
     "bidirectional_avg": "--step_token none --attention bidirectional",
 }
 METHODS = {"gircse": GENERATING, **BASELINES}
-# What a variant is one of, whose learning rate it gets, and what sets it apart.
+# Of each variant: the method that it changes, whose learning rate it gets, and the arguments that change it.
 VARIANTS = {
     "last_step": ("gircse", "--objective last_step"),
     "no_refinement": ("gircse", "--refinement_weight 0"),
@@ -51,13 +51,16 @@ VARIANTS = {
     "mixed_steps": ("gircse", "--objective mixed_steps"),
     "causal_avg": ("bidirectional_avg", "--attention causal"),
 }
-# What GIRCSE's bad start costs.
+# GIRCSE starts worse, as its first state follows whatever a text ends with. Two remedies: a learning rate that rises
+# over half of the steps, instead of a tenth, and an end token after each text.
 STARTS = {f"{method}_long_warm_up": (method, "--warmup_ratio 0.5") for method in METHODS}
 STARTS["gircse_end_token"] = ("gircse", "--suffix <|endoftext|>")
+# The same for all methods. T = 1 is the paper's; texts end at 64 tokens so that all runs fit on two CPU cores; sources
+# whose documents are like their queries are symmetric, and get the instruction on both sides. The rest is not tuned.
 SHARED = f"""--tuning full --temperature 0.05 --num_negatives 1 --max_length 64 --held_out 512 --mix_sources --bf16
     --logit_temperature 1 --per_device_train_batch_size {BATCH} --save_strategy no --report_to none --symmetric_sources
     goemotions cad_imdb_sentiment cad_imdb_content clinc150_domain banking77 clinc150_intent snips stsb snli cad_nli"""
-EVALUATION = "--max_length 128 --batch_size 64 --dtype bfloat16"
+EVALUATION = "--max_length 128 --batch_size 64 --dtype bfloat16"  # to fit two CPU cores; not tuned
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Run:
 
 
 def plan(samples: int, more_samples: int, seeds: int) -> list[Run]:
-    """All runs, those that most depends on first."""
+    """All runs, in the order in which tables need them: the compared methods first."""
     runs = []
     for seed in range(seeds):
         k = "1 5 20" if seed else "1 3 5 10 15 20"
@@ -95,7 +98,7 @@ def call(command: list[str], log: Path, threads: int) -> None:
 
 def train(run: Run, learning_rate: float, args: argparse.Namespace, folder: Path) -> list[str]:
     """Trains into `folder`, unless that was done before; returns the command."""
-    command = ["python", "recipes/train_objective.py", "--model_name_or_path", str(args.backbone)]
+    command = ["python", "recipes/paper/train_objective.py", "--model_name_or_path", str(args.backbone)]
     command += ["--train_data", str(args.data / "train"), "--output_dir", str(folder), *run.settings.split()]
     command += ["--learning_rate", str(learning_rate), "--max_steps", str(run.samples // BATCH)]
     command += ["--seed", str(run.seed), "--logging_steps", "20", *SHARED.split()]

@@ -1,6 +1,6 @@
 """Draws the tokens that texts pass through under two instructions.
 
-    python recipes/draw_tokens.py --model . assets/tokens.png
+    python recipes/figures/draw_tokens.py --model . assets/tokens.png
 
 As in the paper's Table 4: the 30 most probable tokens of each soft token, added up over steps 1-5, 6-10 and 11-20, and
 of these the ones with the most probability, pieces of characters left out. In color what stands under one of the two
@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gircse.loading import load
 
 TEXTS = [

@@ -1,25 +1,23 @@
 """Make a backbone from nothing: a BPE tokenizer and a Qwen2-shaped causal LM, from text files and training pairs.
 
-    python recipes/pretrain_backbone.py --text 'text/*.txt.gz' 'train/*.jsonl.gz' --output_dir runs/backbone
+    python recipes/root_model/pretrain_backbone.py --text 'DATA/text/*.txt.gz' 'DATA/train/*.jsonl.gz' \\
+        --output_dir runs/backbone
 
-Each line of a text file is one document, and so is each distinct text of the pairs (see gircse/training/pairs.py). The
-tokenizer is a byte-level BPE trained on the same documents. They are joined with the end-of-text token and cut into
-blocks of `--block_size` tokens; every 200th document is held out. With `--vectors`, a folder of
-recipes/teacher_vectors.py, the backbone starts from a bag of tokens fitted to them (recipes/bag_of_tokens.py), which
-pretraining leaves as it is. A run that was interrupted goes on from its last checkpoint when the command is repeated.
-The folder ends with `pretraining.json`: the command, the held-out loss by tokens seen, and how the model continues a
-few beginnings.
+DATA is described in recipes/DATA.md. Each line of a text file is one document, and so is each distinct text of the
+pairs (see gircse/training/pairs.py). The tokenizer is a byte-level BPE trained on the same documents. They are joined
+with the end-of-text token and cut into blocks of `--block_size` tokens; every 200th document is held out. With
+`--vectors`, a folder of teacher_vectors.py, the backbone starts from a bag of tokens fitted to them (bag_of_tokens.py),
+which pretraining leaves as it is. A run that was interrupted goes on from its last checkpoint when the command is
+repeated. The folder ends with `pretraining.json`: the command, the held-out loss by tokens seen, and how the model
+continues a few beginnings.
 """
 
 from __future__ import annotations
 
 import argparse
-import glob
-import gzip
 import json
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +35,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import bag_of_tokens
-from distil import TeacherTexts
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gircse.training.pairs import load_pairs
+from teacher_vectors import TeacherTexts, documents
 
 END_OF_TEXT = "<|endoftext|>"
 HOLD_OUT_EVERY = 200
@@ -54,20 +49,6 @@ BEGINNINGS = [
     "In this paper, we propose",
     "What is the capital of",
 ]
-
-
-def documents(patterns: list[str]) -> Iterator[str]:
-    """The lines of the text files; of the files of pairs (.jsonl, .jsonl.gz), each distinct text."""
-    found = {pattern: glob.glob(pattern) for pattern in patterns}
-    for pattern, paths in found.items():
-        if not paths:
-            raise ValueError(f"--text {pattern!r} matches no file; correct it or leave it out")
-    for path in sorted({path for paths in found.values() for path in paths}):
-        if path.removesuffix(".gz").endswith(".jsonl"):
-            yield from dict.fromkeys(t for row in load_pairs(path) for t in (row["query"], *row["pos"], *row["neg"]))
-            continue
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
-            yield from (line.strip() for line in lines if line.strip())
 
 
 def train_tokenizer(patterns: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
@@ -154,17 +135,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
-    output = Path(args.output_dir)
-    if (output / "tokenizer.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(output)
-    else:
-        tokenizer = train_tokenizer(args.text, args.vocab_size, args.block_size)
-        tokenizer.save_pretrained(output)
-    train, held_out = token_blocks(args.text, tokenizer, args.block_size, args.seed)
-    print(f"{train.size:,} training tokens, {held_out.size:,} held-out tokens, vocabulary {len(tokenizer):,}")
-
+def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A Qwen2-shaped model with random weights; with `--vectors`, its first layer is a bag of tokens, not trained."""
     torch.manual_seed(args.seed)
     model = AutoModelForCausalLM.from_config(
         Qwen2Config(
@@ -181,39 +153,53 @@ def main() -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    print(f"{model.num_parameters():,} parameters")
     if args.vectors:
         teacher = TeacherTexts(args.vectors)
         vectors = torch.from_numpy(np.array(teacher.vectors))
         bag_of_tokens.check(model.config, vectors.shape[1])  # before the minutes that fitting takes
         for parameter in bag_of_tokens.install(bag_of_tokens.fit(teacher.texts, vectors, tokenizer), model):
             parameter.requires_grad = False
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            output_dir=str(output),
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=100,
-            weight_decay=0.1,
-            adam_beta2=0.95,
-            max_steps=args.max_steps,
-            bf16=True,
-            torch_compile=True,
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=50,
-            eval_strategy="steps",
-            eval_steps=200,
-            save_steps=200,
-            save_total_limit=1,
-            report_to="none",
-            seed=args.seed,
-        ),
-        train_dataset=Blocks(train),
-        eval_dataset=Blocks(held_out),
+    return model
+
+
+def training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=args.output_dir,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_steps=args.max_steps,
+        bf16=True,
+        torch_compile=True,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=50,
+        eval_strategy="steps",
+        eval_steps=200,
+        save_steps=200,
+        save_total_limit=1,
+        report_to="none",
+        seed=args.seed,
     )
+
+
+def main() -> None:
+    args = parse_args()
+    output = Path(args.output_dir)
+    if (output / "tokenizer.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(output)
+    else:
+        tokenizer = train_tokenizer(args.text, args.vocab_size, args.block_size)
+        tokenizer.save_pretrained(output)
+    train, held_out = token_blocks(args.text, tokenizer, args.block_size, args.seed)
+    print(f"{train.size:,} training tokens, {held_out.size:,} held-out tokens, vocabulary {len(tokenizer):,}")
+    model = make_model(args, tokenizer)
+    print(f"{model.num_parameters():,} parameters")
+    datasets = {"train_dataset": Blocks(train), "eval_dataset": Blocks(held_out)}
+    trainer = Trainer(model, training_arguments(args), **datasets)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
     model.to(torch.bfloat16).save_pretrained(output)
     tokens_a_step = args.batch_size * args.block_size

@@ -1,7 +1,7 @@
 """`train_gircse.py` with another objective or another way back through the soft tokens, for ablations.
 
-    python recipes/train_objective.py --objective last_step ...
-    python recipes/train_objective.py --soft_token_gradient 0.1 ...
+    python recipes/paper/train_objective.py --objective last_step ...
+    python recipes/paper/train_objective.py --soft_token_gradient 0.1 ...
 
 `last_step` is InfoNCE on z_K alone; `mixed_steps` contrasts z_i of the queries with z_j of the documents, the order of
 the j's drawn anew for each batch; `icr` is the objective as it is. `--soft_token_gradient a` multiplies the gradient
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gircse.training.trainer import GircseTrainer
 from train_gircse import main
 

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/ and draw the pictures from results/: python recipes/report_results.py
+"""Write the tables of README.md and docs/ and draw the pictures from results/: python recipes/figures/report_results.py
 
 Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`, and the pictures in assets/.
 """
@@ -16,10 +16,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gircse.evaluation import report
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS, ASSETS = ROOT / "results", ROOT / "assets"
 CHOSEN_ON = "sts_stsbenchmark_dev"  # settings were fitted to it: in no mean
 NAMES = {
