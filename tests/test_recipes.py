@@ -261,10 +261,15 @@ def test_pages_hold_the_tables_of_the_results():
     runs = report_results.experiments()
     models = {name: report_results.read(ROOT / f"results/{name}.json") for name in ("root", "minilm")}
     made = report_results.tables(models, runs, min(run["samples"] for run in runs))
-    assert {page: len(tables) for page, tables in made.items()} == {"README.md": 7, "docs/training.md": 3}
+    counts = {"README.md": 1, "docs/results.md": 6, "docs/training.md": 3, "docs/speed.md": 13}
+    assert {page: len(tables) for page, tables in made.items()} == counts
     for page, tables in made.items():
         text = (ROOT / page).read_text(encoding="utf-8")
         assert report_results.fill(text, tables) == text, page
+    card = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report_results.with_model_index(card, models["root"]) == card
+    with pytest.raises(ValueError, match="no place for a model-index"):
+        report_results.with_model_index(card.replace("model-index:", "model-list:"), models["root"])
 
 
 def test_every_run_of_the_experiments_has_a_result_and_settings_that_training_takes(tmp_path, monkeypatch):

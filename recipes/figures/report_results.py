@@ -1,6 +1,9 @@
-"""Write the tables of README.md and docs/ and draw the pictures from results/: python recipes/figures/report_results.py
+"""Write the tables of README.md and docs/ and draw the pictures, from results/ and benchmarks/results/.
 
-Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`, and the pictures in assets/.
+    python recipes/figures/report_results.py
+
+Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`, the `model-index` at the end of the card's
+metadata, and the pictures in assets/.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import matplotlib
 
@@ -18,6 +22,7 @@ from matplotlib import pyplot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gircse.evaluation import report
+from recipes.figures import speed_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, ASSETS = ROOT / "results", ROOT / "assets"
@@ -56,6 +61,9 @@ UNEQUAL = {"root": "root model", "gircse": "GIRCSE, 20k samples", "mixed_steps":
 COLORS = {"gircse": "tab:green", "causal_eos": "tab:blue", "bidirectional_avg": "tab:orange"}
 STEPS = [1, 3, 5, 10, 15, 20]
 ALL = "All tasks"
+# A task of each kind that no training pair comes from, for the card's metadata, at the k of the root's configuration.
+SHOWN = ("sickr", "mrpc", "hwu64_intent", "stackoverflow", "xquad", "scenario_action-scenario")
+SHOWN_K = 5
 
 
 def read(path: Path) -> dict:
@@ -265,6 +273,16 @@ def draw_sizes(runs: list[dict]) -> None:
     save(figure, "data_size.png")
 
 
+def with_model_index(text: str, root: dict) -> str:
+    """The card with the root's scores in its metadata, of which `model-index` is the last entry."""
+    rows = [row for row in root["tasks"] if any(name in row["task"] for name in SHOWN)]
+    made = report.card_metadata(rows, SimpleNamespace(name="gircse"), SHOWN_K).removeprefix("---\n")
+    found = re.match(r"---\n.*?^(model-index:\n.*?^---\n)", text, re.DOTALL | re.MULTILINE)
+    if not found:
+        raise ValueError("the card's metadata has no place for a model-index")
+    return text[: found.start(1)] + made + text[found.end(1) :]
+
+
 def fill(text: str, tables: dict[str, str]) -> str:
     for name, content in tables.items():
         pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -276,22 +294,22 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str, dict[str, str]]:
     """By page and name."""
-    readme = {
-        "root_by_group": root_by_group(models),
-        "root_by_task": root_by_task(models),
-        "comparison": comparison(runs, samples, COMPARED),
-        "starts": comparison(runs, samples, STARTS),
-        "ablation": ablation(runs, samples),
-        "comparison_by_task": comparison_by_task(runs, samples),
-        "unequal_steps": unequal_steps(),
-    }
     return {
-        "README.md": readme,
+        "README.md": {"root_by_group": root_by_group(models)},
+        "docs/results.md": {
+            "root_by_task": root_by_task(models),
+            "comparison": comparison(runs, samples, COMPARED),
+            "starts": comparison(runs, samples, STARTS),
+            "ablation": ablation(runs, samples),
+            "comparison_by_task": comparison_by_task(runs, samples),
+            "unequal_steps": unequal_steps(),
+        },
         "docs/training.md": {
             "stable_start": stable_start(),
             "stable_runs": stable_runs(),
             "stable_default": stable_default(),
         },
+        "docs/speed.md": speed_tables.tables(),
     }
 
 
@@ -305,6 +323,7 @@ def main() -> None:
     draw_sizes(runs)
     for page, made in tables(models, runs, samples).items():
         text = fill((ROOT / page).read_text(encoding="utf-8"), made)
+        text = with_model_index(text, models["root"]) if page == "README.md" else text
         (ROOT / page).write_text(text, encoding="utf-8")
 
 
