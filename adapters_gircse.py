@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .backbone_gircse import HUB_ARGUMENTS, REPO_ARGUMENTS, is_tied, load_backbone
+from .configuration_gircse import DTYPE
 
 
 class AdapterMixin:
@@ -31,7 +32,7 @@ class AdapterMixin:
             config, kwargs = cls.config_class.from_pretrained(
                 config or repo, return_unused_kwargs=True, **where, **kwargs
             )
-        kwargs |= dtype
+        kwargs |= dtype or {DTYPE: getattr(config, DTYPE)}
         # transformers 4 keeps the caller's choice in the outer configuration, 5 hands it down.
         chosen = [getattr(part, "_attn_implementation_internal", None) for part in (config.text_config, config)]
         kwargs.setdefault("attn_implementation", chosen[0] or chosen[1])
@@ -45,7 +46,7 @@ class AdapterMixin:
             language_model = load_backbone(base, **common, **kwargs)
         language_model = merge_adapter(language_model, folder)
         config.text_config, config.adapter = language_model.config, None  # as saved from now on, it has weights
-        # Left open, transformers 4 would take the backbone's from it.
+        # transformers 4 hands the outer attention down to the backbone; unset, it would undo the choice made there.
         config._attn_implementation = language_model.config._attn_implementation
         return cls(config, language_model).eval()
 

@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .configuration_gircse import DTYPE
+
 # Where a file is found on the Hub: arguments of `from_pretrained` that hold for more than one repo, or for one alone.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 REPO_ARGUMENTS = ("revision", "subfolder")
@@ -80,10 +82,10 @@ def drop_quantization(model: PreTrainedModel) -> None:
 
 
 def name_dtype(kwargs: dict[str, Any]) -> None:
-    """Has the dtype under the name that the installed transformers takes: `torch_dtype` until 4.55, `dtype` since."""
+    """Has the dtype under the name that the installed transformers takes."""
     given = [kwargs.pop(name) for name in ("torch_dtype", "dtype") if name in kwargs]
     if given:
-        kwargs["dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"] = given[-1]
+        kwargs[DTYPE] = given[-1]
 
 
 def is_tied(language_model: PreTrainedModel) -> bool:

@@ -9,6 +9,8 @@ from transformers import AutoConfig, PretrainedConfig
 STEP_TOKENS = ("soft", "hard", "learned", "none")
 ATTENTIONS = ("causal", "bidirectional")
 POOLINGS = ("mean", "last")
+# What the installed transformers calls the dtype of weights, in configurations and as an argument.
+DTYPE = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # transformers < 4.56
 SETTINGS = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
 
 
@@ -92,9 +94,9 @@ class GircseConfig(PretrainedConfig):
             )
         # The base class would set them on the finished object.
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
-        if "dtype" in config_dict and not hasattr(PretrainedConfig(), "dtype"):  # transformers < 4.56
+        if "dtype" in config_dict and DTYPE != "dtype":  # transformers < 4.56
             # A stray attribute of that name would keep `from_pretrained(..., dtype=...)` from the model.
-            config_dict = {"torch_dtype" if name == "dtype" else name: value for name, value in config_dict.items()}
+            config_dict = {DTYPE if name == "dtype" else name: value for name, value in config_dict.items()}
         return super().from_dict({**config_dict, **settings}, **kwargs)
 
     @property
