@@ -158,7 +158,7 @@ def steps_of(config: PretrainedConfig, wanted: list[int] | None) -> list[int | N
 
 
 def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subject:
-    name_of_dtype = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # transformers < 4.56
+    name_of_dtype = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # transformers < 5 (before 4.56)
     model = SentenceTransformer(
         args.model,
         device=device,
