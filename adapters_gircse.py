@@ -46,7 +46,7 @@ class AdapterMixin:
             language_model = load_backbone(base, **common, **kwargs)
         language_model = merge_adapter(language_model, folder)
         config.text_config, config.adapter = language_model.config, None  # as saved from now on, it has weights
-        # The outer choice is handed down again when the model is built; unset, it would undo this one (transformers < 5).
+        # The outer choice is handed down when the model is built; unset, it would undo this one (transformers < 5).
         config._attn_implementation = language_model.config._attn_implementation
         return cls(config, language_model).eval()
 

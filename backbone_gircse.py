@@ -285,8 +285,8 @@ def possible_ways(language_model: PreTrainedModel, ids: Tensor, generates: bool)
     if generates:
         inputs = embed_tokens(language_model, ids, torch.ones_like(ids))
         with suppress(*REFUSALS):
-            # A decoder returns the cache that it has made under the name by which it takes one. A cache of fixed length,
-            # as Gemma 2 makes, comes with masks of that length, and is passed over (transformers < 5).
+            # A decoder returns the cache that it has made under the name by which it takes one. A cache of fixed
+            # length, as Gemma 2 makes, comes with masks of that length, and is passed over (transformers < 5).
             output = decoder_of(language_model)(inputs_embeds=inputs, use_cache=True)
             names = [name for name, value in output.items() if isinstance(value, DynamicCache)] + names
     return [Way(name, square) for name in names for square in squares]

@@ -79,8 +79,8 @@ class GircseConfig(PretrainedConfig):
         # there for a backbone that exists already.
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = getattr(self.text_config, "_attn_implementation_internal", None)
-        # Pipelines load a tokenizer only for a config that names a class (transformers < 5). Which class is really loaded,
-        # tokenizer_config.json says.
+        # Pipelines load a tokenizer only for a config that names a class (transformers < 5). Which class is really
+        # loaded, tokenizer_config.json says.
         kwargs.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         super().__init__(**kwargs)
 

@@ -30,8 +30,8 @@ from .soft_tokens_gircse import after_head
 # the extra pass takes longer than it saves.
 SHORTEST_SHARED_PREFIX = 8
 # On a CPU, rows of like length are prefilled as a group of their own if that saves at least so many tokens of padding.
-# A further group reads all weights once more, which takes as long as computing about 30 tokens. On a GPU it takes longer
-# than the padding, so that all rows are prefilled together there.
+# A further group reads all weights once more, which takes as long as computing about 30 tokens. On a GPU that is more
+# than the padding costs, so that all rows are prefilled together there.
 LEAST_TOKENS_SAVED = 64
 
 
