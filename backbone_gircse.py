@@ -59,9 +59,7 @@ def load_backbone(name_or_path: str, needs_head: bool = True, **kwargs: Any) -> 
     """A plain causal LM. What its checkpoint lacks would be random: a ValueError, but for a head that is not needed."""
     name_dtype(kwargs)
     model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-    if kwargs.get(
-        "gguf_file"
-    ):  # loading has dequantized the weights; a saved claim of GGUF would make loaders refuse them
+    if kwargs.get("gguf_file"):  # loading has dequantized the weights; a saved model must not claim otherwise
         drop_quantization(model)
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     lost = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
