@@ -14,9 +14,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
-from conftest import text_config
-from test_loading import DTYPE_ARGUMENTS, LORA_TARGETS, save_adapter
-from test_training import make_rows, make_tokenizer, tiny_text_config
+from helpers import (
+    DTYPE_ARGUMENTS,
+    LORA_TARGETS,
+    make_rows,
+    make_tokenizer,
+    save_adapter,
+    text_config,
+    tiny_text_config,
+)
 from train_gircse import main
 
 peft = pytest.importorskip("peft")

@@ -19,8 +19,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import ROOT
-from test_training import environment, make_rows, make_tokenizer, outputs_of, tiny_text_config
+from helpers import ROOT, environment, make_rows, make_tokenizer, outputs_of, tiny_text_config
 from train_gircse import main
 
 STEPS = 2

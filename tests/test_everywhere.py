@@ -11,14 +11,11 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from conftest import ROOT
-from test_handler import make_handler
-from test_sentence_transformers import make_folder
-
 pytest.importorskip("ray.data")
 import pyarrow.parquet as pq
 
 import embed_gircse
+from helpers import ROOT, export_tiny, make_handler
 
 TEXTS = [
     "a red fox",
@@ -66,7 +63,7 @@ def by_bulk_embedding(folder: Path, instruction: str | None, work: Path) -> torc
 @pytest.fixture(scope="module")
 def folders(gircse, tmp_path_factory) -> dict[str, Path]:
     """The root model, and one with a suffix and a shorter limit, as training exports it."""
-    made = make_folder(gircse, tmp_path_factory.mktemp("exported") / "tiny", suffix=" In short:")
+    made = export_tiny(gircse, tmp_path_factory.mktemp("exported") / "tiny", suffix=" In short:")
     return {"root": ROOT, "exported": made}
 
 

@@ -18,11 +18,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from conftest import ROOT
 from gircse.training.arguments import GircseTrainingArguments
 from gircse.training.card import REMOTE_CODE, model_card
+from helpers import ROOT, environment, make_rows, make_tokenizer, tiny_text_config
 from loopback_hub import TOKEN, LoopbackHub
-from test_training import environment, make_rows, make_tokenizer, tiny_text_config
 
 # The Hub on this machine speaks of xet as huggingface_hub 1 and later ones do.
 HAS_XET = importlib.util.find_spec("hf_xet") is not None and int(huggingface_hub.__version__.split(".")[0]) >= 1

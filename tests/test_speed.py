@@ -11,17 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import BACKBONES, room
-from test_modeling import attention_for, gradients, relative
+from helpers import BACKBONES, attention_for, decoder_calls, gradients, relative, room
+
+# Cost ----------------------------------------------------------------------------------------------------------------
 
 
-def decoder_calls(model, name):
-    """A list that each call of the decoder appends its argument `name` to."""
-    calls = []
-    room(model, "backbone_gircse").decoder_of(model.language_model).register_forward_pre_hook(
-        lambda m, args, kwargs: calls.append(kwargs[name]), with_kwargs=True
+def test_head_sees_one_position_a_row_and_decoder_one_new_position(make_model, batch):
+    model = make_model()
+    head, decoder = [], []
+    model.get_output_embeddings().register_forward_pre_hook(lambda m, args: head.append(tuple(args[0].shape)))
+    model.language_model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: decoder.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    return calls
+    model.generate_embedding(*batch, k=5)
+    assert head == [(4, 32)] * 5  # s_1..s_5; nothing after the last step
+    assert decoder == [11, 1, 1, 1, 1, 1]
 
 
 def mix_in_chunks(model, monkeypatch, size):
