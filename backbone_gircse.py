@@ -215,6 +215,11 @@ def additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """float16 and bfloat16 -> float32, in which softmax, pooling and normalisation run; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     """Of each layer, (B, heads, N, size) each."""
     if hasattr(cache, "layers"):

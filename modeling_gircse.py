@@ -16,7 +16,6 @@ means of one pass.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,22 +31,22 @@ from .backbone_gircse import (
     HUB_ARGUMENTS,
     REPO_ARGUMENTS,
     Way,
-    additive_mask,
+    at_least_float32,
     attention_implementation,
     attention_of_any_device,
     check_structure,
-    decoder_of,
     embed_tokens,
     find_way,
     load_backbone,
     max_positions,
     name_dtype,
-    prompt_mask,
 )
 from .configuration_gircse import GircseConfig
-from .soft_tokens_gircse import after_head, next_token
+from .inputs_gircse import check_inputs, check_options
+from .single_pass_gircse import check_bidirectional, single_pass_states
+from .soft_tokens_gircse import next_token
 from .static_steps_gircse import static_states
-from .step_loop_gircse import StepLoop
+from .step_loop_gircse import StepLoop, check_loop, settled_states
 
 
 @dataclass
@@ -187,6 +186,16 @@ class GircseModel(GircsePreTrainedModel):
             model._check_numerics()
         return model
 
+    def _check_numerics(self) -> None:
+        """Raises a ValueError, by name, for a backbone whose vectors would be wrong."""
+        # A device map may offload the first weights, which `self.device` tells of, to the meta device.
+        device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
+        if self.config.attention == "bidirectional":
+            check_bidirectional(self, device)
+        self._find_way(device)
+        if self._generates:
+            check_loop(self, device)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -225,10 +234,7 @@ class GircseModel(GircsePreTrainedModel):
         unknown = sorted(name for name, value in kwargs.items() if value is not None)
         if unknown:
             raise TypeError(f"GircseModel.forward got {', '.join(unknown)}; it takes input_ids, attention_mask and k")
-        input_ids, attention_mask, k = self._check_inputs(input_ids, attention_mask, k)
-        if input_ids.shape[0] == 0:
-            empty = torch.zeros(0, k, self.config.hidden_size, device=self.device)
-            return GircseOutput(embeddings=empty[:, 0], step_embeddings=empty, step_states=empty)
+        input_ids, attention_mask, k = check_inputs(self, input_ids, attention_mask, k)
         states = self._step_states(input_ids, attention_mask, k)  # (B, K, d)
         step_embeddings = F.normalize(self._pool(states), dim=-1)
         return GircseOutput(embeddings=step_embeddings[:, -1], step_embeddings=step_embeddings, step_states=states)
@@ -264,31 +270,18 @@ class GircseModel(GircsePreTrainedModel):
             TypeError, ValueError: as in [`GircseModel.forward`]; for a `tolerance` outside (0, 2] or without a loop;
                 for an unknown `cache_implementation`, or one that the backbone can't have.
         """
-        if cache_implementation not in (None, "static"):
-            raise ValueError(f"cache_implementation={cache_implementation!r} is unknown; use 'static' or leave it out")
-        if tolerance is None:
-            if cache_implementation is None or len(input_ids) == 0:
-                states = self(input_ids, attention_mask, k).step_states
-            else:
-                states = static_states(self, *self._check_inputs(input_ids, attention_mask, k))
-            embeddings = self._pool(states)
-            embeddings = F.normalize(embeddings, dim=-1) if normalize else embeddings
-            return embeddings if return_steps else embeddings[:, -1]
-        if cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={cache_implementation!r} keeps all texts to the end, and "
-                f"tolerance={tolerance!r} does not: leave one of them out"
-            )
-        if not self._generates:
-            raise ValueError(
-                f"tolerance={tolerance!r} needs step_token 'soft' or 'hard', not {self.config.step_token!r}"
-            )
-        if not 0 < tolerance <= 2:
-            raise ValueError(f"tolerance={tolerance!r} must be in (0, 2]: texts stop at cosine > 1 - tolerance")
-        input_ids, attention_mask, k = self._check_inputs(input_ids, attention_mask, k)
-        embeddings, steps = self._until_settled(input_ids, attention_mask, k, tolerance)
+        check_options(self, tolerance, cache_implementation)
+        steps = None
+        if tolerance is not None:
+            states, steps = settled_states(self, *check_inputs(self, input_ids, attention_mask, k), tolerance)
+        elif cache_implementation == "static" and len(input_ids) > 0:
+            states = static_states(self, *check_inputs(self, input_ids, attention_mask, k))
+        else:  # a call of the module, so that hooks on it (device maps, FSDP) run
+            states = self(input_ids, attention_mask, k).step_states
+        embeddings = self._pool(states, steps)  # (B, K, d)
         embeddings = F.normalize(embeddings, dim=-1) if normalize else embeddings
-        return (embeddings if return_steps else embeddings[:, -1]), steps
+        embeddings = embeddings if return_steps else embeddings[:, -1]
+        return embeddings if steps is None else (embeddings, steps)
 
     @torch.no_grad()
     def describe_steps(
@@ -314,7 +307,7 @@ class GircseModel(GircsePreTrainedModel):
         """
         if not self._generates:
             raise ValueError(f"step_token={self.config.step_token!r} generates no tokens to describe")
-        input_ids, attention_mask, k = self._check_inputs(input_ids, attention_mask, k)
+        input_ids, attention_mask, k = check_inputs(self, input_ids, attention_mask, k)
         texts: list[list[list[tuple[int | str, float]]]] = [[] for _ in range(input_ids.shape[0])]
         if not texts:
             return texts
@@ -326,36 +319,6 @@ class GircseModel(GircsePreTrainedModel):
                 tokens = row_ids if tokenizer is None else [tokenizer.decode([i]) for i in row_ids]
                 text.append(list(zip(tokens, row_values, strict=True)))
         return texts
-
-    def _check_inputs(
-        self, input_ids: Tensor, attention_mask: Tensor | None, k: int | None
-    ) -> tuple[Tensor, Tensor, int]:
-        """Checked inputs, every row's tokens moved to the right and columns that are all padding cut."""
-        k = self._check_k(k)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)} must be (B, N)"
-            )
-        if input_ids.shape[0] == 0:
-            return input_ids, attention_mask, k
-        mask = attention_mask.to(torch.bool)
-        # Generated tokens follow the last column, so padding goes to the left: distances between cache slots are then
-        # the distances between positions, which sliding windows rely on, and the side chosen by the caller is moot.
-        order = torch.argsort(mask, dim=1, stable=True)
-        input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
-        if not input_ids.is_meta:
-            longest = self._check_values(input_ids, mask)
-            input_ids, mask = input_ids[:, -longest:], mask[:, -longest:]
-        most = self.text_limit(k=k)
-        if most is not None and mask.shape[1] > most:
-            positions = max_positions(self.config.text_config)
-            raise ValueError(
-                f"N + k = {mask.shape[1]} + {positions - most} exceeds the backbone's {positions} positions: truncate "
-                f"the text to {most} tokens or use a smaller k"
-            )
-        return input_ids, mask.to(torch.long), k
 
     def text_limit(self, max_length: int | None = None, k: int | None = None) -> int | None:
         """The most tokens that a text may have: `max_length`, or fewer if k steps (`config.num_steps` by default) would
@@ -372,57 +335,26 @@ class GircseModel(GircsePreTrainedModel):
             raise ValueError(f"k={steps} takes all positions of the backbone: choose k below {positions}")
         return positions - steps if max_length is None else min(max_length, positions - steps)
 
-    def _check_k(self, k: int | None) -> int:
-        if self.config.step_token == "none":
-            if k is not None:
-                raise ValueError(
-                    f"k={k!r} has no meaning with step_token='none', which generates nothing: leave it out"
-                )
-            return 1
-        name, k = ("config.num_steps", self.config.num_steps) if k is None else ("k", k)
-        if isinstance(k, bool) or not hasattr(k, "__index__"):
-            raise TypeError(f"{name}={k!r} must be an int >= 1, not {type(k).__name__}")
-        k = operator.index(k)  # of numpy, too
-        if k < 1:
-            raise ValueError(f"{name}={k} must be an int >= 1")
-        if self.config.step_token == "learned" and k > self.config.num_steps:
-            raise ValueError(f"k={k} exceeds the {self.config.num_steps} learned tokens of this model (num_steps)")
-        return k
-
-    def _check_values(self, input_ids: Tensor, mask: Tensor) -> int:
-        lengths = mask.sum(1)
-        if not lengths.all():
-            row = int((lengths == 0).nonzero()[0])
-            raise ValueError(f"attention_mask: row {row} has no token; give every text at least one (such as eos)")
-        vocabulary = self.get_input_embeddings().num_embeddings
-        outside = mask & ((input_ids < 0) | (input_ids >= vocabulary))
-        if outside.any():
-            raise ValueError(
-                f"input_ids holds {int(input_ids[outside][0])}, outside the vocabulary 0..{vocabulary - 1}; "
-                "use the tokenizer that belongs to this model"
-            )
-        return int(lengths.max())
-
     def _step_states(self, input_ids: Tensor, attention_mask: Tensor, k: int) -> Tensor:
         """g_1..g_K, (B, K, d)."""
+        if len(input_ids) == 0:
+            return torch.zeros(0, k, self.config.hidden_size, dtype=self.dtype, device=self.device)
         if self._generates:
             loop = StepLoop(self, input_ids, attention_mask, k)
             return torch.stack([loop.step()[1] for _ in range(k)], dim=1)
-        return self._loopless_states(input_ids, attention_mask, k, self._find_way(input_ids.device))
+        return single_pass_states(self, input_ids, attention_mask, k, self._find_way(input_ids.device))
 
-    def _loopless_states(self, input_ids: Tensor, attention_mask: Tensor, k: int, way: Way) -> Tensor:
-        """What `_step_states` returns where nothing is generated."""
-        if self.config.step_token == "none":
-            return self._prompt_state(input_ids, attention_mask, way)
-        return self._learned_states(input_ids, attention_mask, k, way)
-
-    def _pool(self, states: Tensor) -> Tensor:
-        """z_1..z_K from g_1..g_K, (B, K, d), in float32 at least (Eq. 4)."""
-        states = states if states.dtype == torch.float64 else states.float()
-        if self.config.pooling == "last" or self.config.step_token == "none":
+    def _pool(self, states: Tensor, steps: Tensor | None = None) -> Tensor:
+        """z_1..z_K from g_1..g_K, (B, K, d), in float32 at least (Eq. 4). A text that stopped after some of the steps,
+        (B,), keeps its last z for the others."""
+        states = at_least_float32(states)
+        if self.config.pooling == "mean" and self.config.step_token != "none":
+            count = torch.arange(1, states.shape[1] + 1, device=states.device, dtype=states.dtype)
+            states = states.cumsum(dim=1) / count[:, None]
+        if steps is None:
             return states
-        steps = torch.arange(1, states.shape[1] + 1, device=states.device, dtype=states.dtype)
-        return states.cumsum(dim=1) / steps[:, None]
+        last = torch.arange(states.shape[1], device=states.device).minimum(steps[:, None] - 1)  # (B, K)
+        return states.gather(1, last[..., None].expand_as(states))
 
     @property
     def _generates(self) -> bool:
@@ -442,102 +374,10 @@ class GircseModel(GircsePreTrainedModel):
     def _tried_states(self, ids: Tensor, mask: Tensor, way: Way) -> Tensor:
         """States of two steps, (B, n, d), after any token but not the generated one, which rounding may change."""
         if not self._generates:
-            return self._loopless_states(ids, mask, min(2, self.config.num_steps), way)
+            return single_pass_states(self, ids, mask, min(2, self.config.num_steps), way)
         loop = StepLoop(self, ids, mask, 2, way)
         token = embed_tokens(self.language_model, ids[:, -1:], mask[:, -1:])[:, 0]
         return torch.stack([loop.state, loop.advance(token), loop.advance(token)], dim=1)
-
-    def _until_settled(
-        self, input_ids: Tensor, attention_mask: Tensor, k: int, tolerance: float
-    ) -> tuple[Tensor, Tensor]:
-        batch, device = input_ids.shape[0], input_ids.device
-        embeddings = torch.zeros(batch, k, self.config.hidden_size, device=device)
-        steps = torch.full((batch,), k, dtype=torch.long, device=device)
-        if batch == 0:
-            return embeddings, steps
-        running = torch.arange(batch, device=device)
-        loop = StepLoop(self, input_ids, attention_mask, k)
-        total, previous, rows = 0, None, None
-        for step in range(1, k + 1):
-            if rows is not None:
-                loop.keep(rows)
-            state = loop.step()[1]
-            state = state if state.dtype == torch.float64 else state.float()
-            embeddings = embeddings.to(state.dtype)
-            total = state + (total if rows is None else total[rows])
-            current = state if self.config.pooling == "last" else total / step
-            embeddings[running, step - 1 :] = current[:, None]
-            rows = None
-            if previous is not None:
-                settled = F.cosine_similarity(current, previous, dim=-1) > 1 - tolerance
-                steps[running[settled]] = step
-                if settled.all():
-                    break
-                if settled.any():
-                    rows = (~settled).nonzero()[:, 0]
-                    running, current = running[rows], current[rows]
-            previous = current
-        return embeddings, steps
-
-    def _learned_states(self, input_ids: Tensor, attention_mask: Tensor, k: int, way: Way) -> Tensor:
-        """K trained tokens after the prompt, in one pass: (B, K, d)."""
-        prompt = embed_tokens(self.language_model, input_ids, attention_mask)
-        learned = self.learned_tokens.weight[:k].to(prompt.dtype).expand(prompt.shape[0], -1, -1)
-        mask = F.pad(attention_mask, (0, k), value=1)
-        return self._decode_all(torch.cat([prompt, learned], dim=1), mask, way)[:, -k:]
-
-    def _prompt_state(self, input_ids: Tensor, attention_mask: Tensor, way: Way) -> Tensor:
-        """The prompt's last state or the mean of its states, without generation: (B, 1, d)."""
-        states = self._decode_all(embed_tokens(self.language_model, input_ids, attention_mask), attention_mask, way)
-        if self.config.pooling == "last":
-            return states[:, -1:]
-        wide = states if states.dtype == torch.float64 else states.float()
-        weights = attention_mask[..., None].to(wide.dtype)
-        return (wide * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-
-    def _decode_all(self, inputs: Tensor, mask: Tensor, way: Way) -> Tensor:
-        """Last hidden states of all positions in one pass, (B, N, d)."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        if self.config.attention == "bidirectional":
-            mask = additive_mask(mask, inputs.dtype)[:, None, None].expand(-1, 1, mask.shape[1], -1)  # (B, 1, N, N)
-        else:
-            mask = prompt_mask(self.language_model, mask, way)
-        return decoder_of(self.language_model)(
-            inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-
-    @torch.no_grad()
-    def _check_numerics(self) -> None:
-        """Compares what the step loop makes of logits and token embeddings with the backbone's own forward pass."""
-        name, embed = type(self.language_model).__name__, self.get_input_embeddings()
-        # A device map may offload the first weights, which `self.device` tells of, to the meta device.
-        device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
-        ids = torch.arange(4, device=device)[None] % embed.num_embeddings
-        ones = torch.ones_like(ids)
-        if self.config.attention == "bidirectional":
-            changed = ids.clone()
-            changed[0, -1] = (ids[0, -1] + 1) % embed.num_embeddings
-            first = [self._decode_all(embed(x), ones, Way())[:, 0] for x in (ids, changed)]
-            if torch.equal(*first):
-                raise ValueError(f"{name} stays causal under a bidirectional mask; use attention='causal'")
-        self._find_way(device)
-        if not self._generates:
-            return
-        expected = self.language_model(input_ids=ids, attention_mask=ones, use_cache=False).logits[:, -1]
-        loop = StepLoop(self, ids[:, :-1], ones[:, :-1], 1)
-        inputs, state = embed(ids), loop.advance(embed(ids[:, -1]))
-        pairs = [("logits", after_head(self.config.text_config, self.get_output_embeddings()(state)), expected)]
-        if self.config.step_token == "soft" and not embed.weight.is_meta:  # else the loop calls the module, too
-            one_hot = F.one_hot(ids[0], embed.num_embeddings).to(embed.weight.dtype)
-            scale = torch.as_tensor(getattr(embed, "embed_scale", 1.0)).to(embed.weight)
-            pairs.append(("token embeddings", one_hot @ embed.weight * scale, inputs[0]))
-        for what, ours, theirs in pairs:
-            ours = ours.to(theirs.device)  # a device map has the head wherever there is room
-            allowed = (2e-3 if ours.dtype in (torch.float32, torch.float64) else 6e-2) * float(theirs.abs().max())
-            if not float((ours - theirs).abs().max()) <= allowed:
-                raise ValueError(
-                    f"{name} is not supported: its {what} are not what the step loop computes through the KV cache"
-                )
 
 
 GircseModel.register_for_auto_class("AutoModel")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PretrainedConfig
 
-from .backbone_gircse import unsharded
+from .backbone_gircse import at_least_float32, unsharded
 
 # Vocabularies from this size on are mixed in chunks in training, where keeping B x V floats a step would cost more than
 # making them again; and the size of a chunk: what a processor's cache holds; on a GPU, few launches.
@@ -65,7 +65,7 @@ def next_token(
 def scores(config: PretrainedConfig, logits: Tensor) -> Tensor:
     """What softmax is taken of, in float32 at least; one by one, from the LM head's output."""
     logits = after_head(config.text_config, logits)
-    return (logits if logits.dtype == torch.float64 else logits.float()) / config.logit_temperature
+    return at_least_float32(logits) / config.logit_temperature
 
 
 def after_head(text_config: PretrainedConfig, logits: Tensor) -> Tensor:

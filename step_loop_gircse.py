@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .backbone_gircse import (
     Way,
+    at_least_float32,
     decode,
     decoder_of,
     embed_tokens,
@@ -23,6 +24,7 @@ from .backbone_gircse import (
     prompt_mask,
     step_mask,
 )
+from .soft_tokens_gircse import after_head
 
 # A common start of fewer tokens than this is not worth a pass of its own.
 SHORTEST_SHARED_PREFIX = 8
@@ -36,7 +38,7 @@ class StepLoop:
 
     Args:
         model: a `GircseModel` with soft or hard step tokens.
-        input_ids, attention_mask: (B, N) each, as `_check_inputs` returns them.
+        input_ids, attention_mask: (B, N) each, as `check_inputs` returns them.
         k: the most steps there will be.
         way: how the backbone is driven, by default as the model has found out.
 
@@ -112,6 +114,60 @@ class StepLoop:
             setattr(self, name, None if value is None else value[rows])
         for cache in self.past.values():
             cache.reorder_cache(rows)
+
+
+def settled_states(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, k: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """g_1..g_K, (B, K, d), and how many of them each text took until cos(z_k, z_{k-1}) > 1 - tolerance, (B,) int64. A
+    text that has settled leaves the batch; its later states are zeros."""
+    batch, device = len(input_ids), input_ids.device
+    steps = torch.full((batch,), k, device=device)
+    if batch == 0:
+        return torch.zeros(0, k, model.config.hidden_size, device=device), steps
+    loop = StepLoop(model, input_ids, attention_mask, k)
+    running, found, total, previous = torch.arange(batch, device=device), [], 0, None
+    for step in range(1, k + 1):
+        state = at_least_float32(loop.step()[1])
+        found.append(state.new_zeros(batch, state.shape[-1]).index_copy(0, running, state))
+        total = total + state
+        current = state if model.config.pooling == "last" else total / step
+        if previous is not None:
+            settled = F.cosine_similarity(current, previous, dim=-1) > 1 - tolerance
+            steps[running[settled]] = step
+            if settled.all():
+                break
+            if settled.any() and step < k:
+                rows = (~settled).nonzero()[:, 0]
+                loop.keep(rows)
+                running, total, current = running[rows], total[rows], current[rows]
+        previous = current
+    return F.pad(torch.stack(found, dim=1), (0, 0, 0, k - len(found))), steps
+
+
+@torch.no_grad()
+def check_loop(model: Any, device: torch.device) -> None:
+    """Raises a ValueError unless logits and token embeddings, as the step loop makes them, are those of the backbone's
+    own forward pass."""
+    language_model, embed, head = model.language_model, model.get_input_embeddings(), model.get_output_embeddings()
+    ids = torch.arange(4, device=device)[None] % embed.num_embeddings
+    ones = torch.ones_like(ids)
+    expected = language_model(input_ids=ids, attention_mask=ones, use_cache=False).logits[:, -1]
+    loop = StepLoop(model, ids[:, :-1], ones[:, :-1], 1)
+    inputs, state = embed(ids), loop.advance(embed(ids[:, -1]))
+    pairs = [("logits", after_head(model.config.text_config, head(state)), expected)]
+    if model.config.step_token == "soft" and not embed.weight.is_meta:  # else the loop calls the module, too
+        one_hot = F.one_hot(ids[0], embed.num_embeddings).to(embed.weight.dtype)
+        scale = torch.as_tensor(getattr(embed, "embed_scale", 1.0)).to(embed.weight)
+        pairs.append(("token embeddings", one_hot @ embed.weight * scale, inputs[0]))
+    for what, ours, theirs in pairs:
+        ours = ours.to(theirs.device)  # a device map has the head wherever there is room
+        allowed = (2e-3 if ours.dtype in (torch.float32, torch.float64) else 6e-2) * float(theirs.abs().max())
+        if not float((ours - theirs).abs().max()) <= allowed:
+            raise ValueError(
+                f"{type(language_model).__name__} is not supported: its {what} are not what the step loop computes "
+                "through the KV cache"
+            )
 
 
 def checkpoints(language_model: PreTrainedModel) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -86,9 +87,9 @@ def variant(model: PreTrainedModel, **axes: str) -> PreTrainedModel:
     return model_class(config_class(text_config=model.config.text_config, **axes), model.language_model)
 
 
-def step_loop(model: PreTrainedModel, *inputs: Any) -> Any:
-    """The model's `StepLoop` of these inputs, of which the prompt has run."""
-    return room("step_loop").StepLoop(model, *inputs)
+def step_loop(model: PreTrainedModel, input_ids: Tensor, k: int) -> Any:
+    """A batch without padding, (B, N), after its prefill."""
+    return room("step_loop").StepLoop(model, *room("inputs").check_inputs(model, input_ids, None, k))
 
 
 def seconds(call: Callable[[], object]) -> float:

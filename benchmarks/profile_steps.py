@@ -55,8 +55,7 @@ def main() -> None:
     for _ in range(args.rounds + 1):
         spent.clear()
         with torch.no_grad():
-            inputs = model._check_inputs(ids, None, args.k)
-            loop = timed("prefill", step_loop)(model, *inputs)
+            loop = timed("prefill", step_loop)(model, ids, args.k)
             for name, part in [("decoder", decoder), ("head", head), *(("products", part) for part in linears)]:
                 part.forward = timed(name, part.forward)
             with mock.patch.object(model, "_next_token", timed("next token", model._next_token)):

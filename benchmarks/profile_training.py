@@ -29,11 +29,17 @@ def main() -> None:
     model = build("smollm2-135m").train()
     causal_eos = variant(model, **CAUSAL_EOS).train()
     ids = torch.randint(model.get_input_embeddings().num_embeddings, (args.batch_size, args.length), device=DEVICE)
-    inputs = model._check_inputs(ids, None, args.k)
     constant = model.get_input_embeddings().weight[: args.batch_size].detach()
+
+    def steps_after(token: Tensor) -> Tensor:
+        loop = step_loop(model, ids, args.k)
+        return [loop.advance(token) for _ in range(args.k)][-1]
+
     routes: dict[str, Callable[[], Tensor]] = {
         "prompt": lambda: causal_eos(ids).step_embeddings,
-        "constant": lambda: [(loop := step_loop(model, *inputs)), *(loop.advance(constant) for _ in range(args.k))][-1],
+        "constant": lambda: [(loop := step_loop(model, ids, args.k)), *(loop.advance(constant) for _ in range(args.k))][
+            -1
+        ],
         "whole": lambda: model(ids, k=args.k).step_embeddings,
     }
     times: dict[tuple[str, str], list[float]] = {(name, way): [] for name in routes for way in ("forward", "backward")}

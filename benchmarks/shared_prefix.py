@@ -41,7 +41,7 @@ def main() -> None:
 
     def prefill(ids: torch.Tensor) -> None:
         with torch.no_grad():
-            step_loop(model, *model._check_inputs(ids, None, 1))
+            step_loop(model, ids, 1)
 
     table = Table(
         batch="{}",

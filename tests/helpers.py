@@ -28,10 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # also in a process that runs a file of the tests as a script
     sys.path.insert(0, str(ROOT))
 
-MODEL_FILES = [
-    f"{name}_gircse.py"
-    for name in ("adapters", "backbone", "configuration", "modeling", "soft_tokens", "static_steps", "step_loop")
-]
+MODEL_PARTS = "adapters backbone configuration inputs modeling single_pass soft_tokens static_steps step_loop".split()
+MODEL_FILES = [f"{part}_gircse.py" for part in MODEL_PARTS]
 REMOTE_FILES = (*MODEL_FILES, "processing_gircse.py")
 # transformers took up `dtype=` in 4.56 and goes on taking `torch_dtype=`; our models take both everywhere.
 DTYPE_ARGUMENTS = ["torch_dtype", "dtype"]

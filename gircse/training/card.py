@@ -22,7 +22,9 @@ logger = logging.get_logger("gircse")
 REMOTE_CODE = {
     "configuration_gircse.py": "all of them",
     "modeling_gircse.py": "`AutoModel`",
+    "inputs_gircse.py": "`AutoModel`",
     "step_loop_gircse.py": "`AutoModel`",
+    "single_pass_gircse.py": "`AutoModel`",
     "soft_tokens_gircse.py": "`AutoModel`",
     "backbone_gircse.py": "`AutoModel`",
     "adapters_gircse.py": "`AutoModel`",
