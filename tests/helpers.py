@@ -282,6 +282,13 @@ def decoder_calls(model, name):
     return calls
 
 
+def keeps_a_cache(model):
+    """Whether each step runs one new position over a cache, or the whole sequence again."""
+    shapes = decoder_shapes(model)
+    model.generate_embedding(torch.tensor([[5, 6, 7]]), k=2)
+    return shapes[-1][1] == 1
+
+
 def attention_for(backbone):
     """transformers 4.51 can't make GPT-2's padding mask for SDPA in float64."""
     return {"attn_implementation": "eager"} if backbone == "gpt2" else {}

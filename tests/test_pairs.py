@@ -14,7 +14,7 @@ import pytest
 
 from gircse.training.pairs import load_pairs, parse_columns
 from helpers import write_rows
-from training_helpers import PAIR
+from training_helpers import PAIR, spoil
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -341,10 +341,10 @@ def test_changed_file_is_read_again(tmp_path):
     assert load_pairs(str(path))["query"][0] == "new"
 
 
-def test_unchanged_file_is_read_once(tmp_path, monkeypatch):
+def test_unchanged_file_is_read_once(tmp_path):
     path = write_rows(tmp_path / "x.jsonl", [PAIR])
     first = load_pairs(path)
-    monkeypatch.setattr("gircse.training.pairs._to_pair", lambda *args: pytest.fail("read again"))
+    spoil(path)
     assert list(load_pairs(path)) == list(first)
 
 
