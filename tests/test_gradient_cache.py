@@ -13,11 +13,13 @@ from helpers import make_rows
 from training_helpers import (
     assert_same_gradients,
     gradients_of,
+    joint_loss,
     make_trainer,
     one_batch,
     step,
     tiny_model,
     train_and_watch,
+    watch_passes,
 )
 
 pytestmark = pytest.mark.usefixtures("training_cache")
@@ -28,30 +30,32 @@ pytestmark = pytest.mark.usefixtures("training_cache")
 @pytest.mark.parametrize("axes", [{}, {"step_token": "none", "pooling": "last"}])
 def test_queries_and_documents_in_one_pass_change_nothing(processor, tmp_path, axes):
     rows = make_rows(5)
-    trainer = make_trainer(tiny_model(dtype=torch.float64, **axes), processor, tmp_path, rows)
-    inputs, passes, embed = one_batch(processor, rows), [], trainer._embed
-    trainer._embed = lambda model, side: passes.append(len(side["input_ids"])) or embed(model, side)
+    model = tiny_model(dtype=torch.float64, **axes)
+    trainer = make_trainer(model, processor, tmp_path, rows)
+    inputs, passes = one_batch(processor, rows), watch_passes(model)
     loss, actual = step(trainer, inputs)
     documents = len(inputs["document_ids"])
-    assert passes == ([5, documents] if axes else [5 + documents])
-    trainer._embed_both = lambda model, sides: [embed(model, side) for side in sides]
-    expected_loss, expected = step(trainer, inputs)
-    assert loss == pytest.approx(expected_loss, rel=1e-7)
-    assert_same_gradients(actual, expected, 1e-6)
+    assert [len(made) for _, made in passes] == ([5, documents] if axes else [5 + documents])
+    model.zero_grad(set_to_none=True)
+    k = None if axes else trainer.args.k
+    apart = (model(**inputs[side], k=k).step_embeddings for side in ("query", "document"))
+    expected_loss = joint_loss(trainer.args, *apart, inputs)
+    expected_loss.backward()
+    assert loss == pytest.approx(expected_loss.item(), rel=1e-7)
+    assert_same_gradients(actual, gradients_of(model), 1e-6)
 
 
 @pytest.mark.parametrize("sub_batch_size", [1, 3, 100])
 def test_cached_gradients_are_the_plain_ones(processor, tmp_path, sub_batch_size):
     rows = make_rows(5)
-    trainer = make_trainer(tiny_model(dtype=torch.float64), processor, tmp_path, rows)
+    model = tiny_model(dtype=torch.float64)
+    trainer = make_trainer(model, processor, tmp_path, rows)
     inputs = one_batch(processor, rows)
     loss, expected = step(trainer, inputs)
     trainer.args.sub_batch_size = sub_batch_size
-    calls, embed = {True: [], False: []}, trainer._embed
-    trainer._embed = lambda model, side: (
-        calls[torch.is_grad_enabled()].append(len(side["input_ids"])) or embed(model, side)
-    )
+    passes = watch_passes(model)
     cached_loss, actual = step(trainer, inputs)
+    calls = {kind: [len(made) for _, made in passes if made.requires_grad == kind] for kind in (True, False)}
     assert sum(calls[True]) == sum(calls[False]) == 5 + len(inputs["document_ids"])
     assert max(calls[True]) <= sub_batch_size and max(calls[False]) <= 4 * sub_batch_size
     assert cached_loss == pytest.approx(loss, rel=1e-10)
@@ -66,15 +70,10 @@ def test_cached_passes_drop_the_same(processor, tmp_path):
     inputs = one_batch(processor, rows)
     torch.manual_seed(5)
     step(trainer, inputs)  # sees that there is dropout, and is as if it had known
-    seen, embed, known = [], trainer._embed, torch.get_rng_state()
-
-    def watched(model, side):
-        seen.append((side, embed(model, side)))
-        return seen[-1][1]
-
-    trainer._embed = watched
+    known, passes = torch.get_rng_state(), watch_passes(model)
     torch.manual_seed(5)
     loss, actual = step(trainer, inputs)
+    seen = list(passes)
     state = torch.get_rng_state()
     assert torch.equal(state, known)
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
@@ -82,12 +81,12 @@ def test_cached_passes_drop_the_same(processor, tmp_path):
         assert torch.equal(side["input_ids"], again["input_ids"]) and torch.equal(before, after)
         assert not before.requires_grad and after.requires_grad
     with torch.no_grad():
-        assert not torch.allclose(embed(model, first[0][0]), first[0][1])  # drawn anew, it is different
+        assert not torch.allclose(model(**first[0][0]).step_embeddings, first[0][1])  # drawn anew, it is different
 
     # The same chunks in the same order from the same seed, in one graph.
     model.zero_grad(set_to_none=True)
     torch.manual_seed(5)
-    chunks = [embed(model, side) for side, _ in first]
+    chunks = [model(**side).step_embeddings for side, _ in first]
     assert torch.equal(torch.get_rng_state(), state)  # and the replay leaves the state as a plain step does
     count = len(rows)
     rows_of = [side["input_ids"] for side, _ in first]
@@ -96,7 +95,7 @@ def test_cached_passes_drop_the_same(processor, tmp_path):
     for name, part in (("query", chunks[:split]), ("document", chunks[split:])):
         order = inputs[name]["attention_mask"].sum(1).argsort(stable=True)
         sides.append(torch.cat(part)[order.argsort()])
-    expected_loss = trainer._joint_loss(*sides, inputs)
+    expected_loss = joint_loss(trainer.args, *sides, inputs)
     expected_loss.backward()
     assert loss == pytest.approx(expected_loss.item(), rel=1e-10)
     assert_same_gradients(actual, gradients_of(model))
@@ -148,13 +147,14 @@ def test_memory_that_runs_out_makes_sub_batches_and_keeps_the_batch(processor, t
     model, sizes = tiny_model(dtype=torch.float64), []
 
     def small(module, args, kwargs):
-        sizes.append(len(kwargs["input_ids"]))
-        if module.training and torch.is_grad_enabled() and sizes[-1] > 5:
-            raise RuntimeError("CUDA out of memory.")
+        if module.training and torch.is_grad_enabled():
+            sizes.append(len(kwargs["input_ids"]))
+            if sizes[-1] > 5:
+                raise RuntimeError("CUDA out of memory.")
 
     model.register_forward_pre_hook(small, with_kwargs=True)
     found = train_and_watch(model, processor, tmp_path / "small", rows, auto_find_batch_size=True, **settings)
-    assert found.trainer._train_batch_size == 5 and found.trainer._sub_batch_size == 5
+    assert max(size for size in sizes if size <= 5) == 5  # no smaller than need be
     assert found.losses[-2:] == pytest.approx(plain.losses) and found.documents[-2:] == plain.documents
     for mine, theirs in zip(found.gradients, plain.gradients, strict=True):
         assert_same_gradients(mine, theirs, 1e-6)
@@ -167,7 +167,7 @@ def test_objective_settings_reach_the_loss(processor, tmp_path, sub_batch_size):
     model = tiny_model(dtype=torch.float64)
     trainer = make_trainer(model, processor, tmp_path, rows, sub_batch_size=sub_batch_size, **chosen)
     inputs = one_batch(processor, rows)
-    queries, documents = (trainer._embed(model, inputs[side]) for side in ("query", "document"))
+    queries, documents = (model(**inputs[side], k=trainer.args.k).step_embeddings for side in ("query", "document"))
     mask = candidate_mask(inputs["document_ids"], inputs["positive_ids"])
     expected = {"reduction": "mean", "dims": (8,), "temperature": 0.3, "refinement_weight": 0.5}
     loss = step(trainer, inputs)[0]

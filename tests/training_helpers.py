@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from gircse.training.arguments import GircseTrainingArguments
 from gircse.training.data import PairCollator
+from gircse.training.losses import candidate_mask, icr_loss
 from gircse.training.pairs import FEATURES
 from gircse.training.trainer import GircseTrainer
 from helpers import ROOT, tiny_text_config
@@ -73,6 +74,23 @@ def step(trainer: GircseTrainer, inputs: dict) -> tuple[float, dict[str, Tensor]
     trainer.current_gradient_accumulation_steps = 1  # newer transformers set it in their loop
     loss = trainer.training_step(trainer.model, inputs)
     return loss.item(), gradients_of(trainer.model)
+
+
+def watch_passes(model) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """A list that each call of the model appends its inputs and its step embeddings to."""
+    seen = []
+    model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append((kwargs, output.step_embeddings)), with_kwargs=True
+    )
+    return seen
+
+
+def joint_loss(args: GircseTrainingArguments, queries: Tensor, documents: Tensor, inputs: dict) -> Tensor:
+    """The loss of a batch from its embeddings, by the functions of the losses alone."""
+    names = ("document_ids", "positive_ids", "document_labels", "query_labels", "query_ids", "prompted_ids")
+    mask = candidate_mask(*(inputs[name] for name in names))
+    chosen = {"temperature": args.temperature, "reduction": args.reduction, "dims": tuple(args.matryoshka_dims or ())}
+    return icr_loss(queries, documents, mask, refinement_weight=args.refinement_weight, **chosen).total
 
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-7) -> None:
