@@ -212,3 +212,16 @@ def static_folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("static") / "model"
     model.save_pretrained(str(path))
     return path
+
+
+# Bulk embedding
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One local Ray for the tests that kill nothing."""
+    ray = pytest.importorskip("ray")
+    ray.shutdown()  # one that tests of another file may have left
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

@@ -38,6 +38,14 @@ def stamps(output: Path) -> dict[str, tuple[int, int]]:
     return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in output.glob("[0-9]*.parquet")}
 
 
+def machine(folder: Path) -> str:
+    """What stands for this machine in the names of the files that it is writing."""
+    names = []
+    embed_gircse.write_whole(folder / "probe", lambda file: (file.write_text(""), names.append(file.name)))
+    (folder / "probe").unlink()
+    return names[0].removeprefix(".probe.").rpartition("-")[0]
+
+
 def expected(texts: list[str], k: int, instruction: str | None = None) -> torch.Tensor:
     settings = {"model": str(ROOT), "revision": None, "dtype": "float32"}
     model, processor = embed_gircse.load_model(settings, trust_remote_code=False)

@@ -130,6 +130,7 @@ def assert_trained_as_alone(made: Path, config: str, tuning: str) -> None:
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(made, alone, config):
     variables = launched(config)
@@ -143,6 +144,7 @@ def test_two_processes_train_as_one(made, alone, config):
         assert_trained_as_alone(made, config, tuning)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize("config", ["zero2", "zero3"])

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import embed_gircse
 from embed_gircse import BAD_ROWS, EXIT_BAD_ROWS, main, make_plan, parse
-from embed_helpers import TEXTS, arguments, expected, read, stamps, write_lines
+from embed_helpers import TEXTS, arguments, expected, machine, read, stamps, write_lines
 from gircse import rows
 from helpers import ROOT
 
@@ -37,15 +37,6 @@ if not (ROOT / "model.safetensors").exists():
 INSTRUCTION = "Given a question, retrieve an answer."
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """One local Ray for the tests that kill nothing."""
-    ray.shutdown()  # one that tests of another file may have left
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 def bad_rows(output: Path) -> list[tuple[str, int]]:
     lines = (output / BAD_ROWS).read_text(encoding="utf-8").splitlines()
     return [(row["file"], row["row"], row["reason"]) for row in map(json.loads, lines)]
@@ -54,6 +45,7 @@ def bad_rows(output: Path) -> list[tuple[str, int]]:
 # What comes out ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_kind_of_input_keeps_ids_and_sets_bad_rows_aside(cluster, tmp_path, capsys):
     """Parquet, JSONL and JSONL.gz in one run; shards of 7 rows, so that files and row groups are cut."""
     parts = [TEXTS[:20], [*TEXTS[20:32], "", "x " * 2000], TEXTS[32:45]]
@@ -108,6 +100,7 @@ def test_every_kind_of_input_keeps_ids_and_sets_bad_rows_aside(cluster, tmp_path
     assert bad_rows(output) == reported
 
 
+@pytest.mark.slow
 def test_another_model_default_ids_and_status_0(cluster, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
@@ -118,6 +111,7 @@ def test_another_model_default_ids_and_status_0(cluster, tmp_path):
         write_lines(tmp_path / name / "same.jsonl", [{"text": f"{name} {i}"} for i in range(3)])
     output = tmp_path / "out"
     call = arguments(tmp_path / "?" / "same.jsonl", output, "--model", str(model), "--trust_remote_code")
+    call += ["--num_actors", "1"]  # two are in the test above
     assert main(call) == 0
     found = read(output)
     assert list(found) == [f"{name}/same.jsonl:{row}" for name in "xy" for row in (1, 2, 3)]
@@ -247,7 +241,7 @@ def test_what_others_write_is_left_to_them(tmp_path):
     call, output = finished(tmp_path, [{"text": "x"}], "--k", "1"), tmp_path / "out"
     gone = subprocess.Popen(["true"])
     gone.wait()
-    here = embed_gircse._machine()
+    here = machine(tmp_path)
     kept = [f".000001.parquet.{here}-{os.getpid()}.tmp", ".000002.parquet.elsewhere-1.tmp"]
     kept += [f".000003.parquet.domain.{here}-{gone.pid}.tmp"]  # a longer name of another machine
     old = [f".000004.parquet.{here}-{os.getpid()}.tmp", ".000005.parquet.elsewhere-1.tmp"]
@@ -352,6 +346,7 @@ def test_the_bar_follows_the_tally_while_it_can_be_asked(monkeypatch, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_more_actors_than_fit_are_refused(cluster, tmp_path):
     file = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     for more in (["--num_actors", "64"], ["--num_gpus", "8"]):

@@ -152,8 +152,10 @@ def made_once(tmp_path_factory) -> Path:
 @pytest.fixture(
     scope="module",
     params=[
-        "lfs",
-        pytest.param("xet", marks=pytest.mark.skipif(not HAS_XET, reason="hf_xet is not installed, or old")),
+        pytest.param("lfs", marks=pytest.mark.slow),
+        pytest.param(
+            "xet", marks=[pytest.mark.slow, pytest.mark.skipif(not HAS_XET, reason="no hf_xet, or an old one")]
+        ),
     ],
 )
 def pushed(request, made_once, tmp_path_factory):

@@ -255,6 +255,7 @@ def root_report(tmp_path_factory) -> dict:
     return run_fresh(root_child, tmp_path_factory.mktemp("root") / "process", job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, least", [("torch.float32", 0.99999), ("torch.bfloat16", 0.999)])
 def test_root_model_gives_a_text_its_vector_whatever_its_batch(root_report, dtype, least):
     """Trained weights, K = 20: 32 texts of different lengths in one batch, and one by one. Seen: no cosine below
@@ -269,6 +270,7 @@ def test_root_model_gives_a_text_its_vector_whatever_its_batch(root_report, dtyp
     assert F.cosine_similarity(together, alone.roll(1, 0)).mean() < 0.95
 
 
+@pytest.mark.slow
 def test_root_model_describes_its_steps_in_words(root_report):
     described = root_report["described"]
     assert [len(described), len(described[0]), len(described[0][0])] == [4, 5, 3]

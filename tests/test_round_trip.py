@@ -130,6 +130,7 @@ def round_trip(gircse, tmp_path_factory) -> dict:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", ["once", "twice"])
 @pytest.mark.parametrize("name", ROUND_TRIPS)
 def test_round_trip_is_bit_exact(round_trip, name, times):
@@ -142,6 +143,7 @@ def test_round_trip_is_bit_exact(round_trip, name, times):
     assert torch.isfinite(loaded["embeddings"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", ["first_files", "second_files"])
 @pytest.mark.parametrize("name", ROUND_TRIPS)
 def test_saved_folder_holds_code_and_each_weight_once(round_trip, name, files):
@@ -156,12 +158,14 @@ def test_saved_folder_holds_code_and_each_weight_once(round_trip, name, files):
     assert saved["keys"] == set(round_trip["expected"][name]["weights"]) - left_out
 
 
+@pytest.mark.slow
 def test_learned_tokens_are_saved(round_trip):
     weights = round_trip["expected"]["learned"]["weights"]
     assert weights["learned_tokens.weight"].abs().sum() > 0
     assert "learned_tokens.weight" in round_trip["second_files"]["learned"]["keys"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", ["once", "twice"])
 def test_fresh_process_is_offline_and_outside_the_source_tree(round_trip, times):
     report = round_trip[times]
@@ -169,6 +173,7 @@ def test_fresh_process_is_offline_and_outside_the_source_tree(round_trip, times)
     assert report["connections"] == []
 
 
+@pytest.mark.slow
 def test_without_trust_nothing_is_run_and_nothing_else_is_loaded(round_trip):
     for report in (round_trip["once"], round_trip["twice"]):
         assert len(report["untrusted"]) == 6
@@ -177,6 +182,7 @@ def test_without_trust_nothing_is_run_and_nothing_else_is_loaded(round_trip):
         assert report["imported_untrusted"] == []
 
 
+@pytest.mark.slow
 def test_stock_classes_are_unchanged(round_trip):
     report = round_trip["once"]
     stock = "transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM"
@@ -190,6 +196,7 @@ def test_model_type_is_not_a_stock_one(gircse):
     assert "qwen2" in CONFIG_MAPPING_NAMES and "gircse" not in CONFIG_MAPPING_NAMES
 
 
+@pytest.mark.slow
 def test_loading_imports_no_training_code(round_trip):
     for times in ("once", "twice"):
         report = round_trip[times]

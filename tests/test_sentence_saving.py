@@ -99,6 +99,7 @@ def saved(exported, tmp_path_factory) -> dict:
     return {"work": work, "once": reports, "twice": run_fresh(embed_and_save, work / "process_again", job)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["folder", "hub", "imported"])
 def test_saved_folder_loads_elsewhere_and_again(saved, model, name):
     expected = model.encode(TEXTS, k=5)

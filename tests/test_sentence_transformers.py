@@ -288,6 +288,7 @@ def test_attn_implementation(exported):
     assert model[0].model.language_model.config._attn_implementation == "eager"
 
 
+@pytest.mark.slow
 def test_pool_of_processes(model):
     pool = model.start_multi_process_pool(["cpu", "cpu"])
     try:

@@ -216,6 +216,7 @@ def test_static_steps_equal_dynamic_ones(make_model, batch, uncompiled, backbone
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_static_steps_equal_dynamic_ones_and_compile_once_a_shape(make_model, batch, static):
     model = make_model()
     torch._dynamo.reset()

@@ -31,6 +31,7 @@ torch.save(model.generate_embedding(**inputs, k=4), result)
 """
 
 
+@pytest.mark.slow
 def test_lora_export_loads_elsewhere(lora, tmp_path):
     others = ["gircse/training/losses.py", "requirements.txt", "requirements-train.txt", "README.md", "config.json"]
     for name in [*REMOTE_CODE, *CODE_FILES, *others]:

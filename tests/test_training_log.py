@@ -145,6 +145,7 @@ def test_a_healthy_run_is_not_warned(straight):
     assert not [message for message in straight.messages if "collapsed" in message or "diverges" in message]
 
 
+@pytest.mark.slow
 def test_neighbours_are_printed_on_any_console(workplace, straight, monkeypatch):
     """Windows' consoles often have 256 characters."""
     said = {}

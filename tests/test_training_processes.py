@@ -145,6 +145,7 @@ def two_processes(processor, tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one_with_the_joint_batch(processor, tmp_path, two_processes, name):
     alone = run_case(name, processor, tmp_path, processes=1)

@@ -24,6 +24,7 @@ def test_training_moves_the_weights(workplace, straight):
     assert max(float((after[name] - weight).abs().max()) for name, weight in before.items()) > 1e-3
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_end(workplace, straight):
     output = workplace.folder / "killed"
     argv = [*workplace.argv, "--output_dir", str(output)]
