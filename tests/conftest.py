@@ -225,3 +225,21 @@ def cluster():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+# Sentence Transformers
+
+
+@pytest.fixture(scope="session")
+def loaded_sentence_model(exported):
+    from sentence_helpers import load
+
+    return load(exported)
+
+
+@pytest.fixture
+def sentence_model(loaded_sentence_model):
+    """What a test changes of it is undone."""
+    length = loaded_sentence_model.max_seq_length
+    yield loaded_sentence_model
+    loaded_sentence_model.max_seq_length = length

@@ -101,14 +101,14 @@ def saved(exported, tmp_path_factory) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["folder", "hub", "imported"])
-def test_saved_folder_loads_elsewhere_and_again(saved, model, name):
-    expected = model.encode(TEXTS, k=5)
+def test_saved_folder_loads_elsewhere_and_again(saved, sentence_model, name):
+    expected = sentence_model.encode(TEXTS, k=5)
     for report in (saved["once"][name], saved["twice"]):
         assert report["connections"] == [] and str(ROOT) not in report["path"]
         for kind in ("embeddings", "auto"):
             assert cosines(report[kind][name].numpy(), expected).min() > 0.9999
     if name != "imported":  # a model in memory has no prompts but those given to SentenceTransformer(prompts=...)
-        assert saved["twice"]["prompts"][name] == model.prompts
+        assert saved["twice"]["prompts"][name] == sentence_model.prompts
     for folder in (saved["work"] / "once" / name, saved["work"] / "twice" / name):
         assert [entry["type"] for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))] == [
             "sentence_gircse.SentenceGircse"
@@ -137,13 +137,13 @@ def test_the_weights_of_two_folders_in_one_class(exported, tmp_path):
         assert torch.equal(one + 1, other)
 
 
-def test_class_imported_from_a_package_is_refused(model):
+def test_class_imported_from_a_package_is_refused(sentence_model):
     """It would be saved under the package's name, which is nowhere else."""
     spec = importlib.util.spec_from_file_location("package.sentence_gircse", ROOT / "sentence_gircse.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with pytest.raises(ImportError, match="'package.sentence_gircse' would be saved under that name"):
-        module.SentenceGircse(model[0].model, model[0].processor)
+        module.SentenceGircse(sentence_model[0].model, sentence_model[0].processor)
 
 
 def test_another_backend_is_refused(exported):

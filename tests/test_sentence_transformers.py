@@ -22,25 +22,12 @@ if PROCESSOR_ARGUMENT not in inspect.signature(SentenceTransformer.__init__).par
     PROCESSOR_ARGUMENT = "tokenizer_kwargs"
 
 
-@pytest.fixture(scope="module")
-def loaded(exported) -> SentenceTransformer:
-    return load(exported)
-
-
-@pytest.fixture
-def model(loaded):
-    """What a test changes of it is undone."""
-    length = loaded.max_seq_length
-    yield loaded
-    loaded.max_seq_length = length
-
-
 # The same vectors ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [None, 1, 7])
-def test_encode_gives_the_vectors_of_generate_embedding(exported, model, k):
-    embeddings = model.encode(TEXTS, prompt=PROMPT, k=k)
+def test_encode_gives_the_vectors_of_generate_embedding(exported, sentence_model, k):
+    embeddings = sentence_model.encode(TEXTS, prompt=PROMPT, k=k)
     assert embeddings.shape == (5, 32) and embeddings.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
     assert cosines(embeddings, auto_embeddings(exported, PROMPT, k)).min() > 0.9999
@@ -68,58 +55,58 @@ def test_padding_and_batch_size_change_nothing(exported, side):
     assert cosines(model.encode(TEXTS, batch_size=1), model.encode(TEXTS, batch_size=5)).min() > 0.99999
 
 
-def test_number_of_steps_of_the_configuration(exported, model):
-    embeddings = model.encode(TEXTS)
-    assert cosines(embeddings, model.encode(TEXTS, k=3)).min() > 0.99999
+def test_number_of_steps_of_the_configuration(exported, sentence_model):
+    embeddings = sentence_model.encode(TEXTS)
+    assert cosines(embeddings, sentence_model.encode(TEXTS, k=3)).min() > 0.99999
     other = load(exported, config_kwargs={"num_steps": 6})
     assert other[0].model.config.num_steps == 6
-    assert cosines(other.encode(TEXTS), model.encode(TEXTS, k=6)).min() > 0.99999
+    assert cosines(other.encode(TEXTS), sentence_model.encode(TEXTS, k=6)).min() > 0.99999
 
 
 @pytest.mark.parametrize("k, error", [(0, ValueError), (-1, ValueError), ("3", TypeError), (2.0, TypeError)])
-def test_wrong_k_is_refused(model, k, error):
+def test_wrong_k_is_refused(sentence_model, k, error):
     with pytest.raises(error, match=re.escape(f"k={k!r} must be an int >= 1")):
-        model.encode(TEXTS, k=k)
+        sentence_model.encode(TEXTS, k=k)
 
 
 @pytest.mark.parametrize("k", [np.int64(2), np.int32(2), torch.tensor(2)])
-def test_k_may_be_any_integer(model, k):
-    np.testing.assert_array_equal(model.encode(TEXTS, k=k), model.encode(TEXTS, k=2))
+def test_k_may_be_any_integer(sentence_model, k):
+    np.testing.assert_array_equal(sentence_model.encode(TEXTS, k=k), sentence_model.encode(TEXTS, k=2))
 
 
 @pytest.mark.parametrize("k", [True, np.float64(2)])
-def test_a_truth_value_or_a_fraction_is_no_k(model, k):
+def test_a_truth_value_or_a_fraction_is_no_k(sentence_model, k):
     with pytest.raises(TypeError, match=re.escape(f"k={k!r} must be an int >= 1")):
-        model.encode(TEXTS, k=k)
+        sentence_model.encode(TEXTS, k=k)
 
 
 @pytest.mark.parametrize("texts", [["a", None], [3]])
-def test_what_is_no_text_is_refused(model, texts):
+def test_what_is_no_text_is_refused(sentence_model, texts):
     with pytest.raises(TypeError, match="must be a str|can only concatenate str"):  # by us, or the library before 5.4
-        model.encode(texts, prompt=PROMPT)
+        sentence_model.encode(texts, prompt=PROMPT)
 
 
-def test_one_text_and_none(model):
-    assert model.encode("rain").shape == (32,)
-    assert len(model.encode([])) == 0
+def test_one_text_and_none(sentence_model):
+    assert sentence_model.encode("rain").shape == (32,)
+    assert len(sentence_model.encode([])) == 0
 
 
-def test_all_outputs_of_a_text(model):
-    found = model.encode(TEXTS[:2], output_value=None)
+def test_all_outputs_of_a_text(sentence_model):
+    found = sentence_model.encode(TEXTS[:2], output_value=None)
     assert [set(row) for row in found] == [{"input_ids", "attention_mask", "sentence_embedding"}] * 2
     embeddings = np.stack([row["sentence_embedding"].numpy() for row in found])
-    np.testing.assert_allclose(embeddings, model.encode(TEXTS[:2]), atol=1e-6)
+    np.testing.assert_allclose(embeddings, sentence_model.encode(TEXTS[:2]), atol=1e-6)
 
 
-def test_there_are_no_embeddings_of_tokens(model):
+def test_there_are_no_embeddings_of_tokens(sentence_model):
     with pytest.raises(ValueError, match="output_value='token_embeddings': .* Use 'sentence_embedding' or None"):
-        model.encode(TEXTS, output_value="token_embeddings")
+        sentence_model.encode(TEXTS, output_value="token_embeddings")
     # What the error names instead.
-    inputs = getattr(model, "preprocess", model.tokenize)(TEXTS)
-    states = model[0].model(**inputs).step_states
+    inputs = getattr(sentence_model, "preprocess", sentence_model.tokenize)(TEXTS)
+    states = sentence_model[0].model(**inputs).step_states
     assert states.shape == (5, 3, 32)
     mean = torch.nn.functional.normalize(states.mean(1), dim=-1).detach().numpy()
-    np.testing.assert_allclose(mean, model.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(mean, sentence_model.encode(TEXTS), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -132,19 +119,19 @@ def test_there_are_no_embeddings_of_tokens(model):
         ("document", None),
     ],
 )
-def test_prompt_by_name_gives_the_golden_ids(model, name, instruction):
+def test_prompt_by_name_gives_the_golden_ids(sentence_model, name, instruction):
     prefix = f"Instruct: {instruction}\nQuery: " if instruction else ""
-    with Inputs(model) as inputs:
-        model.encode(["a red fox"], prompt_name=name)
-        model.encode(["a red fox"], prompt=prefix)
+    with Inputs(sentence_model) as inputs:
+        sentence_model.encode(["a red fox"], prompt_name=name)
+        sentence_model.encode(["a red fox"], prompt=prefix)
     assert inputs.ids == [golden_ids(f"{prefix}a red fox") + golden_ids(SUFFIX)] * 2
 
 
-def test_queries_and_documents(model):
-    with Inputs(model) as inputs:
-        model.encode_query("rain")
-        model.encode_document("rain")
-    query = model.prompts["query"] + "rain"
+def test_queries_and_documents(sentence_model):
+    with Inputs(sentence_model) as inputs:
+        sentence_model.encode_query("rain")
+        sentence_model.encode_document("rain")
+    query = sentence_model.prompts["query"] + "rain"
     assert inputs.ids == [golden_ids(query) + golden_ids(SUFFIX), golden_ids("rain") + golden_ids(SUFFIX)]
 
 
@@ -169,14 +156,14 @@ def test_trained_folder_has_the_prompts_in_its_own_template(gircse, tmp_path):
     assert all(prompt[0] + prompt[-1] == "[]" and "Instruct: " not in prompt for prompt in prompts.values() if prompt)
 
 
-def test_max_seq_length_cuts_the_text_and_keeps_the_suffix(model):
-    assert model.max_seq_length == 64 and "'max_seq_length': 64" in str(model)
+def test_max_seq_length_cuts_the_text_and_keeps_the_suffix(sentence_model):
+    assert sentence_model.max_seq_length == 64 and "'max_seq_length': 64" in str(sentence_model)
     text, suffix = "how do I renew the card that was stolen from me last week? " * 20, golden_ids(SUFFIX)
     room = 12 - len(suffix)
-    with Inputs(model) as inputs:
-        whole = model.encode(text)
-        model.max_seq_length = 12
-        cut = model.encode([text, "rain"], prompt=PROMPT)
+    with Inputs(sentence_model) as inputs:
+        whole = sentence_model.encode(text)
+        sentence_model.max_seq_length = 12
+        cut = sentence_model.encode([text, "rain"], prompt=PROMPT)
     ids = golden_ids(PROMPT + text)
     assert inputs.ids == [
         golden_ids(text)[: 64 - len(suffix)] + suffix,
@@ -184,51 +171,54 @@ def test_max_seq_length_cuts_the_text_and_keeps_the_suffix(model):
         golden_ids(PROMPT + "rain")[:room] + suffix,
     ]
     assert cosines(whole, cut[0]) < 0.9999
-    model.max_seq_length = len(suffix)
+    sentence_model.max_seq_length = len(suffix)
     with pytest.raises(ValueError, match=f"max_length must be an int greater than the suffix's {len(suffix)} tokens"):
-        model.encode(text)
+        sentence_model.encode(text)
 
 
-def test_max_seq_length_none_is_all_that_there_is_room_for(model):
-    positions = model[0].model.config.text_config.max_position_embeddings
-    model.max_seq_length = None
-    assert model.max_seq_length == positions - model[0].model.config.num_steps
-    with Inputs(model) as inputs:
-        model.encode("how do I renew the card? " * 50)
-    assert len(inputs.ids[0]) == positions - model[0].model.config.num_steps
+def test_max_seq_length_none_is_all_that_there_is_room_for(sentence_model):
+    positions = sentence_model[0].model.config.text_config.max_position_embeddings
+    sentence_model.max_seq_length = None
+    assert sentence_model.max_seq_length == positions - sentence_model[0].model.config.num_steps
+    with Inputs(sentence_model) as inputs:
+        sentence_model.encode("how do I renew the card? " * 50)
+    assert len(inputs.ids[0]) == positions - sentence_model[0].model.config.num_steps
 
 
-def test_max_seq_length_is_any_integer(model):
-    model.max_seq_length = np.int64(20)
-    assert model.max_seq_length == 20 and type(model.max_seq_length) is int
+def test_max_seq_length_is_any_integer(sentence_model):
+    sentence_model.max_seq_length = np.int64(20)
+    assert sentence_model.max_seq_length == 20 and type(sentence_model.max_seq_length) is int
     for wrong in (0, 20.0, "20", True):
         with pytest.raises(ValueError, match=f"max_length must be an int >= 1, got {wrong!r}"):
-            model.max_seq_length = wrong
-    assert model.max_seq_length == 20
+            sentence_model.max_seq_length = wrong
+    assert sentence_model.max_seq_length == 20
 
 
 @pytest.mark.skipif(PROCESSOR_ARGUMENT == "tokenizer_kwargs", reason="a module gets no k with the texts before 5.4")
-def test_more_steps_leave_less_room_for_the_text(model):
-    text, positions = "how do I renew the card? " * 50, model[0].model.config.text_config.max_position_embeddings
-    with Inputs(model) as inputs:
-        model.encode(text, k=positions - 10)
-        model.max_seq_length = positions
-        model.encode(text)
-    assert [len(ids) for ids in inputs.ids] == [10, positions - model[0].model.config.num_steps]
+def test_more_steps_leave_less_room_for_the_text(sentence_model):
+    text, positions = (
+        "how do I renew the card? " * 50,
+        sentence_model[0].model.config.text_config.max_position_embeddings,
+    )
+    with Inputs(sentence_model) as inputs:
+        sentence_model.encode(text, k=positions - 10)
+        sentence_model.max_seq_length = positions
+        sentence_model.encode(text)
+    assert [len(ids) for ids in inputs.ids] == [10, positions - sentence_model[0].model.config.num_steps]
     with pytest.raises(ValueError, match=f"k={positions} takes all positions of the backbone"):
-        model.encode(text, k=positions)
+        sentence_model.encode(text, k=positions)
 
 
 @pytest.mark.skipif(PROCESSOR_ARGUMENT == "tokenizer_kwargs", reason="the library has them since 5.4")
-def test_processing_kwargs_of_one_call(model):
+def test_processing_kwargs_of_one_call(sentence_model):
     text = "how do I renew the card? " * 50
-    with Inputs(model) as inputs:
-        model.encode(text, processing_kwargs={"text": {"max_length": 9, "truncation": True}})
-        model.encode(text)
+    with Inputs(sentence_model) as inputs:
+        sentence_model.encode(text, processing_kwargs={"text": {"max_length": 9, "truncation": True}})
+        sentence_model.encode(text)
     assert [len(ids) for ids in inputs.ids] == [9, 64]
     for wrong in ({"text": {"padding": "max_length"}}, {"image": {}}):
         with pytest.raises(ValueError, match="may only be {'text': {'max_length': N}}"):
-            model.encode(text, processing_kwargs=wrong)
+            sentence_model.encode(text, processing_kwargs=wrong)
 
 
 def test_arguments_of_the_library_may_be_given_twice(exported):
@@ -251,10 +241,10 @@ def dimension(model: SentenceTransformer) -> int:
     return (getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension)()
 
 
-def test_dimension_similarity_and_truncation(exported, model):
-    embeddings = model.encode(TEXTS)
-    assert dimension(model) == 32
-    np.testing.assert_allclose(model.similarity(embeddings, embeddings), embeddings @ embeddings.T, atol=1e-5)
+def test_dimension_similarity_and_truncation(exported, sentence_model):
+    embeddings = sentence_model.encode(TEXTS)
+    assert dimension(sentence_model) == 32
+    np.testing.assert_allclose(sentence_model.similarity(embeddings, embeddings), embeddings @ embeddings.T, atol=1e-5)
     short = load(exported, truncate_dim=8)
     assert dimension(short) == 8
     np.testing.assert_allclose(short.encode(TEXTS), embeddings[:, :8], atol=1e-5)
@@ -263,24 +253,24 @@ def test_dimension_similarity_and_truncation(exported, model):
     np.testing.assert_allclose(np.linalg.norm(normalized, axis=1), 1, atol=1e-5)
 
 
-def test_precision(model):
-    embeddings = model.encode(TEXTS)
-    binary = model.encode(TEXTS, precision="binary")
+def test_precision(sentence_model):
+    embeddings = sentence_model.encode(TEXTS)
+    binary = sentence_model.encode(TEXTS, precision="binary")
     assert binary.dtype == np.int8 and binary.shape == (5, 32 // 8)
     np.testing.assert_array_equal((binary.astype(int) + 128).astype(np.uint8), np.packbits(embeddings > 0, axis=1))
-    small = model.encode(TEXTS, precision="int8")
+    small = sentence_model.encode(TEXTS, precision="int8")
     assert small.dtype == np.int8 and small.shape == (5, 32)
     np.testing.assert_array_equal(small, quantize_embeddings(embeddings, "int8"))
 
 
 @pytest.mark.parametrize("argument", DTYPE_ARGUMENTS)
-def test_dtype(exported, model, argument):
+def test_dtype(exported, sentence_model, argument):
     half = load(exported, model_kwargs={argument: torch.bfloat16})
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     embeddings = half.encode(TEXTS)
     assert embeddings.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
-    assert 0.99 < cosines(embeddings, model.encode(TEXTS)).min() < 0.9999999
+    assert 0.99 < cosines(embeddings, sentence_model.encode(TEXTS)).min() < 0.9999999
 
 
 def test_attn_implementation(exported):
@@ -289,10 +279,10 @@ def test_attn_implementation(exported):
 
 
 @pytest.mark.slow
-def test_pool_of_processes(model):
-    pool = model.start_multi_process_pool(["cpu", "cpu"])
+def test_pool_of_processes(sentence_model):
+    pool = sentence_model.start_multi_process_pool(["cpu", "cpu"])
     try:
-        embeddings = model.encode(TEXTS, prompt=PROMPT, k=5, pool=pool, chunk_size=2)
+        embeddings = sentence_model.encode(TEXTS, prompt=PROMPT, k=5, pool=pool, chunk_size=2)
     finally:
-        model.stop_multi_process_pool(pool)
-    assert cosines(embeddings, model.encode(TEXTS, prompt=PROMPT, k=5)).min() > 0.9999
+        sentence_model.stop_multi_process_pool(pool)
+    assert cosines(embeddings, sentence_model.encode(TEXTS, prompt=PROMPT, k=5)).min() > 0.9999
