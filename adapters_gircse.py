@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .backbone_gircse import HUB_ARGUMENTS, REPO_ARGUMENTS, is_tied, load_backbone
+from .configuration_gircse import DTYPE
 
 
 class AdapterMixin:
@@ -25,14 +26,14 @@ class AdapterMixin:
         # Nothing but this repo's own code is run, whatever the backbone's repo holds.
         for name in ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash"):
             kwargs.pop(name, None)
-        # A configuration would take the dtype for itself; it is for the weights, and those are the backbone's.
+        # GircseConfig.from_pretrained would take the dtype as a setting of its own; it is the weights'.
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         if not isinstance(config, PretrainedConfig):
             config, kwargs = cls.config_class.from_pretrained(
                 config or repo, return_unused_kwargs=True, **where, **kwargs
             )
-        kwargs |= dtype
-        # transformers 4 keeps the caller's choice in the outer configuration, 5 hands it down.
+        kwargs |= dtype or {DTYPE: getattr(config, DTYPE)}
+        # The caller's choice is in the backbone's configuration, or in the outer one (transformers < 5).
         chosen = [getattr(part, "_attn_implementation_internal", None) for part in (config.text_config, config)]
         kwargs.setdefault("attn_implementation", chosen[0] or chosen[1])
         where["subfolder"] = "/".join(filter(None, (where.get("subfolder"), config.adapter)))
@@ -45,7 +46,7 @@ class AdapterMixin:
             language_model = load_backbone(base, **common, **kwargs)
         language_model = merge_adapter(language_model, folder)
         config.text_config, config.adapter = language_model.config, None  # as saved from now on, it has weights
-        # Left open, transformers 4 would take the backbone's from it.
+        # The outer choice is handed down when the model is built; unset, it would undo this one (transformers < 5).
         config._attn_implementation = language_model.config._attn_implementation
         return cls(config, language_model).eval()
 

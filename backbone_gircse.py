@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .configuration_gircse import DTYPE
+
 # Where a file is found on the Hub: arguments of `from_pretrained` that hold for more than one repo, or for one alone.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 REPO_ARGUMENTS = ("revision", "subfolder")
@@ -57,7 +59,7 @@ def load_backbone(name_or_path: str, needs_head: bool = True, **kwargs: Any) -> 
     """A plain causal LM. What its checkpoint lacks would be random: a ValueError, but for a head that is not needed."""
     name_dtype(kwargs)
     model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-    if kwargs.get("gguf_file"):  # which is dequantized at loading: no loader of what is saved may take it for quantized
+    if kwargs.get("gguf_file"):  # loading has dequantized the weights; a saved model must not claim otherwise
         drop_quantization(model)
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     lost = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
@@ -80,10 +82,10 @@ def drop_quantization(model: PreTrainedModel) -> None:
 
 
 def name_dtype(kwargs: dict[str, Any]) -> None:
-    """Has the dtype under the name that the installed transformers takes: `torch_dtype` until 4.55, `dtype` since."""
+    """Has the dtype under the name that the installed transformers takes."""
     given = [kwargs.pop(name) for name in ("torch_dtype", "dtype") if name in kwargs]
     if given:
-        kwargs["dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"] = given[-1]
+        kwargs[DTYPE] = given[-1]
 
 
 def is_tied(language_model: PreTrainedModel) -> bool:
@@ -131,7 +133,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
 def decoder_of(language_model: PreTrainedModel) -> nn.Module:
     """f: the causal LM without its head."""
     decoder = language_model.get_decoder() if hasattr(language_model, "get_decoder") else language_model
-    # transformers 4.57 says of GPT-2 that it is its own decoder; ModernBERT calls its head so.
+    # GPT-2 names itself as its decoder (transformers < 5), and ModernBERT names its head.
     if decoder is language_model or not isinstance(decoder, PreTrainedModel):
         decoder = language_model.base_model
     return getattr(language_model, "model", decoder) if decoder is language_model else decoder
@@ -155,7 +157,7 @@ def unsharded(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def attention_of_any_device(language_model: PreTrainedModel) -> Iterator[None]:
-    """For a pass on the CPU, where flash attention, which may be chosen for later, can't run."""
+    """Runs a pass on the CPU in eager attention if flash attention, which needs a GPU, is chosen for later."""
     config, device = language_model.config, language_model.get_input_embeddings().weight.device
     chosen = getattr(config, "_attn_implementation", None)
     if device.type != "cpu" or chosen in ("eager", "sdpa", None):
@@ -224,7 +226,7 @@ def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     """Of each layer, (B, heads, N, size) each."""
     if hasattr(cache, "layers"):
         return [(layer.keys, layer.values) for layer in cache.layers]
-    return list(zip(cache.key_cache, cache.value_cache, strict=True))  # transformers < 4.54
+    return list(zip(cache.key_cache, cache.value_cache, strict=True))  # transformers < 5 (before 4.54)
 
 
 @torch.compiler.disable
@@ -281,8 +283,8 @@ def possible_ways(language_model: PreTrainedModel, ids: Tensor, generates: bool)
     if generates:
         inputs = embed_tokens(language_model, ids, torch.ones_like(ids))
         with suppress(*REFUSALS):
-            # A decoder returns the cache that it has made under the name by which it takes one. Some make another
-            # kind, of fixed length, and mask for that (Gemma 2 in transformers 4.51).
+            # A decoder returns the cache that it has made under the name by which it takes one. A cache of fixed
+            # length, as Gemma 2 makes, comes with masks of that length, and is passed over (transformers < 5).
             output = decoder_of(language_model)(inputs_embeds=inputs, use_cache=True)
             names = [name for name, value in output.items() if isinstance(value, DynamicCache)] + names
     return [Way(name, square) for name in names for square in squares]

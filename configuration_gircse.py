@@ -9,6 +9,8 @@ from transformers import AutoConfig, PretrainedConfig
 STEP_TOKENS = ("soft", "hard", "learned", "none")
 ATTENTIONS = ("causal", "bidirectional")
 POOLINGS = ("mean", "last")
+# What the installed transformers calls the dtype of weights, in configurations and as an argument.
+DTYPE = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # transformers < 5 (before 4.56)
 SETTINGS = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
 
 
@@ -73,10 +75,12 @@ class GircseConfig(PretrainedConfig):
         self.attention = attention
         self.pooling = pooling
         self.adapter = adapter
-        # The base class hands its own choice down, and without one would take away that of an existing backbone.
+        # PretrainedConfig hands its attention implementation down to `text_config`; None would erase the choice made
+        # there for a backbone that exists already.
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = getattr(self.text_config, "_attn_implementation_internal", None)
-        # Without one, transformers 4 gives pipelines no tokenizer; which one it is, is read from tokenizer_config.json.
+        # Pipelines load a tokenizer only for a config that names a class (transformers < 5). Which class is really
+        # loaded, tokenizer_config.json says.
         kwargs.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         super().__init__(**kwargs)
 
@@ -90,11 +94,11 @@ class GircseConfig(PretrainedConfig):
                 f"model_type={found!r} is not {cls.model_type!r}: this is another kind of model. "
                 "For a plain causal LM use GircseModel.from_causal_lm(...)"
             )
-        # The base class would set them on the finished object.
+        # PretrainedConfig.from_dict sets keyword arguments as attributes after the constructor has checked its own.
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
-        if "dtype" in config_dict and not hasattr(PretrainedConfig(), "dtype"):  # transformers < 4.56
+        if "dtype" in config_dict and DTYPE != "dtype":  # transformers < 5 (before 4.56)
             # A stray attribute of that name would keep `from_pretrained(..., dtype=...)` from the model.
-            config_dict = {"torch_dtype" if name == "dtype" else name: value for name, value in config_dict.items()}
+            config_dict = {DTYPE if name == "dtype" else name: value for name, value in config_dict.items()}
         return super().from_dict({**config_dict, **settings}, **kwargs)
 
     @property
@@ -113,14 +117,15 @@ def _as_config(text_config: PretrainedConfig | dict[str, Any] | None) -> Pretrai
         raise TypeError(f"text_config must be a configuration or a dict, not {type(text_config).__name__}")
     if "model_type" not in text_config:
         raise ValueError("text_config has no 'model_type'; give the backbone's own configuration (its config.json)")
-    # transformers 4 saves that an attention has been chosen, but not which: it would read that as "eager".
+    # A saved config says that an attention was chosen, but not which, and is read as "eager" (transformers < 5).
     config = AutoConfig.for_model(**{k: v for k, v in text_config.items() if k != "_attn_implementation_autoset"})
     _read_rope_parameters(config)
     return config
 
 
 def _read_rope_parameters(config: PretrainedConfig) -> None:
-    """Gives transformers 4 the rotary settings as 5 writes them, which it would ignore for its defaults."""
+    """Copies rotary settings from `rope_parameters`, where transformers 5 writes them, to the attributes that older
+    versions read; without them, these would take their defaults (transformers < 5)."""
     rope = getattr(config, "rope_parameters", None)
     if not rope or not hasattr(config, "rope_theta"):  # 5 has no such attribute
         return

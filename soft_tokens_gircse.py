@@ -21,9 +21,10 @@ from transformers import PretrainedConfig
 
 from .backbone_gircse import at_least_float32, unsharded
 
-# Vocabularies from this size on are mixed in chunks in training, where keeping B x V floats a step would cost more than
-# making them again; and the size of a chunk: what a processor's cache holds; on a GPU, few launches.
+# In training, a step over a vocabulary of at least this size is computed in chunks, which are computed again in the
+# backward pass: that costs less time than keeping B x V floats.
 SMALLEST_CHUNKED_VOCABULARY = 32768
+# Tokens of a chunk: on a CPU as many as its cache holds; elsewhere more, so that few kernels are launched.
 CHUNK_ON_CPU, CHUNK = 2048, 16384
 
 
@@ -39,10 +40,10 @@ def next_token(
         state: (B, d), h'_k.
     """
     embed, head = unsharded(embed), unsharded(head)
-    # A device map may offload weights (to the meta device), or spread them; their modules' calls see to that.
+    # Under a device map, weights may be on other devices or offloaded (meta); only calls of their modules fetch them.
     direct = type(head).forward is nn.Linear.forward
     direct = direct and {head.weight.device, embed.weight.device} == {state.device}
-    # A call of the head under FSDP2 would free the weights that the mix's backward pass reads.
+    # FSDP2 frees the head's weights after a call of the module, and the backward pass of the mix reads them: no call.
     chunked = len(embed.weight) >= SMALLEST_CHUNKED_VOCABULARY or hasattr(head, "unshard")
     if torch.is_grad_enabled() and config.step_token == "soft" and direct and chunked:
         probabilities = None
@@ -55,9 +56,9 @@ def next_token(
             table = embed(torch.arange(embed.num_embeddings, device=state.device))  # scaled where the model does
             return probabilities, probabilities.to(table) @ table
         mixed = probabilities.to(embed.weight) @ embed.weight
-    # Under autocast the product is in half precision; steps enter the decoder in the dtype that the prompt has.
+    # Autocast makes the product half precision, while the prompt entered the decoder in the embeddings' dtype.
     mixed = mixed.to(embed.weight.dtype)
-    # Gemma 3 scales inside its embedding module, so that a product with the weight alone is short of it.
+    # Gemma 3's embedding module multiplies by a scale, which a product with its weight alone lacks.
     scale = getattr(embed, "embed_scale", None)
     return probabilities, mixed if scale is None else mixed * torch.as_tensor(scale).to(mixed)
 

@@ -26,10 +26,12 @@ from .backbone_gircse import (
 )
 from .soft_tokens_gircse import after_head
 
-# A common start of fewer tokens than this is not worth a pass of its own.
+# Rows that start with at least so many equal tokens have these computed once, in a pass of their own. For fewer tokens
+# the extra pass takes longer than it saves.
 SHORTEST_SHARED_PREFIX = 8
-# On a CPU, a group of rows is prefilled by itself if that saves as many tokens: for about 30, reading all weights once
-# more takes as long as the tokens would. On other devices, rows are prefilled together.
+# On a CPU, rows of like length are prefilled as a group of their own if that saves at least so many tokens of padding.
+# A further group reads all weights once more, which takes as long as computing about 30 tokens. On a GPU that is more
+# than the padding costs, so that all rows are prefilled together there.
 LEAST_TOKENS_SAVED = 64
 
 
@@ -50,7 +52,7 @@ class StepLoop:
         self.model, self.decoder = model, decoder_of(model.language_model)
         self.way = model._find_way(input_ids.device) if way is None else way
         if checkpoints(model.language_model):
-            # The layers would fill a cache a second time in backward, and differ from what the forward pass saw.
+            # Checkpointed layers run again in the backward pass, and would append to the cache a second time.
             self.way = self.way._replace(cache=None)
         self.past, self.inputs = {}, None
         if self.way.cache is None:
@@ -211,7 +213,7 @@ def shared_prefix(language_model: PreTrainedModel, input_ids: Tensor, attention_
     """How many tokens all rows start with, such as an instruction's: their states are the same in every row, so
     that the prefill runs them once. 0 where that does not pay, or would not be exact."""
     batch, length = input_ids.shape
-    # Padding then lies between the prefix and the rest, and a sliding window would count it.
+    # After a shared prefix, padding lies between prefix and rest, and a sliding window would count it as positions.
     if batch == 1 or input_ids.is_meta or exceeds_window(language_model.config, length + k):
         return 0
     if runs_in_step(language_model):

@@ -47,15 +47,8 @@ logger = logging.get_logger("gircse")
 
 def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTrainer] = GircseTrainer) -> None:
     """The command line. `make_trainer` may be a subclass of [`GircseTrainer`] with a loss of its own."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv:
-        argv = SAMPLE_RUN
-        print(f"No arguments: training the root model on the sample, as\n  python train_gircse.py {' '.join(argv)}\n")
     lenient_console()
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, GircseTrainingArguments), description=__doc__, formatter_class=HelpFormatter
-    )
-    arguments, data, training = parser.parse_args_into_dataclasses(argv)
+    arguments, data, training = parse(argv)
     checkpoint = check_output(training)
     set_seed(training.seed)
     if training.disable_tqdm:
@@ -64,17 +57,7 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
 
     model, processor = load_model(arguments)
     check_settings(model, processor, arguments, data, training)
-    if training.process_index == 0:
-        print(f"Reading {data.train_data}", flush=True)
-    pairs = load_pairs(
-        data.train_data,
-        config=data.data_config,
-        columns=parse_columns(data.columns),
-        symmetric_sources=data.symmetric_sources,
-        limit=data.limit,
-        max_bad_share=data.max_bad_share if data.skip_bad_rows else None,
-        bad_rows_file=Path(training.output_dir) / BAD_ROWS,
-    )
+    pairs = read_pairs(data, training)
     held_out = held_out_size(len(pairs), training) if data.held_out is None else data.held_out
     pairs, held_out = split_held_out(pairs, held_out, training.seed)
     if arguments.tuning == "lora":
@@ -98,23 +81,21 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
     trainer.train(resume_from_checkpoint=checkpoint)
     if len(held_out):
         trainer.evaluate()
-    if trainer.is_world_process_zero():
-        if trainer.scores:
-            print(f"\nHeld-out retrieval accuracy ({len(held_out)} pairs)\n   k  before  after")
-            for k, (before, after) in trainer.scores.items():
-                print(f"  {k:2d}  {before:6.3f} {after:6.3f}")
-        plot_curves(trainer.state.log_history, Path(training.output_dir) / "training_curves.png")
-        print(f"\nSaving to {training.output_dir}", flush=True)
-    if training.push_to_hub:
-        commit = trainer.push_to_hub()
-    else:
-        trainer.export()
-    if trainer.is_world_process_zero():
-        print(f"Saved to {training.output_dir}")
-        if training.push_to_hub:
-            print(f"Published: {commit}")
-        if data.show_neighbours:
-            show_neighbours(training.output_dir, held_out)
+    save(trainer)
+    if data.show_neighbours and trainer.is_world_process_zero():
+        show_neighbours(training.output_dir, held_out)
+
+
+def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, GircseTrainingArguments]:
+    """The arguments of a command line; without any, those of the run on the sample."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv:
+        argv = SAMPLE_RUN
+        print(f"No arguments: training the root model on the sample, as\n  python train_gircse.py {' '.join(argv)}\n")
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, GircseTrainingArguments), description=__doc__, formatter_class=HelpFormatter
+    )
+    return parser.parse_args_into_dataclasses(argv)
 
 
 def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
@@ -122,6 +103,38 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
     axes = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
     names = ("dtype", "attn_implementation", "adapter", "gguf_file", "prompt_template", "suffix", *axes)
     return load(arguments.model_name_or_path, **{name: getattr(arguments, name) for name in names})
+
+
+def read_pairs(data: DataArguments, training: GircseTrainingArguments) -> datasets.Dataset:
+    """The rows of the training file; see `gircse.training.pairs.load_pairs`."""
+    if training.process_index == 0:
+        print(f"Reading {data.train_data}", flush=True)
+    return load_pairs(
+        data.train_data,
+        config=data.data_config,
+        columns=parse_columns(data.columns),
+        symmetric_sources=data.symmetric_sources,
+        limit=data.limit,
+        max_bad_share=data.max_bad_share if data.skip_bad_rows else None,
+        bad_rows_file=Path(training.output_dir) / BAD_ROWS,
+    )
+
+
+def save(trainer: GircseTrainer) -> None:
+    """Prints the accuracy, draws the curves, and writes the Hub-ready folder, to the Hub as well with `push_to_hub`."""
+    folder, first = trainer.args.output_dir, trainer.is_world_process_zero()
+    if first:
+        if trainer.scores:
+            print(f"\nHeld-out retrieval accuracy ({len(trainer.eval_dataset)} pairs)\n   k  before  after")
+            for k, (before, after) in trainer.scores.items():
+                print(f"  {k:2d}  {before:6.3f} {after:6.3f}")
+        plot_curves(trainer.state.log_history, Path(folder) / "training_curves.png")
+        print(f"\nSaving to {folder}", flush=True)
+    commit = trainer.push_to_hub() if trainer.args.push_to_hub else trainer.export()
+    if first:
+        print(f"Saved to {folder}")
+        if trainer.args.push_to_hub:
+            print(f"Published: {commit}")
 
 
 def check_settings(

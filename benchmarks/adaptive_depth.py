@@ -75,7 +75,7 @@ def main() -> None:
             most_steps=int(steps.max()),
             time=ratio(times, tolerance, None),
         )
-    table.save(args.output, x="tolerance", y=["time"], label=f"time over k = {args.k}")
+    table.save(args.output)
 
 
 if __name__ == "__main__":

@@ -70,9 +70,8 @@ def main() -> None:
             job_s=statistics.median(seconds for seconds, _ in measured),
             texts_per_second=rate * size,
             speedup=rate / base,
-            pool=pool,
         )
-    table.save(args.output, x="pool", y=["texts_per_second"], label="texts a second")
+    table.save(args.output)
 
 
 if __name__ == "__main__":

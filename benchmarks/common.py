@@ -1,4 +1,4 @@
-"""What the benchmarks share: models with random weights, timing in turns, peak memory, tables, JSON and pictures."""
+"""What the benchmarks share: models with random weights, timing in turns, peak memory, tables and JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -132,7 +132,7 @@ def peak_bytes(call: Callable[[], object], model: torch.nn.Module) -> int:
 def parser(description: str, rounds: int = 5) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--rounds", type=int, default=rounds)
-    result.add_argument("--output", type=Path, help="folder for the JSON and the picture")
+    result.add_argument("--output", type=Path, help="folder for the JSON")
     return result
 
 
@@ -149,8 +149,8 @@ class Table:
         cells = ["–" if row[name] is None else form.format(row[name]) for name, form in self.columns.items()]
         print("| " + " | ".join(cells) + " |", flush=True)
 
-    def save(self, folder: Path | None, **picture: Any) -> None:
-        """`NAME.json` and `NAME.png` in `folder`, NAME the script's; `picture` as in `draw`."""
+    def save(self, folder: Path | None) -> None:
+        """`NAME.json` in `folder`, NAME the script's."""
         if folder is None:
             return
         name = Path(sys.argv[0]).stem
@@ -160,53 +160,3 @@ class Table:
         command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         content = {"command": command, "machine": machine, "rows": self.rows}
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        draw(folder / f"{name}.png", self.rows, **picture)
-
-
-def draw(
-    path: Path,
-    rows: list[dict[str, Any]],
-    *,
-    x: str,
-    y: Sequence[str],
-    label: str,
-    panels: Sequence[str] = (),
-    log: bool = False,
-    bars: bool = False,
-) -> None:
-    """Columns `y` over `x`, with one panel for all rows that have the same values in `panels`; bars for categories."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(", ".join(f"{name} = {row[name]}" for name in panels), []).append(row)
-    size = (7.0, 0.9 + 0.5 * len(rows)) if bars else (1.2 + 3.0 * len(groups), 3.4)
-    figure, axes = pyplot.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, (title, mine) in zip(axes[0], groups.items(), strict=True):
-        for index, name in enumerate(y):
-            shown = [row for row in mine if row.get(name) is not None]
-            places, values, legend = (
-                [str(row[x]) for row in shown],
-                [row[name] for row in shown],
-                name.replace("_", " "),
-            )
-            if bars:
-                heights = [mine[::-1].index(row) - (index - (len(y) - 1) / 2) * 0.8 / len(y) for row in shown]
-                axis.barh(heights, values, height=0.75 / len(y), label=legend)
-            elif shown:
-                axis.plot(places, values, marker="o", markersize=4, linewidth=1.3, label=legend)
-        scale = {"xscale" if bars else "yscale": "log" if log else "linear"}
-        axis.set(title=title, **{"xlabel": label} if bars else {"xlabel": x}, **scale)
-        if bars:
-            axis.set_yticks(range(len(mine)), [str(row[x]) for row in mine[::-1]])
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="x" if bars else "y", alpha=0.25)
-    if not bars:
-        axes[0][0].set_ylabel(label)
-    if len(y) > 1:
-        axes[0][-1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)

@@ -86,9 +86,7 @@ def main() -> None:
             over_causal_eos=ratio(times, route, "eos"),
             over_naive=ratio(times, route, f"naive {k}") if k else None,
         )
-    for row in table.rows:
-        row["name"] = row["route"] + (f", k = {row['k']}" if row["k"] else "")
-    table.save(args.output, x="name", y=["texts_per_second"], label="texts a second", bars=True)
+    table.save(args.output)
 
 
 if __name__ == "__main__":

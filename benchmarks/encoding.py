@@ -53,7 +53,7 @@ def main() -> None:
                     memory=peak_bytes(routes[f"{k}"], model) / base,
                     seconds=times,
                 )
-    table.save(args.output, x="k", y=["time", "static_time", "memory"], panels=["batch", "N"], label="over Causal-EOS")
+    table.save(args.output)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def main() -> None:
             MB_beyond_the_weights=[round(peak / 1e6, 1) for peak in peaks],
             memory_exponent=slope(sizes, peaks),
         )
-    table.save(args.output, x="what", y=["time_exponent", "memory_exponent"], label="exponent", bars=True)
+    table.save(args.output)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main() -> None:
                 least_cosine=float(F.cosine_similarity(embed(model), exact).min()),
                 time=ratio(times, name, "float32"),
             )
-    table.save(args.output, x="load", y=["weights_MB"], label="weights, MB", bars=True)
+    table.save(args.output)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def main() -> None:
             bound_s=bound or None,
             times_the_bound=time / bound if bound else None,
         )
-    out.save(args.output, x="part", y=["seconds", "bound_s"], label="seconds", log=True, bars=True)
+    out.save(args.output)
 
 
 if __name__ == "__main__":

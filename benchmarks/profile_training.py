@@ -80,7 +80,7 @@ def main() -> None:
         over_causal_eos=ratio(sums, "whole", "prompt"),
     )
     print(f"\n{table.rows[-1]['over_causal_eos']:.2f}x the time of Causal-EOS")
-    table.save(args.output, x="part", y=["forward_s", "backward_s", "bound_s"], label="seconds", bars=True)
+    table.save(args.output)
 
 
 if __name__ == "__main__":

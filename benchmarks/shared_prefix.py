@@ -80,8 +80,7 @@ def main() -> None:
                 shared_over_causal_eos=ratio(times, f"shared {k}", "causal_eos"),
                 cosine=float((shared * unshared).sum(-1).min()),
             )
-    y = ["prefill_saving", "whole_saving", "plain_over_causal_eos", "shared_over_causal_eos"]
-    table.save(args.output, x="N", y=y, panels=["batch", "k"], label="ratio")
+    table.save(args.output)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main() -> None:
             plain_MB=peaks["plain"] / 1e6,
             difference=float((gradients["chunked"] - gradients["plain"]).norm() / gradients["plain"].norm()),
         )
-    table.save(args.output, x="batch", y=["time"], panels=["V", "table"], label="time over one product")
+    table.save(args.output)
 
 
 if __name__ == "__main__":

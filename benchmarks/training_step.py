@@ -113,8 +113,7 @@ def main() -> None:
                 seconds=times,
                 bytes=peaks,
             )
-    y = ["Algorithm_1_time", "Causal_EOS_time"]
-    table.save(args.output, x="N", y=y, panels=["batch"], label="Algorithm 1 / ours, ours / Causal-EOS")
+    table.save(args.output)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from typing import Any
+
+from tqdm import tqdm
+
+LOG_SECONDS = 30  # between the lines of a log that stand for a bar
 
 
 def unescape(text: str) -> str:
@@ -26,3 +31,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = super()._get_help_string(action) or ""
         return re.sub(r"%(%|\(\w+\)\w)?", lambda match: match[0] if match[1] else "%%", text)
+
+
+class Log:
+    """What tqdm writes over and over, as lines."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def progress(**options: Any) -> tqdm:
+    """A bar; where it can't be drawn, as in a log, a line at once and at most every LOG_SECONDS."""
+    if not sys.stderr.isatty():
+        options |= {"file": Log(), "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS, "miniters": 0}
+    return tqdm(**options)

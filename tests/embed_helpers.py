@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-import embed_gircse
+from gircse.embedding import actors, shards
 from helpers import ROOT
 
 ROWS = [json.loads(line) for line in (ROOT / "sample_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -41,12 +41,12 @@ def stamps(output: Path) -> dict[str, tuple[int, int]]:
 def machine(folder: Path) -> str:
     """What stands for this machine in the names of the files that it is writing."""
     names = []
-    embed_gircse.write_whole(folder / "probe", lambda file: (file.write_text(""), names.append(file.name)))
+    shards.write_whole(folder / "probe", lambda file: (file.write_text(""), names.append(file.name)))
     (folder / "probe").unlink()
     return names[0].removeprefix(".probe.").rpartition("-")[0]
 
 
 def expected(texts: list[str], k: int, instruction: str | None = None) -> torch.Tensor:
     settings = {"model": str(ROOT), "revision": None, "dtype": "float32"}
-    model, processor = embed_gircse.load_model(settings, trust_remote_code=False)
+    model, processor = actors.load_model(settings, trust_remote_code=False)
     return model.generate_embedding(**processor(texts, instruction=instruction), k=k)

@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+import transformers
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -225,6 +226,17 @@ def save_adapter(language_model: nn.Module, folder: Path, *, std: float = 0.1, t
             nn.init.normal_(parameter, std=std) if std else nn.init.zeros_(parameter)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def loads_beside_others() -> bool:
+    """Whether this transformers loads adapters beside others with the peft that is installed."""
+    try:
+        from transformers.integrations.peft import MIN_PEFT_VERSION
+
+        transformers.utils.check_peft_version(MIN_PEFT_VERSION)
+    except ValueError:
+        return False
+    return True
 
 
 # Values, gradients and calls of the decoder

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 from helpers import (
     DTYPE_ARGUMENTS,
     LORA_TARGETS,
+    loads_beside_others,
     make_rows,
     make_tokenizer,
     save_adapter,
@@ -27,16 +28,6 @@ from train_gircse import main
 
 peft = pytest.importorskip("peft")
 DROPS_MODULES = transformers.__version__.startswith("5.0.")
-
-
-def loads_beside_others() -> bool:
-    try:
-        from transformers.integrations.peft import MIN_PEFT_VERSION
-
-        transformers.utils.check_peft_version(MIN_PEFT_VERSION)
-    except ValueError:
-        return False
-    return True
 
 
 unmerged = pytest.mark.skipif(not loads_beside_others(), reason="this transformers needs a newer peft for it")

@@ -25,9 +25,14 @@ import torch
 import torch.nn.functional as F
 
 import embed_gircse
-from embed_gircse import BAD_ROWS, EXIT_BAD_ROWS, main, make_plan, parse
+from embed_gircse import EXIT_BAD_ROWS, main, parse
 from embed_helpers import TEXTS, arguments, expected, machine, read, stamps, write_lines
-from gircse import rows
+from gircse import command_line, rows
+from gircse.command_line import progress
+from gircse.embedding import actors, shards
+from gircse.embedding import plan as plans
+from gircse.embedding.plan import make_plan
+from gircse.embedding.shards import BAD_ROWS
 from helpers import ROOT
 
 if not (ROOT / "model.safetensors").exists():
@@ -124,8 +129,8 @@ def embed_alone(call: list[str], order: int = 1) -> int:
     """Runs a job without Ray, its shards in this order; returns its exit status."""
     options = parse(call)
     plan = make_plan(options)
-    embedder = embed_gircse.Embedder(plan, str(options.output), options.batch_size, "cpu", False)
-    for shard in embed_gircse.list_shards(plan)[::order]:
+    embedder = actors.Embedder(plan, str(options.output), options.batch_size, "cpu", False)
+    for shard in plans.list_shards(plan)[::order]:
         if not (options.output / shard["name"]).exists():
             assert embedder(shard)["rows"] == shard["stop"] - shard["start"]
     return main(call)
@@ -225,7 +230,7 @@ def test_a_large_k_truncates_long_texts(tmp_path):
     call = finished(tmp_path, [{"text": text} for text in texts], "--k", "30")
     assert main(call) == 0
     settings = {"model": str(ROOT), "revision": None, "dtype": "float32"}
-    model, processor = embed_gircse.load_model(settings, trust_remote_code=False)
+    model, processor = actors.load_model(settings, trust_remote_code=False)
     vectors = model.generate_embedding(**processor(texts, max_length=512 - 30), k=30)
     found = torch.stack(list(read(tmp_path / "out").values()))
     assert F.cosine_similarity(found, vectors).min() > 0.9999
@@ -257,20 +262,20 @@ def test_what_others_write_is_left_to_them(tmp_path):
 def test_a_machine_may_be_called_anything(tmp_path, monkeypatch, name):
     """And nobody is killed to find out whether he lives, as Windows understands signal 0."""
     monkeypatch.setattr(platform, "node", lambda: name)
-    monkeypatch.setattr(embed_gircse.psutil, "pid_exists", lambda process: process == os.getpid())
+    monkeypatch.setattr(shards.psutil, "pid_exists", lambda process: process == os.getpid())
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal was sent"))
     monkeypatch.delattr(os, "uname")
     seen = []
-    embed_gircse.write_whole(tmp_path / "000001.parquet", lambda file: (file.write_text("x"), seen.append(file)))
+    shards.write_whole(tmp_path / "000001.parquet", lambda file: (file.write_text("x"), seen.append(file)))
     assert (tmp_path / "000001.parquet").read_text() == "x" and not seen[0].exists()
     assert seen[0].name.isascii() and not set(seen[0].name) & set('/\\:*?"<>| ')
     own = os.getpid()
     left = [tmp_path / seen[0].name.replace(f"-{own}.", f"-{process}.") for process in (own, own + 1)]
     for file in left:
         file.touch()
-    assert [embed_gircse.is_abandoned(file) for file in left] == [False, name != ""]  # no name is no proof
+    assert [shards.is_abandoned(file) for file in left] == [False, name != ""]  # no name is no proof
     monkeypatch.setattr(platform, "node", lambda: "another")
-    assert not any(map(embed_gircse.is_abandoned, left))
+    assert not any(map(shards.is_abandoned, left))
 
 
 # What is shown -------------------------------------------------------------------------------------------------------
@@ -293,12 +298,12 @@ def test_a_console_that_lacks_letters(tmp_path, monkeypatch, encoding):
 
 
 def test_a_log_has_a_line_at_once_and_one_every_half_minute(capsys, monkeypatch):
-    with embed_gircse.progress(total=3, desc="at work") as bar:
+    with progress(total=3, desc="at work") as bar:
         bar.update(1)
         bar.update(1)
     assert capsys.readouterr().err.count("at work") == 2  # at the begin and at the end
-    monkeypatch.setattr(embed_gircse, "LOG_SECONDS", 0)
-    with embed_gircse.progress(total=3, desc="at work") as bar:
+    monkeypatch.setattr(command_line, "LOG_SECONDS", 0)
+    with progress(total=3, desc="at work") as bar:
         bar.update(1)
         bar.update(0)
     lines = capsys.readouterr().err.splitlines()
@@ -309,12 +314,12 @@ def test_an_actor_tells_how_far_it_is(tmp_path, monkeypatch):
     """Each second, and of bad rows at the end."""
     file = write_lines(tmp_path / "a.jsonl", [*({"text": str(i)} for i in range(5)), b"bad"])
     call = arguments(file, tmp_path / "out", "--k", "1")
-    tally = embed_gircse.Tally()
+    tally = actors.Tally()
     told = []
     remote = SimpleNamespace(tell=SimpleNamespace(remote=lambda *of: (told.append(of), tally.tell(*of))))
-    embedder = embed_gircse.Embedder(make_plan(parse(call)), str(tmp_path / "out"), 2, "cpu", False, remote)
+    embedder = actors.Embedder(make_plan(parse(call)), str(tmp_path / "out"), 2, "cpu", False, remote)
     seconds = iter(range(0, 100, 2))
-    monkeypatch.setattr(embed_gircse, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(actors, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     embedder({"name": "000000.parquet", "file": 0, "start": 0, "stop": 6})
     assert told == [("000000.parquet", rows) for rows in (2, 4, 5, 6)]
     tally.tell("000001.parquet", 10)
@@ -322,7 +327,7 @@ def test_an_actor_tells_how_far_it_is(tmp_path, monkeypatch):
 
 
 def test_the_bar_follows_the_tally_while_it_can_be_asked(monkeypatch, capsys):
-    monkeypatch.setattr(embed_gircse, "LOG_SECONDS", 0)
+    monkeypatch.setattr(command_line, "LOG_SECONDS", 0)
     answers = [0, ray.exceptions.GetTimeoutError(), 3, ray.exceptions.RayActorError(), 2, 5]  # 2: a shard began anew
 
     def get(reference, timeout):
@@ -333,7 +338,7 @@ def test_the_bar_follows_the_tally_while_it_can_be_asked(monkeypatch, capsys):
 
     monkeypatch.setattr(ray, "get", get)
     tally = SimpleNamespace(total=SimpleNamespace(remote=lambda: None))
-    with embed_gircse.progress(total=30, initial=20, desc="load") as bar:
+    with progress(total=30, initial=20, desc="load") as bar:
         embed_gircse.follow(bar, tally, "work", lambda seconds: not answers)
     lines = capsys.readouterr().err.splitlines()
     assert [re.search(r"(\w+): .* (\d+)/30", line).groups() for line in lines] == [

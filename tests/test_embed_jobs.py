@@ -24,10 +24,13 @@ import ray
 import torch
 import torch.nn.functional as F
 
-import embed_gircse
-from embed_gircse import BAD_ROWS, PLAN, make_plan, parse
+from embed_gircse import parse
 from embed_helpers import TEXTS, arguments, expected, machine, read, stamps, write_lines
 from gircse import rows
+from gircse.embedding import plan as plans
+from gircse.embedding.actors import size_pool
+from gircse.embedding.plan import PLAN, make_plan
+from gircse.embedding.shards import BAD_ROWS
 from helpers import ROOT
 
 if not (ROOT / "model.safetensors").exists():
@@ -87,11 +90,12 @@ TWO_COMMITS = """
 import json, sys
 from pathlib import Path
 import embed_gircse
+from gircse.embedding import actors
 folder, cache = map(Path, sys.argv[1:])
 call = ["--input", str(folder / "a.jsonl"), "--model", "you/gircse", "--trust_remote_code", "--output"]
 def revision(output, *more):
     settings = embed_gircse.make_plan(embed_gircse.parse([*call, str(folder / output), *more]))["settings"]
-    return [settings["revision"][0], embed_gircse.load_model(settings, True)[0].config.num_steps]
+    return [settings["revision"][0], actors.load_model(settings, True)[0].config.num_steps]
 def move_main(commit):
     (cache / "models--you--gircse" / "refs" / "main").write_text(commit)
 move_main("b" * 40)
@@ -152,7 +156,7 @@ def test_a_job_keeps_the_commit_that_it_began_with(tmp_path):
 def test_pool_of_actors(monkeypatch, nodes, asked, actors):
     alive = [{"Alive": True, "Resources": {"CPU": float(cpu), "GPU": float(gpu)}} for cpu, gpu in nodes]
     monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}])
-    assert embed_gircse.size_pool(**{"num_actors": None, "num_gpus": None, **asked}) == actors
+    assert size_pool(**{"num_actors": None, "num_gpus": None, **asked}) == actors
 
 
 def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_model):
@@ -201,29 +205,29 @@ def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_mo
 
 def test_columns_of_lines_may_come_late_or_not_at_all(tmp_path):
     late = write_lines(tmp_path / "late.jsonl", [b"broken", {"m": 1}, {"n": None, "text": "x"}, {"n": 3}])
-    assert embed_gircse.measure(late, "text", None) == (4, None)
-    assert embed_gircse.measure(late, "text", "n") == (4, "int")
+    assert plans.measure(late, "text", None) == (4, None)
+    assert plans.measure(late, "text", "n") == (4, "int")
     for lines in ([], [b"", b"broken", b"[3]"]):  # no row, so that the report says what is wrong with each line
         file = write_lines(tmp_path / "broken.jsonl", lines)
-        assert embed_gircse.measure(file, "text", "n") == (len(lines), None)
+        assert plans.measure(file, "text", "n") == (len(lines), None)
 
 
 def test_lines_are_counted_without_being_parsed(tmp_path, monkeypatch):
     file = write_lines(tmp_path / "a.jsonl.gz", [{"m": 1}, {"n": 2, "text": "x"}, *[{"n": 3, "text": "y"}] * 1000])
     loads, calls = json.loads, []
     monkeypatch.setattr(rows.json, "loads", lambda line: (calls.append(line), loads(line))[1])
-    assert embed_gircse.measure(file, "text", "n") == (1002, "int") and len(calls) == 2
+    assert plans.measure(file, "text", "n") == (1002, "int") and len(calls) == 2
 
 
 def test_files_have_names_whatever_they_are_called_and_wherever_they_lie(tmp_path, monkeypatch):
     files = [tmp_path / "x" / "a.csv", tmp_path / "y" / "\udcff\u4e2d.csv"]  # what no UTF-8 is, as Python has it
-    assert embed_gircse.name_files(files) == ["x/a.csv", "y/\\udcff\u4e2d.csv"]
+    assert plans.name_files(files) == ["x/a.csv", "y/\\udcff\u4e2d.csv"]
 
     def commonpath(_):
         raise ValueError("Paths don't have the same drive")
 
     monkeypatch.setattr(os.path, "commonpath", commonpath)
-    assert embed_gircse.name_files(files[:1]) == [files[0].as_posix()]
+    assert plans.name_files(files[:1]) == [files[0].as_posix()]
 
 
 def test_another_adapter_for_the_same_output_is_refused(tmp_path):

@@ -143,7 +143,7 @@ def test_a_large_k_truncates_long_texts(model_folder):
 def test_prompts_of_the_tasks(model_folder, data_folder):
     args = evaluate_gircse.parse(["--model", str(model_folder), "--tasks", "mteb", "--device", "cpu"])
     subject = subjects.load_subject(args)
-    paper = json.loads((ROOT / "recipes" / "instructions.json").read_text(encoding="utf-8"))["mteb"]
+    paper = json.loads((ROOT / "recipes/root_model/instructions.json").read_text(encoding="utf-8"))["mteb"]
 
     def prompt(name: str, side: str | None = None) -> str:
         [task] = choose_tasks([name], str(data_folder))

@@ -1,40 +1,141 @@
-"""The README's Python blocks run as they are written, one after the other, offline and in a copy of the repo."""
+"""README.md and docs/: Python blocks run as they are written, links lead somewhere, and the card is short.
+
+The blocks of a page run one after the other in one process, in a copy of the repo and offline. Those of a page that
+names repos on the Hub run against `loopback_hub.LoopbackHub`, which has small ones of these names.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from conftest import ROOT
+from helpers import ROOT, loads_beside_others, make_rows, make_tokenizer, tiny_text_config
+from loopback_hub import LoopbackHub, run, settings
 
-# A block under this comment needs the Hub or a GPU.
-NOT_RUN = "<!-- needs the Hub -->\n"
+PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
+# Where files of the copy would be in the way, or large.
+NOT_COPIED = shutil.ignore_patterns(".git", "runs", "gircse-*", "__pycache__")
+
+# The backbone, the trained adapter and somebody's own one that docs/training.md loads.
+STAND_INS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+folder = Path(sys.argv[2])
+import torch
+import train_gircse
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+plain = AutoModelForCausalLM.from_pretrained(folder / "plain")
+plain.push_to_hub("Qwen/Qwen2.5-0.5B")
+AutoTokenizer.from_pretrained(folder / "plain").push_to_hub("Qwen/Qwen2.5-0.5B")
+argv = f"--model_name_or_path Qwen/Qwen2.5-0.5B --train_data {folder / 'pairs.jsonl'} --output_dir {folder / 'out'} "
+argv += "--dtype bfloat16 --save_dtype bfloat16 --save_adapter --push_to_hub --hub_model_id you/gircse-lora --lora_r 2 "
+argv += "--max_steps 2 --learning_rate 0.05 --k 2 --per_device_train_batch_size 4 --held_out 0 --report_to none "
+argv += "--use_cpu True --disable_tqdm True --dataloader_pin_memory False"
+train_gircse.main(argv.split())
+
+lora = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+for name, weight in lora.named_parameters():
+    if "lora_B" in name:
+        torch.nn.init.normal_(weight, std=0.1)
+lora.push_to_hub("someone/lora-a")
+"""
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def blocks(text: str) -> list[str]:
-    return re.findall(
-        r"^```python\n(.*?)^```", re.sub(NOT_RUN + r"```python\n.*?```", "", text, flags=re.S), re.S | re.M
-    )
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_python_blocks_of_the_readme_run(tmp_path):
-    folder = tmp_path / "repo"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "runs", "gircse-*", "__pycache__"))
-    code = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert len(code) >= 3
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
-    (folder / "blocks.py").write_text("\n".join(code), encoding="utf-8")  # later ones use what earlier ones made
-    result = subprocess.run([sys.executable, "blocks.py"], cwd=folder, env=environment, capture_output=True, text=True)
+def names_the_hub(code: list[str]) -> bool:
+    return any(re.search(r'"(you|someone|Qwen)/', block) for block in code)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("copy") / "repo", ignore=NOT_COPIED))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_text_config(tie_word_embeddings=True)).save_pretrained(folder / "plain")
+    make_tokenizer().save_pretrained(folder / "plain")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(12)))
+    with LoopbackHub() as hub:
+        run(STAND_INS, ROOT, folder, **settings(hub, folder / "home"))
+        yield hub
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(text_of(page))])
+def test_python_blocks_run(page, copy, tmp_path, request):
+    code = blocks(text_of(page))
+    if names_the_hub(code):
+        variables = settings(request.getfixturevalue("hub"), tmp_path / "home", HF_TOKEN="")
+        if not loads_beside_others():  # with this transformers and peft
+            code = [block for block in code if "load_adapter(" not in block]
+    else:
+        variables = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    script = copy / f"{Path(page).stem}_blocks.py"
+    script.write_text("\n".join(code), encoding="utf-8")  # later ones use what earlier ones made
+    environment = {**os.environ, "PYTHONPATH": "", **variables}
+    result = subprocess.run([sys.executable, script], cwd=copy, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_a_broken_block_would_be_seen():
-    text = f"```python\na = 1\n```\n\n{NOT_RUN}```python\npush()\n```\n\n```bash\nls\n```\n```python\nb\n```\n"
+    text = "```python\na = 1\n```\n\n```bash\nls\n```\n```python\nb\n```\n"
     assert blocks(text) == ["a = 1\n", "b\n"]
     with pytest.raises(NameError):
         exec("".join(blocks(text)))
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub and the Hub make them."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def broken_links(page: Path) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
+            found.append(link)
+    return found
+
+
+def test_relative_links_lead_somewhere():
+    assert {page: broken_links(ROOT / page) for page in PAGES} == {page: [] for page in PAGES}
+
+
+def test_a_broken_link_would_be_seen(tmp_path):
+    (tmp_path / "other.md").write_text("# The `one`, and more\n```bash\n# not a heading\n```\n")
+    page = tmp_path / "page.md"
+    page.write_text("[a](other.md) [b](other.md#the-one-and-more) ![c](no.png) [d](other.md#not-a-heading) [e](#here)")
+    assert broken_links(page) == ["no.png", "other.md#not-a-heading", "#here"]
+
+
+def test_the_card_is_short_and_leads_to_every_page():
+    text = text_of("README.md")
+    assert len(text.encode()) < 10_000
+    assert [page for page in PAGES[1:] if f"]({page})" not in text] == []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "recipes"))
+sys.path.extend(str(ROOT / "recipes" / folder) for folder in ("", "root_model", "paper", "figures"))
 import bag_of_tokens
+import check_data
 import distil
 import experiments
 import report_results
@@ -45,7 +49,8 @@ def made(tmp_path_factory):
     (folder / "plain.txt").write_text("\n".join(row["query"] for row in rows), encoding="utf-8")
     sizes = "--vocab_size 400 --hidden_size 32 --intermediate_size 48 --num_layers 2 --num_heads 4 --block_size 64"
     sizes += " --batch_size 8 --max_steps 40 --learning_rate 5e-3"
-    recipe("pretrain_backbone", "--text", folder / "*.txt", SAMPLE, *sizes.split(), "--output_dir", folder / "backbone")
+    texts = ("--text", folder / "*.txt", SAMPLE)
+    recipe("root_model/pretrain_backbone", *texts, *sizes.split(), "--output_dir", folder / "backbone")
 
     texts = list(dict.fromkeys(row["query"] for row in rows))[:128]
     # the teacher knows a text by its first letter, which a student has to learn
@@ -56,14 +61,14 @@ def made(tmp_path_factory):
     np.save(folder / "teacher/vectors.npy", vectors)
     settings = "--batch_size 16 --learning_rate 1e-2 --epochs 12 --max_length 40"
     where = ("--vectors", folder / "teacher", "--output_dir", folder / "distilled")
-    recipe("distil", "--model_name_or_path", folder / "backbone", *where, *settings.split())
+    recipe("root_model/distil", "--model_name_or_path", folder / "backbone", *where, *settings.split())
     return SimpleNamespace(folder=folder, texts=texts, vectors=torch.from_numpy(vectors).float())
 
 
 def test_pretraining_reports_and_its_tokenizer_is_what_autotokenizer_loads(made):
     backbone = made.folder / "backbone"
     report = json.loads((backbone / "pretraining.json").read_text(encoding="utf-8"))
-    assert report["command"].startswith("python recipes/pretrain_backbone.py --text")
+    assert report["command"].startswith("python recipes/root_model/pretrain_backbone.py --text")
     assert report["parameters"] == AutoModelForCausalLM.from_pretrained(backbone).num_parameters()
     assert len(report["continuations"]) == 4
     assert report["held_out_loss"][-1]["tokens_seen"] == 40 * 8 * 64
@@ -127,7 +132,7 @@ def test_pretraining_leaves_the_bag_as_it_is(made, tmp_path):
     for file in (made.folder / "backbone").glob("tokenizer*.json"):
         shutil.copy(file, tmp_path)
     texts = ("--text", made.folder / "*.txt", SAMPLE, "--vectors", made.folder / "teacher")
-    recipe("pretrain_backbone", *texts, *sizes.split(), "--output_dir", tmp_path)
+    recipe("root_model/pretrain_backbone", *texts, *sizes.split(), "--output_dir", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.float32)
     attention = model.model.layers[0].self_attn
     torch.testing.assert_close(attention.v_proj.weight, torch.eye(32))
@@ -185,7 +190,7 @@ def test_vectors_of_another_size_are_refused(made, tmp_path):
     (tmp_path / "texts.json").write_text('["a text"]')
     command = ["--model_name_or_path", made.folder / "backbone", "--vectors", tmp_path, "--output_dir", tmp_path / "o"]
     with pytest.raises(AssertionError, match="5 dimensions, but the model has 32"):
-        recipe("distil", *command)
+        recipe("root_model/distil", *command)
 
 
 def logged(folder) -> list[dict]:
@@ -205,7 +210,7 @@ def train(name: str, made, folder, *arguments: str) -> list[dict]:
 
 @pytest.mark.parametrize("objective", ["icr", "last_step", "mixed_steps"])
 def test_objectives(made, tmp_path, objective):
-    line = train("train_objective", made, tmp_path, "--objective", objective)[0]
+    line = train("paper/train_objective", made, tmp_path, "--objective", objective)[0]
     steps = [line[name] for name in line if name.startswith("L_") and name != "L_reg"]
     assert len(steps) == (1 if objective == "last_step" else 3)
     assert line["loss"] == pytest.approx(sum(steps) + line["L_reg"], rel=1e-3)
@@ -216,13 +221,13 @@ def test_the_way_back_through_soft_tokens(made, tmp_path):
     """Its gradient is scaled, and the values are not; a learned temperature moves and is what the folder has."""
     settings = ("--learning_rate", "1e-3", "--warmup_ratio", "0", "--max_grad_norm", "1e9")
     plain, same, none = (
-        train("train_objective", made, tmp_path / f"share{share}", "--soft_token_gradient", share, *settings)
+        train("paper/train_objective", made, tmp_path / f"share{share}", "--soft_token_gradient", share, *settings)
         for share in ("1", "0.999999", "0")
     )
     assert plain[0]["loss"] == pytest.approx(none[0]["loss"], rel=1e-5)
     assert plain[0]["grad_norm"] == pytest.approx(same[0]["grad_norm"], rel=1e-3)
     assert plain[0]["grad_norm"] != pytest.approx(none[0]["grad_norm"], rel=1e-3)
-    learned = train("train_objective", made, tmp_path / "learned", "--learn_temperature", *settings)
+    learned = train("paper/train_objective", made, tmp_path / "learned", "--learn_temperature", *settings)
     assert learned[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5) and learned[1]["temperature"] != 1
     config = json.loads((tmp_path / "learned" / "config.json").read_text(encoding="utf-8"))
     assert config["logit_temperature"] != 1 and abs(config["logit_temperature"] - learned[1]["temperature"]) < 0.5
@@ -230,7 +235,7 @@ def test_the_way_back_through_soft_tokens(made, tmp_path):
 
 def test_a_teacher_adds_its_loss(made, tmp_path):
     teacher = ("--vectors", str(made.folder / "teacher"), "--teacher_batch_size", "16")
-    line = train("train_with_teacher", made, tmp_path, *teacher, "--teacher_weight", "10")[0]
+    line = train("root_model/train_with_teacher", made, tmp_path, *teacher, "--teacher_weight", "10")[0]
     icr = sum(value for name, value in line.items() if name.startswith("L_"))
     assert 0 < line["loss"] - icr < 10  # 10 x (1 - cos) of a distilled model
 
@@ -256,10 +261,15 @@ def test_pages_hold_the_tables_of_the_results():
     runs = report_results.experiments()
     models = {name: report_results.read(ROOT / f"results/{name}.json") for name in ("root", "minilm")}
     made = report_results.tables(models, runs, min(run["samples"] for run in runs))
-    assert {page: len(tables) for page, tables in made.items()} == {"README.md": 7, "docs/training.md": 3}
+    counts = {"README.md": 1, "docs/results.md": 6, "docs/training.md": 3, "docs/speed.md": 13}
+    assert {page: len(tables) for page, tables in made.items()} == counts
     for page, tables in made.items():
         text = (ROOT / page).read_text(encoding="utf-8")
         assert report_results.fill(text, tables) == text, page
+    card = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report_results.with_model_index(card, models["root"]) == card
+    with pytest.raises(ValueError, match="no place for a model-index"):
+        report_results.with_model_index(card.replace("model-index:", "model-list:"), models["root"])
 
 
 def test_every_run_of_the_experiments_has_a_result_and_settings_that_training_takes(tmp_path, monkeypatch):
@@ -317,5 +327,62 @@ def test_published_prompts_are_those_of_the_recipe():
 
     known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
     template = read("processor_config.json")["prompt_template"]
-    expected = write_prompts.prompts(read("recipes/instructions.json")["mteb"], known, template)
+    expected = write_prompts.prompts(read("recipes/root_model/instructions.json")["mteb"], known, template)
     assert read("config_sentence_transformers.json")["prompts"] == expected
+
+
+def test_a_folder_of_data_is_checked_against_the_manifest(tmp_path):
+    manifest = {}
+    for name, lines in {
+        "text/a.txt.gz": "one\ntwo\n",
+        "train/b.jsonl.gz": "{}\n",
+        "eval/c.jsonl.gz": "{}\n{}\n",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.write_bytes(gzip.compress(lines.encode(), mtime=0))
+        manifest[name] = {"rows": lines.count("\n"), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert check_data.differences(tmp_path, manifest) == []
+
+    whole = (tmp_path / "text/a.txt.gz").read_bytes()
+    (tmp_path / "text/a.txt.gz").write_bytes(gzip.compress(b"one\n", mtime=0))
+    (tmp_path / "train/b.jsonl.gz").unlink()
+    (tmp_path / "eval/c.jsonl.gz").write_bytes(gzip.compress(b"{}\n[]\n", mtime=0))
+    (tmp_path / "train/more.jsonl.gz").touch()
+    assert check_data.differences(tmp_path, manifest) == [
+        "text/a.txt.gz: 1 rows instead of 2",
+        "train/b.jsonl.gz: missing",
+        "eval/c.jsonl.gz: as many rows, but other bytes",
+        "train/more.jsonl.gz: not in the manifest",
+    ]
+    (tmp_path / "text/a.txt.gz").write_bytes(whole[:-4])
+    assert check_data.differences(tmp_path, manifest)[0] == "text/a.txt.gz: not a whole gzip file"
+
+
+def test_the_page_of_the_data_holds_the_manifests_table():
+    manifest = check_data.read_manifest()
+    assert check_data.table(manifest) in (ROOT / "recipes/DATA.md").read_text(encoding="utf-8")
+    assert all(re.fullmatch("[0-9a-f]{64}", known["sha256"]) and known["rows"] > 0 for known in manifest.values())
+    # what the result of an evaluation was measured on
+    tasks = {row["task"].partition("-")[0] for row in report_results.read(ROOT / "results/root.json")["tasks"]}
+    assert {task for task in tasks if not any(name.startswith(f"eval/{task}") for name in manifest)} == set()
+
+
+STEPS_OF_THE_ROOT_MODEL = ("teacher_vectors", "bag_of_tokens", "pretrain_backbone", "distil", "train_with_teacher")
+
+
+def test_the_root_models_steps_import_earlier_ones_alone():
+    for number, name in enumerate(STEPS_OF_THE_ROOT_MODEL):
+        code = (ROOT / f"recipes/root_model/{name}.py").read_text(encoding="utf-8")
+        imported = re.findall(r"^\s*(?:import|from) (\w+)", code, re.MULTILINE)
+        assert not set(imported) & set(STEPS_OF_THE_ROOT_MODEL[number:]), name
+
+
+def test_publishing_stops_before_it_overwrites_when_a_file_is_missing(tmp_path):
+    before = hashlib.sha256((ROOT / "config.json").read_bytes()).hexdigest()
+    (tmp_path / "gircse").mkdir()
+    (tmp_path / "gircse/config.json").write_text("{}")
+    command = ["bash", "recipes/root_model/publish.sh", tmp_path, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "model.safetensors is missing: run recipes/root_model/make.sh" in done.stderr
+    assert hashlib.sha256((ROOT / "config.json").read_bytes()).hexdigest() == before

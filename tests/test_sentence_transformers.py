@@ -138,7 +138,7 @@ def test_queries_and_documents(sentence_model):
 def test_root_has_the_prompts_of_all_tasks_of_the_paper():
     """By which names, and which others, is the recipe's."""
     prompts = json.loads((ROOT / "config_sentence_transformers.json").read_text(encoding="utf-8"))["prompts"]
-    paper = json.loads((ROOT / "recipes/instructions.json").read_text(encoding="utf-8"))
+    paper = json.loads((ROOT / "recipes/root_model/instructions.json").read_text(encoding="utf-8"))
     template = json.loads((ROOT / "processor_config.json").read_text(encoding="utf-8"))["prompt_template"]
     # mteb has none of the instruction-following tasks, so that they have no names there.
     assert {template.replace("{instruction}", text) for text in paper["mteb"].values()} <= set(prompts.values())

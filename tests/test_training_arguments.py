@@ -179,7 +179,7 @@ def test_the_learning_rate_is_by_default_that_of_what_is_trained(processor, tmp_
     peft_model = add_lora(tiny_model(), ModelArguments())
     for model, settings, expected in (
         (tiny_model(), {}, 5e-5),
-        (peft_model, {}, 2e-4),
+        (peft_model, {}, 5e-4),
         (peft_model, {"learning_rate": 0.01}, 0.01),
     ):
         assert make_trainer(model, processor, tmp_path, make_rows(4), **settings).args.learning_rate == expected

@@ -112,13 +112,7 @@ def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
     if args.max_length:
         processor.max_length = args.max_length
     config = model.config
-    if config.step_token == "none":
-        steps = [None]
-    else:
-        most = config.num_steps if config.step_token == "learned" else max(args.k or STEPS)
-        steps = sorted({k for k in args.k or STEPS if args.k or k <= most})
-        if steps[0] < 1 or steps[-1] > most:
-            raise ValueError(f"k={steps} must be from 1 to {most} for this model")
+    steps = steps_of(config, args.k)
     room = model.text_limit(processor.max_length, steps[-1])
     if room < processor.max_length:
         # A setting, since the scores of a smaller k depend on what the largest one leaves of a text.
@@ -152,8 +146,19 @@ def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
     return Subject(model_meta(args, facts), {}, steps, embed, prompts, template, shown)
 
 
+def steps_of(config: PretrainedConfig, wanted: list[int] | None) -> list[int | None]:
+    """The k that are evaluated, in rising order; None stands for a model that generates nothing."""
+    if config.step_token == "none":
+        return [None]
+    most = config.num_steps if config.step_token == "learned" else max(wanted or STEPS)
+    steps = sorted({k for k in wanted or STEPS if wanted or k <= most})
+    if steps[0] < 1 or steps[-1] > most:
+        raise ValueError(f"k={steps} must be from 1 to {most} for this model")
+    return steps
+
+
 def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subject:
-    name_of_dtype = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # transformers < 4.56
+    name_of_dtype = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # transformers < 5 (before 4.56)
     model = SentenceTransformer(
         args.model,
         device=device,

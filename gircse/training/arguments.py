@@ -15,7 +15,7 @@ from .losses import REDUCTIONS
 
 BAD_ROWS = "bad_rows.jsonl"
 # Peak learning rates at which a pretrained backbone learns without diverging (docs/training.md).
-LORA_RATE, FULL_RATE = 2e-4, 5e-5
+LORA_RATE, FULL_RATE = 5e-4, 5e-5
 OF_EVALUATION = "held-out pairs are evaluated by retrieval accuracy alone"
 OF_BATCHES = "batches are of one source each, in random order; --mix_sources mixes the sources"
 OF_TOKENS = "a step embeds two sets of texts, whose tokens Trainer can't count"

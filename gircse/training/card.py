@@ -104,22 +104,11 @@ def model_card(
         repo_id, commit: where the folder is published; without them the card speaks of the folder itself.
     """
     bases = [name for name in base_models if is_hub_id(name)]
-    on_hub, data_name = is_hub_id(train_data), train_data if is_hub_id(train_data) else Path(train_data).name
-    results = [
-        EvalResult(
-            task_type="text-retrieval",
-            dataset_type=train_data if on_hub else "local",
-            dataset_name=f"{data_name or 'training pairs'}, held out",
-            metric_type="accuracy",
-            metric_name=f"accuracy at k = {k}",
-            metric_value=round(after, 5),
-        )
-        for k, (_, after) in (scores or {}).items()
-    ]
+    results = held_out_results(train_data, scores or {})
     name = (repo_id or str(folder.resolve())).rpartition("/")[2]
     metadata = ModelCardData(
         base_model=bases[0] if len(bases) == 1 else bases or None,
-        datasets=[train_data] if on_hub else None,
+        datasets=[train_data] if is_hub_id(train_data) else None,
         library_name="transformers",
         pipeline_tag="feature-extraction",
         tags=["gircse", "sentence-transformers", "sentence-similarity", "text-embeddings", "custom_code"],
@@ -143,6 +132,23 @@ def model_card(
         f"reduction {training.reduction}, learning rate {training.learning_rate:g}, "
         f"batch {' x '.join(map(str, batch))} (queries, accumulation, processes)",
     )
+
+
+def held_out_results(train_data: str, scores: dict[int, tuple[float, float]]) -> list[EvalResult]:
+    """The accuracy after training, a result for each k, as the Hub shows them."""
+    on_hub = is_hub_id(train_data)
+    name = train_data if on_hub else Path(train_data).name
+    return [
+        EvalResult(
+            task_type="text-retrieval",
+            dataset_type=train_data if on_hub else "local",
+            dataset_name=f"{name or 'training pairs'}, held out",
+            metric_type="accuracy",
+            metric_name=f"accuracy at k = {k}",
+            metric_value=round(after, 5),
+        )
+        for k, (_, after) in scores.items()
+    ]
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path) -> None:

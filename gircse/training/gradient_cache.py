@@ -1,4 +1,17 @@
-"""Gradient caching: sub-batches of a contrastive batch, and the random state in which each was embedded."""
+"""Gradient caching (Gao et al., 2021): the gradients of a large contrastive batch, in the memory of a small one.
+
+A contrastive loss needs the embeddings of the whole batch, but its gradient reaches the weights through each text by
+itself. So a step goes:
+
+    1. Embed all texts, one sub-batch after the other, without gradients; before each, keep the random state.
+    2. Make leaves of the embeddings, compute the loss of the whole batch, and differentiate it with respect to them.
+    3. Embed each sub-batch again, in the random state that it had, now with gradients, and call backward on
+       (embeddings * their gradients of 2.).sum(): by the chain rule, what the weights gather in sum is the gradient of
+       the whole batch's loss.
+
+Activations are kept for one sub-batch at a time; the price is one more forward pass. Dropout draws from the random
+state, so that both passes of a sub-batch drop the same units.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +21,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Sub-batches that go together in gradient caching's first pass, which keeps no activations.
-WIDER_WITHOUT_GRADIENTS = 4
-
 
 class RandomState:
-    """The random state of CPU and accelerator at construction; inside `replay()` it holds again (dropout draws the
-    same)."""
+    """The random state of CPU and accelerator at construction; inside `replay()` it holds again."""
 
     def __init__(self, device: torch.device) -> None:
         self.devices = [] if device.type == "cpu" else [device]
         self.type, self.module = device.type, torch.get_device_module(device)
-        self.states = self._now()
-
-    def _now(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(self.module.get_rng_state(device) for device in self.devices)]
-
-    def restore(self) -> None:
-        cpu, *others = self.states
-        torch.set_rng_state(cpu)
-        for device, state in zip(self.devices, others, strict=True):
-            self.module.set_rng_state(state, device)
-
-    def holds(self) -> bool:
-        """Whether no random number has been drawn since."""
-        return all(map(torch.equal, self.states, self._now()))
+        self.states = [torch.get_rng_state(), *(self.module.get_rng_state(device) for device in self.devices)]
 
     @contextmanager
     def replay(self) -> Iterator[None]:
         with torch.random.fork_rng(self.devices, device_type=self.type):
-            self.restore()
+            cpu, *others = self.states
+            torch.set_rng_state(cpu)
+            for device, state in zip(self.devices, others, strict=True):
+                self.module.set_rng_state(state, device)
             yield
 
 

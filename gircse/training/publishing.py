@@ -55,6 +55,7 @@ def export(
             model = model.to(torch.promote_types(model.dtype, saved)).merge_and_unload()
         model = model.to(saved)
         model.save_pretrained(folder)
+    load_in_float32(folder)
     processor.save_pretrained(folder)
     for name in CODE_FILES:
         if not (folder / name).exists() or not (folder / name).samefile(ROOT / name):
@@ -63,6 +64,17 @@ def export(
     settings = json.dumps(sentence_transformers_settings(processor), indent=2, ensure_ascii=False)
     (folder / "config_sentence_transformers.json").write_text(settings + "\n", encoding="utf-8")
     return model
+
+
+def load_in_float32(folder: Path) -> None:
+    """Has a plain `from_pretrained` take the weights in float32, whatever they are saved in. transformers 5 would take
+    them as saved, and bfloat16 is several times slower on a CPU without instructions for it; who wants it, says so."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, config["text_config"]):
+        part.pop("torch_dtype", None)  # transformers < 4.56 writes it so, and reads either
+        part["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_adapter(model: Any, folder: Path, dtype: torch.dtype, adapter_of: str) -> PreTrainedModel:

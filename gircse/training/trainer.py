@@ -22,7 +22,6 @@ from .callbacks import EpochSetter, LogFile, Watch
 from .card import model_card
 from .data import PairCollator, SourceBatches, TrainingPairs
 from .gradient_cache import (
-    WIDER_WITHOUT_GRADIENTS,
     RandomState,
     place_rows,
     rows_of,
@@ -93,7 +92,6 @@ class GircseTrainer(Trainer):
             )
         self.base_models, self.train_data = list(base_models), train_data
         self.scores: dict[int, tuple[float, float]] = {}  # k: the accuracy before training, and the last one measured
-        self._uses_dropout = False  # whether a forward pass does, as with dropout
         self._metrics: list[dict[str, Tensor]] = []
         self._watch = Watch()
 
@@ -172,19 +170,9 @@ class GircseTrainer(Trainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _cached_loss(self, model: nn.Module, sides: list[dict[str, Tensor]], inputs: dict[str, Any]) -> Tensor:
-        size = self._sub_batch_size
-        own, start = sub_batches(sides, size), RandomState(inputs["positive_ids"].device)
+        own = sub_batches(sides, self._sub_batch_size)
         parts = self.pad_sub_batches(own)
-        if not self._uses_dropout:
-            # Without activations to keep, several sub-batches fit at once.
-            leaves, _ = self._embed_parts(
-                model, sides, self.pad_sub_batches(sub_batches(sides, WIDER_WITHOUT_GRADIENTS * size))
-            )
-            self._uses_dropout = not start.holds()
-            states = [start] * len(parts)
-        if self._uses_dropout:  # dropout has to draw the same in both passes, and so for the same texts together
-            start.restore()
-            leaves, states = self._embed_parts(model, sides, parts)
+        leaves, states = self._embed_parts(model, sides, parts)
         torch.clear_autocast_cache()  # else older versions of torch go on with these passes' weights, without gradients
         queries, documents = (leaf.requires_grad_() for leaf in leaves)
         total = self._joint_loss(queries, documents, inputs)

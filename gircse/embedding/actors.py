@@ -1,0 +1,166 @@
+"""The pool's actors: each loads the model once, and embeds and writes one shard after the other."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import ray
+import torch
+from filelock import FileLock
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import HF_MODULES_CACHE
+
+from .. import ROOT
+from ..rows import RowFile
+from .shards import BAD_ROWS_KEY, write_whole
+
+ID_TYPES = {"int": pyarrow.int64(), "str": pyarrow.string()}
+
+
+class Embedder:
+    """One actor of the pool: the model, loaded once, and what is done with each shard.
+
+    Args:
+        plan: what [`make_plan`] returns.
+        output: the folder of the shards, an absolute path that all nodes share.
+        batch_size: texts that go through the model together.
+        device: "cuda" or "cpu".
+        trust_remote_code: for [`load_model`].
+        tally: handle of a [`Tally`], which is told about each second how many rows of a shard are done.
+    """
+
+    def __init__(
+        self,
+        plan: dict[str, Any],
+        output: str,
+        batch_size: int,
+        device: str,
+        trust_remote_code: bool,
+        tally: Any = None,
+    ):
+        self.settings, self.files, self.id_kind = plan["settings"], plan["files"], plan["id"]
+        self.output, self.batch_size, self.device = Path(output), batch_size, device
+        self.tally, self.reader = tally, None
+        Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+        # Loading copies the model's code there, and another actor of this node must not import half a file.
+        with FileLock(Path(HF_MODULES_CACHE) / "embed_gircse.lock"):
+            self.model, self.processor = load_model(self.settings, trust_remote_code)
+        self.model.to(device)
+        self.max_length = self.model.text_limit(self.processor.max_length, self.settings["k"])
+
+    def __call__(self, shard: dict[str, Any]) -> dict[str, int]:
+        """Embeds and writes a shard; returns how many rows it has and how many of them are bad."""
+        ids, texts, bad = [], [], []
+        file = self.files[shard["file"]]
+        text_column, id_column = self.settings["text_column"], self.settings["id_column"]
+        if self.reader is None or self.reader.path != file["path"]:
+            self.reader = RowFile(file["path"])  # the shards of a file come mostly in order, and it reads on
+        for row in self.reader.read(shard["start"], shard["stop"], {text_column, id_column} - {None}):
+            try:
+                if row.fields is None:
+                    raise ValueError(row.error)
+                text = field(row.fields, text_column, "str")
+                default = f"{file['name']}:{row.number}"
+                ids.append(default if id_column is None else field(row.fields, id_column, self.id_kind))
+                texts.append(text)
+            except ValueError as error:
+                bad.append({"file": file["name"], "row": row.number, "reason": str(error)})
+        embeddings = pyarrow.array(self.embed(texts, shard["name"]).flatten().numpy())
+        columns = {
+            "id": pyarrow.array(ids, ID_TYPES[self.id_kind]),
+            "embedding": pyarrow.FixedSizeListArray.from_arrays(embeddings, self.model.config.hidden_size),
+        }
+        # In the same file, so that a shard and what it set aside are there together or not at all.
+        table = pyarrow.table(columns).replace_schema_metadata({BAD_ROWS_KEY: json.dumps(bad)})
+        write_whole(self.output / shard["name"], lambda path: pyarrow.parquet.write_table(table, path))
+        rows = shard["stop"] - shard["start"]
+        self.tell(shard["name"], rows)
+        return {"rows": rows, "bad": len(bad)}
+
+    def tell(self, shard: str, rows: int) -> None:
+        if self.tally is not None:
+            self.tally.tell.remote(shard, rows)
+
+    def embed(self, texts: list[str], shard: str) -> torch.Tensor:
+        """(n, d) float32 on the CPU, in the order of `texts`; texts of about one length go together."""
+        embeddings = torch.empty(len(texts), self.model.config.hidden_size)
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
+        told = time.monotonic()
+        for start in range(0, len(texts), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            part, instruction = [texts[row] for row in rows], self.settings["instruction"]
+            inputs = self.processor(part, instruction=instruction, max_length=self.max_length)
+            vectors = self.model.generate_embedding(**inputs.to(self.device), k=self.settings["k"])
+            embeddings[rows] = vectors.cpu()
+            if time.monotonic() - told > 1:
+                told = time.monotonic()
+                self.tell(shard, start + len(rows))
+        return embeddings
+
+
+def field(row: dict[str, Any], name: str, kind: str) -> Any:
+    """The field `name` of a row, an "int" or a "str"; a ValueError says why it is none."""
+    if name not in row:
+        raise ValueError(f"no field {name!r}, only {', '.join(map(repr, row))}"[:200])
+    value = row[name]
+    if type(value).__name__ != kind:
+        raise ValueError(f"{name!r} is {value!r:.60} ({type(value).__name__}), not {kind}")
+    if kind == "str" and not value.isascii():
+        value.encode()  # half an emoji, which JSON can hold, but neither Arrow nor a tokenizer takes
+    if kind == "int" and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name!r} is {value!r:.60}, more than 64 bits")
+    return value
+
+
+def load_model(settings: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
+    """The model and its processor; those of this repo by its own code, others by the code they bring."""
+    model, processor, trust = AutoModel, AutoProcessor, trust_remote_code
+    if settings["model"] == str(ROOT):
+        model = get_class_from_dynamic_module("modeling_gircse.GircseModel", str(ROOT))
+        processor = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))
+        AutoConfig.register("gircse", model.config_class, exist_ok=True)  # or loading a tokenizer asks for trust
+        trust = False
+    common = {"revision": settings["revision"] or "main", "trust_remote_code": trust}
+    return (
+        model.from_pretrained(settings["model"], **common, dtype=getattr(torch, settings["dtype"])).eval(),
+        processor.from_pretrained(settings["model"], **common),
+    )
+
+
+class Tally:
+    """An actor beside the pool that counts the rows of unfinished shards, too. A shard that begins anew, since its
+    actor died, counts anew."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, int] = {}
+
+    def tell(self, shard: str, rows: int) -> None:
+        self.rows[shard] = rows
+
+    def total(self) -> int:
+        return sum(self.rows.values())
+
+
+def size_pool(num_actors: int | None, num_gpus: float | None) -> tuple[int, float, int]:
+    """How many actors there are in all, and the GPUs and CPU cores of each.
+
+    Raises:
+        ValueError: if no node has room for `num_actors` of them.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [(int(node.get("CPU", 0)), node.get("GPU", 0)) for node in nodes]
+    gpus = float(any(gpu for _, gpu in nodes)) if num_gpus is None else num_gpus
+    rooms = [(min(cpu, int(gpu // gpus)) if gpus else cpu, cpu) for cpu, gpu in nodes]
+    used = [(num_actors or (room if gpus else 1), cpu) for room, cpu in rooms if room >= (num_actors or 1)]
+    if not used:
+        raise ValueError(
+            f"no node has room for num_actors={num_actors} of num_gpus={gpus:g} and a CPU core each (CPUs and GPUs of "
+            f"the nodes: {nodes}); ask for fewer"
+        )
+    return sum(count for count, _ in used), gpus, 1 if gpus else min(cpu // count for count, cpu in used)

@@ -1,0 +1,88 @@
+"""`train_gircse.py` with another objective or another way back through the soft tokens, for ablations.
+
+    python recipes/paper/train_objective.py --objective last_step ...
+    python recipes/paper/train_objective.py --soft_token_gradient 0.1 ...
+
+`last_step` is InfoNCE on z_K alone; `mixed_steps` contrasts z_i of the queries with z_j of the documents, the order of
+the j's drawn anew for each batch; `icr` is the objective as it is. `--soft_token_gradient a` multiplies the gradient
+that reaches h'_{k-1} through d_k by a: 0 truncates back-propagation there, so that steps learn through the KV cache
+alone. `--learn_temperature` trains T as one number, in logarithms, from `--logit_temperature` on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from gircse.training.trainer import GircseTrainer
+from train_gircse import main
+
+TEMPERATURE_RATE = 200  # times the learning rate of the weights, by which a single number would hardly move
+
+
+class LastStep(GircseTrainer):
+    def _joint_loss(self, queries: Tensor, documents: Tensor, inputs: dict[str, Any]) -> Tensor:
+        return super()._joint_loss(queries[:, -1:], documents[:, -1:], inputs)
+
+
+class MixedSteps(GircseTrainer):
+    def _joint_loss(self, queries: Tensor, documents: Tensor, inputs: dict[str, Any]) -> Tensor:
+        return super()._joint_loss(queries, documents[:, torch.randperm(documents.shape[1])], inputs)
+
+
+def scale_gradient(model: nn.Module, factor: float) -> None:
+    """Has d_k pass `factor` of its gradient on; its value stays."""
+    next_token = model._next_token
+
+    def scaled(state: Tensor) -> tuple[Tensor | None, Tensor]:
+        probabilities, mixed = next_token(state)
+        return probabilities, mixed.detach() + factor * (mixed - mixed.detach())
+
+    model._next_token = scaled
+
+
+class LearnedTemperature(GircseTrainer):
+    """T = T_0 exp(r x) with one trained number x, 0 at first. Without bias and soft cap, W(h / T) = (W h) / T, so that
+    the states are divided."""
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        next_token, base.temperature_shift = base._next_token, nn.Parameter(torch.zeros(()))
+        base._next_token = lambda state: next_token(state * torch.exp(-TEMPERATURE_RATE * base.temperature_shift))
+        super().__init__(model, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        base = self._base_model()
+        shift = TEMPERATURE_RATE * base.temperature_shift.item() if hasattr(base, "temperature_shift") else 0.0
+        super().log({**logs, "temperature": base.config.logit_temperature * math.exp(shift)}, *args, **kwargs)
+
+    def export(self) -> None:
+        base = self._base_model()
+        base.config.logit_temperature *= math.exp(TEMPERATURE_RATE * base.temperature_shift.item())
+        del base.temperature_shift, base._next_token
+        super().export()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    trainers = {"icr": GircseTrainer, "last_step": LastStep, "mixed_steps": MixedSteps}
+    parser.add_argument("--objective", choices=trainers, default="icr")
+    parser.add_argument("--soft_token_gradient", type=float)
+    parser.add_argument("--learn_temperature", action="store_true")
+    chosen, rest = parser.parse_known_args()
+    trainer = LearnedTemperature if chosen.learn_temperature else trainers[chosen.objective]
+
+    def make_trainer(model: nn.Module, *args: Any, **kwargs: Any) -> GircseTrainer:
+        if chosen.soft_token_gradient is not None:
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            scale_gradient(base, chosen.soft_token_gradient)
+        return trainer(model, *args, **kwargs)
+
+    main(rest, make_trainer)

@@ -1,0 +1,153 @@
+"""Teach a causal LM, as a GIRCSE model, the embeddings that a stronger encoder has for plain texts.
+
+    python recipes/root_model/distil.py --model_name_or_path runs/backbone --vectors runs/teacher \\
+        --output_dir runs/distilled
+
+`--vectors` is a folder of teacher_vectors.py, with vectors of the backbone's hidden size. The loss is
+1 - cos(z_K, vector), mean over the texts. K is drawn anew for each batch, so that an embedding is good after any number
+of steps (in a mean over z_1..z_K, the last of 20 would weigh a twentieth of the first); so is whether its texts go bare
+or under an instruction. Instructions are drawn from the many that ship with the model: where a model has seen few, the
+words of any other one change the embedding as if they were part of the text. A run that was interrupted goes on from
+its last checkpoint when the command is repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import bag_of_tokens
+from gircse.loading import load
+from gircse.training.publishing import export
+from teacher_vectors import TeacherTexts
+
+SIMILAR = "Retrieve semantically similar text."
+# The instructions that write_prompts.py gives the model. Those to classify are left out: they ask for one aspect of a
+# text, such as its sentiment, where the teacher's vector holds its whole meaning.
+SHIPPED = json.loads(Path(__file__).with_name("instructions.json").read_text(encoding="utf-8"))["mteb"].values()
+INSTRUCTIONS = sorted({text for text in SHIPPED if not text.startswith("Classify")})
+STEPS = (1, 8, 20)  # K of a batch is one of these; 20 is the most that the root model is evaluated at
+
+
+def distillation_loss(embeddings: Tensor, vectors: Tensor) -> Tensor:
+    """Mean of 1 - cos over texts: (): float32.
+
+    Args:
+        embeddings: (B, d), z_K, unit norm.
+        vectors: (B, d), the teacher's, unit norm.
+    """
+    return 1 - (embeddings.float() * vectors.float()).sum(-1).mean()
+
+
+class TeacherCollator:
+    """Texts and vectors to the inputs of one step, under an instruction drawn for the batch."""
+
+    def __init__(self, processor: Any, max_length: int) -> None:
+        self.processor, self.max_length = processor, max_length
+
+    def __call__(self, rows: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        texts, vectors = zip(*rows, strict=True)
+        instruction = random.choice([None, None, SIMILAR, *random.choices(INSTRUCTIONS, k=2)])
+        inputs = self.processor(list(texts), instruction=instruction, max_length=self.max_length)
+        return {**inputs, "vectors": torch.stack(vectors)}
+
+
+def teacher_loader(texts: TeacherTexts, processor: Any, batch_size: int, max_length: int, seed: int) -> Any:
+    """Batches of texts of like length; each text once an epoch, in another order each time."""
+    order = torch.Generator().manual_seed(seed)
+    sampler = LengthGroupedSampler(batch_size, lengths=list(map(len, texts.texts)), generator=order)
+    collator = TeacherCollator(processor, max_length)
+    return torch.utils.data.DataLoader(texts, batch_size, sampler=sampler, collate_fn=collator, drop_last=True)
+
+
+class DistillingTrainer(Trainer):
+    def __init__(self, *args: Any, loader: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loader = loader
+
+    def get_train_dataloader(self) -> Any:
+        return self.accelerator.prepare(self.loader)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # Trainer's estimate knows token batches only
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Tensor:
+        vectors = inputs.pop("vectors")
+        return distillation_loss(model(**inputs, k=random.choice(STEPS)).embeddings, vectors)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="a causal LM or a GIRCSE model")
+    parser.add_argument("--vectors", required=True, help="folder of teacher_vectors.py")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument(
+        "--num_steps", type=int, help="K at inference, written to the config (the model's, 20 of a new one)"
+    )
+    parser.add_argument(
+        "--damping",
+        type=float,
+        default=1.0,
+        help="factor, at the start, on what the layers add to a bag of recipes/root_model/bag_of_tokens.py",
+    )
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--max_length", type=int, default=96, help="longest text in tokens")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=args.output_dir,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        weight_decay=0.01,
+        num_train_epochs=args.epochs,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=50,
+        save_steps=500,
+        save_total_limit=1,
+        report_to="none",
+        remove_unused_columns=False,
+        seed=args.seed,
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    set_seed(args.seed)
+    model, processor = load(args.model_name_or_path)
+    if args.num_steps:
+        model.config.num_steps = args.num_steps
+    texts = TeacherTexts(args.vectors)
+    if texts.vectors.shape[1] != model.config.hidden_size:
+        raise ValueError(
+            f"vectors of {texts.vectors.shape[1]} dimensions, but the model has {model.config.hidden_size}"
+        )
+    if args.damping != 1:
+        bag_of_tokens.damp(model.language_model, args.damping)
+    loader = teacher_loader(texts, processor, args.batch_size, args.max_length, args.seed)
+    trainer = DistillingTrainer(model, training_arguments(args), train_dataset=texts, loader=loader)
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    export(model, processor, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

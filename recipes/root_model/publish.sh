@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Publishes a model of make.sh: copies it OVER the weights, configuration and tokenizer at the root of the repository,
+# then evaluates the root and its teacher, and writes results/, the tables of the pages and the pictures anew.
+# Usage: recipes/root_model/publish.sh DATA RUNS [TEACHER], as given to make.sh
+# What was overwritten is in git. An evaluation that was interrupted goes on when the command is repeated.
+set -euo pipefail
+data=$(realpath "$1") runs=$(realpath -m "$2") minilm=sentence-transformers/all-MiniLM-L6-v2
+teacher=${3:-$minilm}
+[ -d "$teacher" ] && teacher=$(realpath "$teacher")
+cd "$(dirname "$0")/../.."
+
+# The root is the model; the code is here already. All files are looked for before the first one is overwritten.
+files=(config.json model.safetensors processor_config.json tokenizer.json tokenizer_config.json)
+for file in "${files[@]/#/$runs/gircse/}" "$runs/gircse/training_curves.png" "$runs/backbone/pretraining.json"; do
+    [ -f "$file" ] || { echo "$file is missing: run recipes/root_model/make.sh to its end first" >&2; exit 1; }
+done
+cp "${files[@]/#/$runs/gircse/}" .
+cp "$runs/gircse/training_curves.png" assets/training_curves.png
+
+# Results don't tell where the data and the runs lay, so that the commands read the same wherever they were made.
+keep() { sed -e "s#$data/#DATA/#g" -e "s#$runs/#runs/#g" -e "s#$teacher#$minilm#g" "$1" > "$2"; }
+keep "$runs/backbone/pretraining.json" results/pretraining.json
+
+# 256 tokens a text for both models alike, which is also where MiniLM cuts by itself. The batch changes the time alone.
+settings=(--tasks local --data "$data/eval" --max_length 256 --batch_size 64)
+python evaluate_gircse.py --model . "${settings[@]}" --output_dir "$runs/eval-root"
+keep "$runs/eval-root/results.json" results/root.json
+python evaluate_gircse.py --model "$teacher" --model_name "$minilm" "${settings[@]}" --output_dir "$runs/eval-minilm"
+keep "$runs/eval-minilm/results.json" results/minilm.json
+python recipes/paper/unequal_steps.py --model . --data "$data/eval" --max_length 256 --output "$runs/unequal_steps.json"
+keep "$runs/unequal_steps.json" results/unequal_steps/root.json
+python recipes/figures/draw_tokens.py --model . assets/tokens.png
+python recipes/figures/report_results.py

@@ -1,0 +1,57 @@
+"""`train_gircse.py` with a stronger encoder's embeddings of plain texts as an extra loss.
+
+    python recipes/root_model/train_with_teacher.py --vectors runs/teacher --model_name_or_path runs/distilled ...
+
+with any arguments of train_gircse.py. Each step adds `--teacher_weight` x distillation_loss (distil.py) on a
+batch of its own, so that what the contrastive pairs don't teach is not forgotten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from functools import partial
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from distil import STEPS, distillation_loss, teacher_loader
+from gircse.training.trainer import GircseTrainer
+from teacher_vectors import TeacherTexts
+from train_gircse import main as train
+
+
+class TeacherTrainer(GircseTrainer):
+    """ICR, and `weight` times distillation on batches of `batch_size` texts of the folder `vectors`."""
+
+    def __init__(self, *args: Any, vectors: str, weight: float, batch_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        texts, processor = TeacherTexts(vectors), self.processing_class
+        self.teacher_weight = weight
+        loader = teacher_loader(texts, processor, batch_size, self.data_collator.max_length, self.args.seed)
+        self.teacher_batches = chain.from_iterable(repeat(loader))  # epoch after epoch
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        batch = {name: tensor.to(self.args.device) for name, tensor in next(self.teacher_batches).items()}
+        vectors = batch.pop("vectors")
+        k = random.choice(STEPS)
+        distillation = distillation_loss(model(**batch, k=k).embeddings, vectors)
+        return super().compute_loss(model, inputs, *args, **kwargs) + self.teacher_weight * distillation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vectors", required=True, help="folder of teacher_vectors.py")
+    parser.add_argument("--teacher_weight", type=float, default=1.0)
+    parser.add_argument("--teacher_batch_size", type=int, default=64)
+    args, rest = parser.parse_known_args()
+    make = partial(TeacherTrainer, vectors=args.vectors, weight=args.teacher_weight, batch_size=args.teacher_batch_size)
+    train(rest, make)
+
+
+if __name__ == "__main__":
+    main()
