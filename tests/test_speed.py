@@ -218,9 +218,11 @@ def test_static_steps_equal_dynamic_ones(make_model, batch, uncompiled, backbone
 
 @pytest.mark.slow
 def test_compiled_static_steps_equal_dynamic_ones_and_compile_once_a_shape(make_model, batch, static):
+    from torch._dynamo.testing import CompileCounter  # which takes a second to import
+
     model = make_model()
     torch._dynamo.reset()
-    counted = torch._dynamo.testing.CompileCounter()
+    counted = CompileCounter()
     for ids, mask, k in ((*batch, 5), (batch[0][:, :7], batch[1][:, :7], 9)):  # one shape, to the cache and the step
         expected = model.generate_embedding(ids, mask, k=k)
         found = model.generate_embedding(ids, mask, k=k, cache_implementation="static")
