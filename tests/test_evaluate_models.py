@@ -276,7 +276,12 @@ def test_revision_of_a_folder_is_its_content(model_folder, tmp_path):
     copy = shutil.copytree(model_folder, tmp_path / "copy")
     assert subjects.content_hash(copy) == subjects.content_hash(model_folder)
     (copy / "README.md").write_text("another card")
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))  # evaluations name theirs
     assert subjects.content_hash(copy) == subjects.content_hash(model_folder)
+    (copy / "config.json").write_text(json.dumps({**config, "num_steps": config["num_steps"] + 1}))
+    assert subjects.content_hash(copy) != subjects.content_hash(model_folder)
+    (copy / "config.json").write_text(json.dumps(config))
     settings = json.loads((copy / "config_sentence_transformers.json").read_text(encoding="utf-8"))
     settings["prompts"]["STS12"] = "other"
     (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))

@@ -258,6 +258,10 @@ def content_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.relative_to(folder).parts):  # alike on any system
         digest.update(path.relative_to(folder).as_posix().encode())
+        if path == config:  # the dtype of a load without one, which an evaluation never is, makes no other model
+            kept = {name: value for name, value in settings.items() if name not in ("dtype", "torch_dtype")}
+            digest.update(json.dumps(kept, sort_keys=True).encode())
+            continue
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
