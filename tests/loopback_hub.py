@@ -7,6 +7,8 @@ import base64
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +17,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+from helpers import environment
 
 TOKEN = "hf_loopback"
 
@@ -304,3 +308,32 @@ ROUTES = [
     (f"GET /api/models/{MODEL}/tree/{REVISION}(?:/(?P<folder>.+))?", Handler.tree),
     (f"(?:GET|HEAD) /{MODEL}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
 ]
+
+
+def run(script: str, *arguments: object, **variables: str) -> None:
+    """Runs a Python script in a new process, as a user of the Hub that `settings` names."""
+    folder = Path(variables["HF_HOME"])
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**environment(folder), "HF_HUB_DISABLE_TELEMETRY": "1", **variables},
+        cwd=folder.parent,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def settings(hub: LoopbackHub, home: Path, **changes: str) -> dict[str, str]:
+    """The environment of a user of `hub`, whose cache is below `home`."""
+    xet = "0" if hub.store else "1"
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": xet,
+        "HF_HOME": str(home),
+        "HF_MODULES_CACHE": str(home / "modules"),
+        **changes,
+    }

@@ -14,23 +14,20 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
-from conftest import text_config
-from test_loading import DTYPE_ARGUMENTS, LORA_TARGETS, save_adapter
-from test_training import make_rows, make_tokenizer, tiny_text_config
+from helpers import (
+    DTYPE_ARGUMENTS,
+    LORA_TARGETS,
+    loads_beside_others,
+    make_rows,
+    make_tokenizer,
+    save_adapter,
+    text_config,
+    tiny_text_config,
+)
 from train_gircse import main
 
 peft = pytest.importorskip("peft")
 DROPS_MODULES = transformers.__version__.startswith("5.0.")
-
-
-def loads_beside_others() -> bool:
-    try:
-        from transformers.integrations.peft import MIN_PEFT_VERSION
-
-        transformers.utils.check_peft_version(MIN_PEFT_VERSION)
-    except ValueError:
-        return False
-    return True
 
 
 unmerged = pytest.mark.skipif(not loads_beside_others(), reason="this transformers needs a newer peft for it")

@@ -19,8 +19,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import ROOT
-from test_training import environment, make_rows, make_tokenizer, outputs_of, tiny_text_config
+from helpers import ROOT, environment, make_rows, make_tokenizer, outputs_of, tiny_text_config
 from train_gircse import main
 
 STEPS = 2
@@ -131,6 +130,7 @@ def assert_trained_as_alone(made: Path, config: str, tuning: str) -> None:
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(made, alone, config):
     variables = launched(config)
@@ -144,6 +144,7 @@ def test_two_processes_train_as_one(made, alone, config):
         assert_trained_as_alone(made, config, tuning)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize("config", ["zero2", "zero3"])

@@ -11,14 +11,11 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from conftest import ROOT
-from test_handler import make_handler
-from test_sentence_transformers import make_folder
-
 pytest.importorskip("ray.data")
 import pyarrow.parquet as pq
 
 import embed_gircse
+from helpers import ROOT, make_handler
 
 TEXTS = [
     "a red fox",
@@ -64,15 +61,15 @@ def by_bulk_embedding(folder: Path, instruction: str | None, work: Path) -> torc
 
 
 @pytest.fixture(scope="module")
-def folders(gircse, tmp_path_factory) -> dict[str, Path]:
+def folders(exported) -> dict[str, Path]:
     """The root model, and one with a suffix and a shorter limit, as training exports it."""
-    made = make_folder(gircse, tmp_path_factory.mktemp("exported") / "tiny", suffix=" In short:")
-    return {"root": ROOT, "exported": made}
+    return {"root": ROOT, "exported": exported}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instruction", [INSTRUCTION, None])
 @pytest.mark.parametrize("name", ["root", "exported"])
-def test_every_surface_gives_the_same_vectors(folders, tmp_path, name, instruction):
+def test_every_surface_gives_the_same_vectors(folders, cluster, tmp_path, name, instruction):
     if name == "root" and not (ROOT / "model.safetensors").exists():
         pytest.skip("the repo root holds no model.safetensors")
     expected = by_auto_model(folders[name], instruction, tmp_path)

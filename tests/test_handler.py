@@ -4,60 +4,29 @@ what its server does with it."""
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
 import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub import InferenceClient
-from packaging.requirements import Requirement
-from transformers import AutoModel, AutoProcessor, AutoTokenizer
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import AutoModel, AutoProcessor
 
-from conftest import ROOT, text_config
 from gircse.training.card import REMOTE_CODE
-from gircse.training.publishing import export
+from helpers import ROOT, make_handler, requirements
 
 TEXTS = ["a red fox", "", "how do I renew the card that was stolen from me last week?", "rain", "Füchse 狐 🦊 \x00"]
 STS = "Retrieve semantically similar text."
 
 
-def make_handler(folder: Path):
-    """As the server does: the file under this name, with its folder first on the path."""
-    spec = importlib.util.spec_from_file_location("handler.EndpointHandler", folder / "handler.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        patch.setitem(sys.modules, "handler.EndpointHandler", module)
-        spec.loader.exec_module(module)
-        return module.EndpointHandler(str(folder)), module
-
-
 @pytest.fixture(scope="module")
-def folder(gircse, tmp_path_factory) -> Path:
-    """A tiny model with the root's tokenizer and a suffix, exported as training does."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
-    text = text_config("qwen2", vocab_size=len(tokenizer), pad_token_id=0)
-    config = gircse.GircseConfig(text_config=text, num_steps=3)
-    processor = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))(
-        tokenizer, max_length=64, suffix=" In short:"
-    )
-    folder = tmp_path_factory.mktemp("exported") / "tiny"
-    export(gircse.GircseModel(config), processor, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def served(folder):
-    return make_handler(folder)
+def served(exported):
+    return make_handler(exported)
 
 
 @pytest.fixture
@@ -66,10 +35,10 @@ def handler(served):
 
 
 @pytest.fixture(scope="module")
-def embed(folder):
+def embed(exported):
     """What `AutoModel` gives, text by text: (B, d), or (B, k, d)."""
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModel.from_pretrained(exported, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(exported, trust_remote_code=True)
 
     def embed(texts: list[str], instruction: str | None = None, **settings) -> torch.Tensor:
         rows = [model.generate_embedding(**processor(text, instruction=instruction), **settings) for text in texts]
@@ -274,9 +243,9 @@ def test_more_steps_leave_less_room_for_the_text(handler, monkeypatch):
     assert cosine(answer, model.generate_embedding(**processor(text, max_length=positions - 60), k=60)) > 0.99999
 
 
-def test_an_adapter_without_its_backbone_is_refused(served, folder, tmp_path):
+def test_an_adapter_without_its_backbone_is_refused(served, exported, tmp_path):
     _, module = served
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"adapter": "adapter"}))
     with pytest.raises(ValueError, match="holds an adapter.*without --save_adapter.*merge_adapter"):
         module.EndpointHandler(str(tmp_path))
@@ -337,8 +306,8 @@ def test_inference_client(handler, embed, monkeypatch):
     assert cosine(found.tolist(), embed(TEXTS, STS)) > 0.9999
 
 
-def test_a_folder_without_prompts_is_served(folder, tmp_path):
-    for file in folder.iterdir():
+def test_a_folder_without_prompts_is_served(exported, tmp_path):
+    for file in exported.iterdir():
         if file.name != "config_sentence_transformers.json":
             (shutil.copytree if file.is_dir() else shutil.copy)(file, tmp_path / file.name)
     handler, _ = make_handler(tmp_path)
@@ -382,15 +351,6 @@ def test_only_the_own_folder_is_trusted():
         source.replace("dtype=dtype)", "**{'trust_remote_code': True})"),
     ):
         assert wrong != source and problems_of_trust(wrong)
-
-
-# What the server installs -------------------------------------------------------------------------------------------
-
-
-def requirements(name: str) -> dict[str, Requirement]:
-    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-    found = [Requirement(line) for line in lines if line and not line.startswith(("#", "-r"))]
-    return {requirement.name: requirement for requirement in found}
 
 
 def test_requirements_keep_the_container_as_it_is():

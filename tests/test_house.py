@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_relative_imports
 
-from conftest import ROOT
+from helpers import ROOT
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 40
 PROGRAMS = [*ROOT.glob("*.py"), *(ROOT / "gircse").rglob("*.py")]

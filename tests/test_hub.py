@@ -7,8 +7,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +16,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from conftest import ROOT
 from gircse.training.arguments import GircseTrainingArguments
 from gircse.training.card import REMOTE_CODE, model_card
-from loopback_hub import TOKEN, LoopbackHub
-from test_training import environment, make_rows, make_tokenizer, tiny_text_config
+from helpers import ROOT, make_rows, make_tokenizer, tiny_text_config
+from loopback_hub import LoopbackHub, run, settings
 
 # The Hub on this machine speaks of xet as huggingface_hub 1 and later ones do.
 HAS_XET = importlib.util.find_spec("hf_xet") is not None and int(huggingface_hub.__version__.split(".")[0]) >= 1
@@ -99,34 +96,6 @@ torch.save(result, sys.argv[2])
 """
 
 
-def run(script: str, *arguments: object, **variables: str) -> None:
-    folder = Path(variables["HF_HOME"])
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env={**environment(folder), "HF_HUB_DISABLE_TELEMETRY": "1", **variables},
-        cwd=folder.parent,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-
-
-def settings(hub: LoopbackHub, home: Path, **changes: str) -> dict[str, str]:
-    """The environment of a user of `hub`, whose cache is below `home`."""
-    xet = "0" if hub.store else "1"
-    return {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": xet,
-        "HF_HOME": str(home),
-        "HF_MODULES_CACHE": str(home / "modules"),
-        **changes,
-    }
-
-
 def xet_hashes(files: list[Path]) -> dict[str, str]:
     """What the real Hub learns of an upload by xet: the xet hash of each file's SHA-256."""
     import hf_xet
@@ -153,8 +122,10 @@ def made_once(tmp_path_factory) -> Path:
 @pytest.fixture(
     scope="module",
     params=[
-        "lfs",
-        pytest.param("xet", marks=pytest.mark.skipif(not HAS_XET, reason="hf_xet is not installed, or old")),
+        pytest.param("lfs", marks=pytest.mark.slow),
+        pytest.param(
+            "xet", marks=[pytest.mark.slow, pytest.mark.skipif(not HAS_XET, reason="no hf_xet, or an old one")]
+        ),
     ],
 )
 def pushed(request, made_once, tmp_path_factory):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, PretrainedConfig
 
-from conftest import ROOT
+from helpers import ROOT
 
 ARGUMENT = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # transformers < 4.56
 pytestmark = pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the root holds no weights")

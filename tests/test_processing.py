@@ -344,6 +344,7 @@ def saved_state(folder: Path) -> str:
     return (folder / "processor_config.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat_template", [None, "{{ messages }}"])
 def test_save_load_save_load_in_fresh_process(tmp_path, chat_template):
     processor = GircseProcessor(make_tokenizer(chat_template=chat_template), **SETTINGS)

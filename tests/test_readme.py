@@ -18,11 +18,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import ROOT
-from loopback_hub import LoopbackHub
-from test_adapters import loads_beside_others
-from test_hub import run, settings
-from test_training import make_rows, make_tokenizer, tiny_text_config
+from helpers import ROOT, loads_beside_others, make_rows, make_tokenizer, tiny_text_config
+from loopback_hub import LoopbackHub, run, settings
 
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
 # Where files of the copy would be in the way, or large.

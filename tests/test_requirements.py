@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
-from test_handler import requirements
+from helpers import ROOT, requirements
 
 
 def installed_by(name: str) -> set[str]:

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, pipeline
 
-from conftest import ROOT, text_config
-from test_loading import DTYPE_ARGUMENTS
+from helpers import DTYPE_ARGUMENTS, ROOT, text_config
 
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56)  # for which bitsandbytes needs a GPU
 TEXTS = ["a red fox", "how do I renew the card that was stolen from me last week?", "rain"]

@@ -10,18 +10,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Cache
 
-from conftest import BACKBONES, room, step_loop
-from test_modeling import attention_for, gradients, relative
+from helpers import BACKBONES, attention_for, decoder_calls, gradients, relative, room
+
+# Cost ----------------------------------------------------------------------------------------------------------------
 
 
-def decoder_calls(model, name):
-    """A list that each call of the decoder appends its argument `name` to."""
-    calls = []
-    room(model, "backbone_gircse").decoder_of(model.language_model).register_forward_pre_hook(
-        lambda m, args, kwargs: calls.append(kwargs[name]), with_kwargs=True
+def test_head_sees_one_position_a_row_and_decoder_one_new_position(make_model, batch):
+    model = make_model()
+    head, decoder = [], []
+    model.get_output_embeddings().register_forward_pre_hook(lambda m, args: head.append(tuple(args[0].shape)))
+    model.language_model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: decoder.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    return calls
+    model.generate_embedding(*batch, k=5)
+    assert head == [(4, 32)] * 5  # s_1..s_5; nothing after the last step
+    assert decoder == [11, 1, 1, 1, 1, 1]
 
 
 def mix_in_chunks(model, monkeypatch, size):
@@ -130,25 +135,30 @@ def test_steps_read_no_value_back(make_model, batch, padded):
 
     model = make_model()
     ids, mask = batch if padded else (batch[0][:1].repeat(2, 1), torch.ones(2, 11, dtype=torch.long))
-    with torch.no_grad():
-        loop = step_loop(model, ids, mask, 5)
-        with Reads() as reads:
-            for _ in range(5):
-                loop.step()
-            assert reads.seen == []
-            assert bool(mask.any()) and len(reads.seen) == 1  # the counter does count
+    seen_at = []  # from the head's first call, with which the first step begins, to the last step's end
+    model.get_output_embeddings().register_forward_pre_hook(lambda *_: seen_at.append(len(Reads.seen)))
+    room(model, "backbone_gircse").decoder_of(model.language_model).register_forward_hook(
+        lambda *_: seen_at.append(len(Reads.seen)) if seen_at else None
+    )
+    with torch.no_grad(), Reads():
+        model(ids, mask, k=5)
+        assert len(seen_at) == 10 and len(set(seen_at)) == 1
+        count = len(Reads.seen)
+        assert bool(mask.any()) and len(Reads.seen) == count + 1  # the counter does count
 
 
 def test_cache_grows_by_one_position_a_step(make_model, batch):
     model = make_model()
-    caches = decoder_calls(model, model._find_way(model.device).cache)
-    lengths = []
-    with torch.no_grad():
-        loop = step_loop(model, *batch, 4)
-        for _ in range(4):
-            loop.step()
-            lengths.append(caches[-1].get_seq_length())
-    assert lengths == [12, 13, 14, 15] and len({id(cache) for cache in caches}) == 1
+    seen = []
+
+    def after(module, args, kwargs, output):
+        (cache,) = (value for value in kwargs.values() if isinstance(value, Cache))
+        seen.append((cache, cache.get_seq_length()))
+
+    room(model, "backbone_gircse").decoder_of(model.language_model).register_forward_hook(after, with_kwargs=True)
+    model.generate_embedding(*batch, k=4)
+    assert [length for _, length in seen] == [11, 12, 13, 14, 15]
+    assert all(cache is seen[0][0] for cache, _ in seen)
 
 
 def test_five_hundred_calls_leave_nothing_behind(make_model):
@@ -206,10 +216,13 @@ def test_static_steps_equal_dynamic_ones(make_model, batch, uncompiled, backbone
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_static_steps_equal_dynamic_ones_and_compile_once_a_shape(make_model, batch, static):
+    from torch._dynamo.testing import CompileCounter  # which takes a second to import
+
     model = make_model()
     torch._dynamo.reset()
-    counted = torch._dynamo.testing.CompileCounter()
+    counted = CompileCounter()
     for ids, mask, k in ((*batch, 5), (batch[0][:, :7], batch[1][:, :7], 9)):  # one shape, to the cache and the step
         expected = model.generate_embedding(ids, mask, k=k)
         found = model.generate_embedding(ids, mask, k=k, cache_implementation="static")

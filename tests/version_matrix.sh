@@ -7,7 +7,14 @@ cd "$(dirname "$0")/.."
 versions=("$@")
 # The last is what pip gives today on the newest Python that torch is built for.
 [ ${#versions[@]} -gt 0 ] || versions=("4.51.3" "4.57.*" "5.0.*" "5.23.*" "5.24.*" "*@python3.13")
-tests=(modeling speed processing losses loading handler serving sentence_transformers adapters hub rows data training)
+tests=(
+    modeling backbones prefill speed processing losses
+    loading round_trip remote_code merged_adapters adapters hub
+    handler serving sentence_transformers sentence_saving
+    rows pairs pairs_hub bad_rows data collator
+    gradient_cache accuracy training_arguments training_start training_processes training_resume training_log
+    training_export
+)
 files=("${tests[@]/#/tests/test_}") && files=("${files[@]/%/.py}")
 packages=(torch transformers sentence-transformers peft huggingface-hub)
 work=$(mktemp -d)

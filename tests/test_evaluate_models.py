@@ -1,0 +1,308 @@
+"""The evaluation of other models, the prompts of the tasks, and what a revision is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+mteb = pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
+import huggingface_hub
+import numpy as np
+from datasets import Dataset, DatasetDict
+from mteb.abstasks import AbsTaskClassification, AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.abs_encoder import AbsEncoder
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+
+import evaluate_gircse
+from evaluate_gircse import choose_tasks
+from evaluation_helpers import DOCUMENTS, FACETS, PAIRS, QUERIES, SCENES, Passes, make_folder, registered, run, scores
+from gircse.evaluation import subjects
+from gircse.evaluation.subjects import Subject
+from gircse.evaluation.tasks import INSTRUCTIONS
+from gircse.loading import load
+from gircse.training.arguments import ModelArguments
+from helpers import ROOT
+
+
+def test_any_sentence_transformers_model(static_folder, data_folder, tmp_path):
+    names = ["sts_pairs", "retrieval_little", "clustering_rooms"]
+    report = run(static_folder, tmp_path, data=data_folder, tasks=names)
+    model = SentenceTransformer(str(static_folder), device="cpu")
+    left, right = (model.encode([pair[i] for pair in PAIRS], prompt="compare: ") for i in (0, 1))
+    cosines = model.similarity_pairwise(left, right)
+    expected = 100 * spearmanr(cosines, [pair[2] for pair in PAIRS])[0]
+    assert scores(report)["sts_pairs"] == {"None": pytest.approx(expected, abs=0.01)}
+    prompts = {row["task"]: row["prompts"] for row in report["tasks"]}
+    assert prompts["sts_pairs"] == {"both": "compare: "} and prompts["clustering_rooms"] == {"both": ""}
+    assert prompts["retrieval_little"] == {"query": "query: ", "document": "passage: "}
+    assert not (tmp_path / "k_curve.png").exists()
+    assert "| task | metric | score |" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+    template = "Task: {instruction}\\nText: "
+    report = run(static_folder, tmp_path, "--prompt_template", template, data=data_folder, tasks=names)
+    prompts = {row["task"]: row["prompts"] for row in report["tasks"]}
+    assert prompts["sts_pairs"] == {"both": f"Task: {INSTRUCTIONS['sts']}\nText: "}
+    assert scores(report)["sts_pairs"]["None"] != pytest.approx(expected, abs=0.01)
+
+
+def test_a_template_is_read_as_training_reads_it():
+    """A shell's quotes leave a line break, a tab and a backslash as two characters each."""
+    typed = r"Instruct: {instruction}\n\tQuery\\: "
+    args = evaluate_gircse.parse(["--tasks", "STS12", "--prompt_template", typed])
+    assert args.prompt_template == "Instruct: {instruction}\n\tQuery\\: "
+    assert args.prompt_template == ModelArguments(prompt_template=typed).prompt_template
+
+
+def test_prompts_that_only_the_registry_of_mteb_has(static_folder, data_folder, tmp_path, monkeypatch, capsys):
+    """As it has those of E5; a model's own go before them, and having none at all is said."""
+    name, own = (
+        "intfloat/e5-base-v2",
+        json.loads((static_folder / "config_sentence_transformers.json").read_text(encoding="utf-8")),
+    )
+    bare = shutil.copytree(static_folder, tmp_path / "bare")
+    empty = {**own, "prompts": {"query": "", "document": ""}}
+    (bare / "config_sentence_transformers.json").write_text(json.dumps(empty))
+
+    def prompts(model: Path, *options: str) -> tuple[dict, bool]:
+        report = run(model, tmp_path / "out", *options, data=data_folder, tasks=["retrieval_little"])
+        [row] = report["tasks"]
+        return row["prompts"], "has no prompts, nor has mteb's registry any" in capsys.readouterr().out
+
+    passes = Passes(monkeypatch)
+    assert prompts(bare) == ({"query": "", "document": ""}, True)
+    assert prompts(bare, "--model_name", name) == ({"query": "query: ", "document": "passage: "}, False)
+    assert registered(tmp_path / "out").loader_kwargs["model_prompts"] == {"query": "query: ", "document": "passage: "}
+    assert passes.texts == 2 * (len(DOCUMENTS) + len(QUERIES))
+    assert prompts(bare, "--prompt_template", "{instruction} ")[0]["query"] == INSTRUCTIONS["retrieval"] + " "
+    assert subjects.registry_prompts("jinaai/jina-embeddings-v3") == {}  # there they are names, not prefixes
+    own["prompts"]["query"] = "ask: "
+    (bare / "config_sentence_transformers.json").write_text(json.dumps(own))
+    assert prompts(bare, "--model_name", name) == ({"query": "ask: ", "document": "passage: "}, False)
+
+
+@pytest.mark.parametrize(
+    ("axes", "suffix"),
+    [({"pooling": "last"}, "<|endoftext|>"), ({"attention": "bidirectional"}, "")],
+    ids=["Causal-EOS", "Bidirectional-Avg"],
+)
+def test_baselines(gircse, data_folder, tmp_path, axes, suffix):
+    folder = make_folder(gircse, tmp_path / "baseline", suffix=suffix, step_token="none", **axes)
+    report = run(folder, tmp_path / "out", data=data_folder, tasks=["sts_pairs"])
+    model, processor = load(folder)
+    left, right = (
+        model.generate_embedding(**processor([pair[i] for pair in PAIRS], instruction=INSTRUCTIONS["sts"]))
+        for i in (0, 1)
+    )
+    expected = 100 * spearmanr((left * right).sum(-1), [pair[2] for pair in PAIRS])[0]
+    assert scores(report)["sts_pairs"] == {"None": pytest.approx(expected, abs=0.01)}
+
+
+def test_learned_tokens_have_no_more_k_than_they_were_trained_with(gircse, data_folder, tmp_path):
+    folder = make_folder(gircse, tmp_path / "learned", step_token="learned")
+    assert list(scores(run(folder, tmp_path / "out", data=data_folder, tasks=["sts_pairs"]))["sts_pairs"]) == ["1", "3"]
+    with pytest.raises(ValueError, match="from 1 to 3"):
+        run(folder, tmp_path / "out", "--k", "5", data=data_folder, tasks=["sts_pairs"])
+
+
+def test_k_below_one_is_refused(model_folder, data_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"k=\[0, 1\] must be from 1"):
+        run(model_folder, tmp_path, "--k", "0", "1", data=data_folder, tasks=["sts_pairs"])
+
+
+def test_a_large_k_truncates_long_texts(model_folder):
+    """They and the steps share the backbone's 128 positions; results of such a k are filed under that length."""
+
+    def load_with(*k: str) -> Subject:
+        return subjects.load_subject(
+            evaluate_gircse.parse(["--model", str(model_folder), "--tasks", "STS12", "--device", "cpu", "--k", *k])
+        )
+
+    assert load_with("1", "64").settings == {}  # the processor's 64 tokens fit
+    subject = load_with("1", "100")
+    assert subject.settings == {"max_length": 28} and subject.meta.max_tokens == 28
+    vectors = subject.embed(["x " * 500, "short"], "", None, subject.steps)
+    model, processor = load(model_folder)
+    for column, k in enumerate((1, 100)):
+        expected = model.eval().generate_embedding(**processor(["x " * 500, "short"], max_length=28), k=k)
+        np.testing.assert_allclose(vectors[:, column], expected.numpy(), atol=2e-6)
+    with pytest.raises(ValueError, match="k=128 takes all positions of the backbone: choose k below 128"):
+        load_with("128")
+
+
+# Prompts ------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_the_tasks(model_folder, data_folder):
+    args = evaluate_gircse.parse(["--model", str(model_folder), "--tasks", "mteb", "--device", "cpu"])
+    subject = subjects.load_subject(args)
+    paper = json.loads((ROOT / "recipes/root_model/instructions.json").read_text(encoding="utf-8"))["mteb"]
+
+    def prompt(name: str, side: str | None = None) -> str:
+        [task] = choose_tasks([name], str(data_folder))
+        text = subject.prompt(task.metadata, side)
+        return text.removeprefix("Instruct: ").removesuffix("\nQuery: ") if text else ""
+
+    assert prompt("STS12") == paper["STS12"]
+    assert prompt("SciFact", "query") == paper["SciFact-Q"] and prompt("SciFact", "document") == ""
+    for side in ("query", "document"):
+        assert prompt("AskUbuntuDupQuestions", side) == paper["AskUbuntuDupQuestions-Q"]
+    assert prompt("CQADupstackUnixRetrieval", "document") == paper["CQADupstackUnixRetrieval-C"]
+    assert prompt("NanoTouche2020Retrieval", "query") == paper["Touche2020-Q"]  # the task it was made from
+    assert prompt("NanoTouche2020Retrieval", "document") == ""
+    assert prompt("News21InstructionRetrieval", "query") == paper["MSMARCO-Q"]  # it has no instruction of its own
+    assert prompt("News21InstructionRetrieval", "document") == ""
+    assert prompt("instruct_scenes-place") == FACETS["place"]
+    assert (
+        prompt("retrieval_little", "query") == INSTRUCTIONS["retrieval"]
+        and prompt("retrieval_little", "document") == ""
+    )
+    for task in choose_tasks(["mteb", "nanobeir"], None):
+        retrieval = isinstance(task, AbsTaskRetrieval)
+        text = subject.prompt(task.metadata, "query" if retrieval else None)
+        instruction = text.removeprefix("Instruct: ").removesuffix("\nQuery: ")
+        assert instruction in paper.values(), task.metadata.name
+
+
+def made_up(layout: type, metric: str, rows: list[dict]):
+    """A task of one's own, as mteb has them, without an instruction."""
+    kind = layout.__name__.removeprefix("AbsTask")
+    metadata = TaskMetadata(
+        name=f"Own{kind}",
+        description="made up",
+        dataset={"path": "local/own", "revision": "1"},
+        type=kind,
+        category="t2t",
+        eval_langs=["eng-Latn"],
+        main_score=metric,
+    )
+
+    def load_data(self, num_proc=None, **kwargs):
+        self.dataset = DatasetDict(dict.fromkeys(("train", "test"), Dataset.from_list(rows)))
+        self.data_loaded = True
+
+    return type(metadata.name, (layout,), {"metadata": metadata, "load_data": load_data})()
+
+
+OWN_TASKS = [
+    (AbsTaskSTS, "cosine_spearman", [{"sentence1": a, "sentence2": b, "score": s} for a, b, s, _ in PAIRS], "sts"),
+    (
+        AbsTaskPairClassification,
+        "max_ap",
+        [{"sentence1": a, "sentence2": b, "labels": s} for a, b, _, s in PAIRS],
+        "pairclass",
+    ),
+    (
+        AbsTaskClassification,
+        "accuracy",
+        [{"text": r["text"], "label": i % 2} for i, r in enumerate(SCENES)],
+        "classification",
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "metric", "rows", "instruction"), OWN_TASKS)
+def test_mteb_embeds_a_task_of_ones_own_under_its_types_instruction(
+    model_folder, monkeypatch, caplog, layout, metric, rows, instruction
+):
+    """And has no complaint about our prompts. Ours is the same."""
+    expected = f"Instruct: {INSTRUCTIONS[instruction]}\nQuery: "
+    task, prompts = made_up(layout, metric, rows), set()
+    model = SentenceTransformer(str(model_folder), trust_remote_code=True, device="cpu")
+    preprocess = model[0].preprocess
+    monkeypatch.setattr(
+        model[0], "preprocess", lambda texts, prompt=None, **k: prompts.add(prompt) or preprocess(texts, prompt, **k)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mteb.evaluate(model, task, cache=None, co2_tracker=False)
+    assert prompts == {expected}
+    said = [str(warning.message) for warning in caught] + [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "prompt" in line.lower() or "not valid" in line] == []
+    args = evaluate_gircse.parse(["--model", str(model_folder), "--tasks", "mteb", "--device", "cpu"])
+    assert subjects.load_subject(args).prompt(task.metadata, None) == expected
+
+
+def test_all_published_prompts_have_names_that_mteb_takes(caplog):
+    prompts = json.loads((ROOT / "config_sentence_transformers.json").read_text(encoding="utf-8"))["prompts"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert AbsEncoder.validate_task_to_prompt_name(prompts) == prompts
+    assert caplog.records == []
+    assert {"Banking77Classification", "STSBenchmark", "NQ-query", "query", "document"} <= set(prompts)  # of the README
+
+
+def test_prompts_of_the_published_scores_are_those_of_today(data_folder):
+    """Those of the folders' tasks come from INSTRUCTIONS, whatever the model's prompts have for their types."""
+    args = evaluate_gircse.parse(["--model", str(ROOT), "--tasks", "local", "--k", "1", "--device", "cpu"])
+    subject = subjects.load_subject(args)
+    for row in json.loads((ROOT / "results" / "root.json").read_text(encoding="utf-8"))["tasks"]:
+        if not row["task"].startswith("instruct"):
+            instruction = INSTRUCTIONS.get(row["task"], INSTRUCTIONS[row["task"].partition("_")[0]])
+            prompt = instruction if "both" in row["prompts"] else {"query": instruction}
+            metadata = SimpleNamespace(name=row["task"], type=row["type"], prompt=prompt, adapted_from=None)
+            sides = {side: subject.prompt(metadata, None if side == "both" else side) for side in row["prompts"]}
+            assert sides == row["prompts"], row["task"]
+
+
+def test_nothing_is_trusted_unasked():
+    for name in ("evaluate_gircse.py", "gircse/evaluation/tasks.py", "gircse/evaluation/report.py"):
+        source = (ROOT / name).read_text(encoding="utf-8")
+        assert re.findall(r"trust_remote_code=(?!args\.)\S+", source) == []
+
+
+@pytest.mark.parametrize("file", ["config.json", "modules.json"])
+def test_revision_of_a_hub_model_is_its_commit(tmp_path, monkeypatch, file):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--you--some"
+    (repo / "refs").mkdir(parents=True)
+    args = SimpleNamespace(model="you/some", model_name=None)
+    for commit in ("a" * 40, "b" * 40):
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        (repo / "snapshots" / commit / file).write_text("{}")
+        (repo / "refs" / "main").write_text(commit)
+        monkeypatch.setattr(subjects, "file_of", lambda *_: None)
+        assert subjects.model_meta(args, {}).revision == commit
+
+
+def test_revision_of_a_folder_is_its_content(model_folder, tmp_path):
+    copy = shutil.copytree(model_folder, tmp_path / "copy")
+    assert subjects.content_hash(copy) == subjects.content_hash(model_folder)
+    (copy / "README.md").write_text("another card")
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))  # evaluations name theirs
+    assert subjects.content_hash(copy) == subjects.content_hash(model_folder)
+    (copy / "config.json").write_text(json.dumps({**config, "num_steps": config["num_steps"] + 1}))
+    assert subjects.content_hash(copy) != subjects.content_hash(model_folder)
+    (copy / "config.json").write_text(json.dumps(config))
+    settings = json.loads((copy / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    settings["prompts"]["STS12"] = "other"
+    (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    assert subjects.content_hash(copy) != subjects.content_hash(model_folder)
+
+
+def test_published_scores_are_of_the_published_weights():
+    if not (ROOT / "model.safetensors").exists():
+        pytest.skip("the repo root holds no model.safetensors, so there is no published model")
+    results = json.loads((ROOT / "results" / "root.json").read_text(encoding="utf-8"))
+    assert results["revision"] == subjects.content_hash(ROOT)
+
+
+def test_revision_of_an_adapter_only_folder_is_its_adapter_too(model_folder, tmp_path):
+    copy = shutil.copytree(model_folder, tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**config, "adapter": "lora"}))
+    (copy / "lora").mkdir()
+    hashes = set()
+    for weights in (b"one", b"two"):
+        (copy / "lora" / "adapter_model.safetensors").write_bytes(weights)
+        hashes.add(subjects.content_hash(copy))
+    assert len(hashes) == 2

@@ -1,0 +1,230 @@
+"""The arguments of a training run: each is honoured or refused, and what can't be right is refused before training."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import HfArgumentParser, TrainingArguments
+
+from gircse.training.arguments import WITHOUT_EFFECT, DataArguments, GircseTrainingArguments, ModelArguments
+from gircse.training.trainer import add_lora
+from helpers import make_rows
+from train_gircse import check_settings, load_model, main
+from training_helpers import make_trainer, tiny_model
+
+pytestmark = pytest.mark.usefixtures("training_cache")
+
+# Settings
+
+
+def test_warm_up(processor, tmp_path):
+    arguments = GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    assert arguments.get_warmup_steps(100) == 10
+    chosen = GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", warmup_steps=3)
+    assert chosen.get_warmup_steps(100) == 3
+    trainer = make_trainer(tiny_model(), processor, tmp_path, make_rows(4), learning_rate=1.0)
+    trainer.create_optimizer_and_scheduler(num_training_steps=100)
+    rates = []
+    for _ in range(20):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates[5] == pytest.approx(0.5) and rates.index(max(rates)) == 10 and max(rates) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("setting", [{"k": 0}, {"sub_batch_size": 0}, {"sub_batch_size": -1}])
+def test_counts_below_one_are_refused(tmp_path, setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* must be >= 1"):
+        GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **setting)
+
+
+# What `Trainer` does with all other arguments holds here, too.
+HONOURED = """output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
+activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
+torch_compile_backend torch_compile_mode neftune_noise_alpha torch_empty_cache_steps auto_find_batch_size
+logging_strategy logging_steps logging_first_step logging_dir log_on_each_node logging_nan_inf_filter log_level
+log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start save_only_model save_strategy save_steps
+save_on_each_node save_total_limit save_safetensors enable_jit_checkpoint push_to_hub hub_token hub_private_repo
+hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better
+ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config
+dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
+ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
+fsdp_config deepspeed debug skip_memory_metrics do_train do_eval resume_from_checkpoint local_rank""".split()
+# Of transformers before 5, under names that went or have another one since.
+OLD = """per_gpu_train_batch_size per_gpu_eval_batch_size no_cuda use_mps_device use_ipex fp16_opt_level fp16_backend
+half_precision_backend tpu_num_cores tpu_metrics_debug fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap tp_size
+adafactor mp_parameters push_to_hub_model_id push_to_hub_organization push_to_hub_token torchdynamo ray_scope _n_gpu
+""".split()
+
+
+def test_each_inherited_argument_is_honoured_or_refused():
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert inherited - {*HONOURED, *OLD} - WITHOUT_EFFECT.keys() == set()
+    assert not WITHOUT_EFFECT.keys() & {*HONOURED}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"label_names": ["labels"]},
+        {"bf16_full_eval": True},
+        {"include_num_input_tokens_seen": True},
+        {"use_liger_kernel": True},
+        {"hub_always_push": True},
+        {"do_predict": True},
+    ],
+)
+def test_arguments_without_effect_are_refused(tmp_path, setting):
+    name = next(iter(setting))
+    with pytest.raises(ValueError, match=rf"{name}=.* has no effect here: .*{WITHOUT_EFFECT[name][:20]}"):
+        GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **setting)
+    with pytest.raises(ValueError, match="split_batches"):
+        GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, accelerator_config={"split_batches": True})
+
+
+def test_defaults_of_the_command_line_are_refused_nowhere(tmp_path):
+    parser = HfArgumentParser(GircseTrainingArguments)
+    (training,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "--do_train"])
+    assert training.k == 5
+
+
+def test_the_best_model_is_by_default_that_of_the_best_accuracy(processor, tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.9, 0.1])
+    monkeypatch.setattr(
+        "gircse.training.trainer.retrieval_accuracy", lambda *args: dict.fromkeys(args[4], next(accuracies))
+    )
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    trainer = make_trainer(
+        tiny_model(), processor, tmp_path, make_rows(4), make_rows(6), load_best_model_at_end=True, **settings
+    )
+    trainer.train()
+    assert trainer.args.metric_for_best_model == "accuracy" and trainer.args.greater_is_better
+    assert trainer.state.best_metric == 0.9 and trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    best = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(weight, trainer.model.state_dict()[name]) for name, weight in best.items())
+
+
+def test_arguments_of_the_data_loader_reach_it(processor, tmp_path):
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 3}
+    loader = make_trainer(tiny_model(), processor, tmp_path, make_rows(8), **settings).get_train_dataloader()
+    assert loader.persistent_workers and loader.prefetch_factor == 3 and loader.num_workers == 1
+    seeds = ({"data_seed": 1}, {"data_seed": 1, "seed": 7}, {"data_seed": 2})
+    trainers = [make_trainer(tiny_model(), processor, tmp_path, make_rows(40), **seed) for seed in seeds]
+    orders = [list(trainer.get_train_dataloader().batch_sampler) for trainer in trainers]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_help_of_any_version_of_transformers_is_printed(capsys, monkeypatch):
+    """That of 5.2.0 has a bare per cent sign."""
+    (field,) = [field for field in dataclasses.fields(GircseTrainingArguments) if field.name == "max_grad_norm"]
+    monkeypatch.setattr(field, "metadata", {"help": "100% of it, 5%% more, or %(default)s"})
+    with pytest.raises(SystemExit) as status:
+        main(["--help"])
+    assert status.value.code == 0 and "100% of it, 5% more, or 1.0" in " ".join(capsys.readouterr().out.split())
+
+
+def test_command_line_lists_choices(capsys):
+    parser = HfArgumentParser((ModelArguments, DataArguments, GircseTrainingArguments))
+    parsed = parser.parse_args_into_dataclasses(["--matryoshka_dims", "8", "16", "--symmetric_sources", "a", "b"])
+    assert parsed[2].matryoshka_dims == [8, 16] and parsed[1].symmetric_sources == ["a", "b"]
+    for wrong in (["--reduction", "max"], ["--tuning", "half"], ["--save_dtype", "float23"]):
+        with pytest.raises(SystemExit):  # found before training, not at the end
+            parser.parse_args_into_dataclasses(wrong)
+        assert wrong[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given, reentrant", [([], False), (['{"use_reentrant": true}'], True), (["{}"], False)])
+def test_gradient_checkpointing_settings_of_the_command_line(tmp_path, given, reentrant):
+    argv = f"--output_dir {tmp_path} --use_cpu True --report_to none --gradient_checkpointing True".split()
+    argv += ["--gradient_checkpointing_kwargs", *given] if given else []
+    (training,) = HfArgumentParser(GircseTrainingArguments).parse_args_into_dataclasses(argv)
+    assert training.gradient_checkpointing_kwargs == {"use_reentrant": reentrant}
+
+
+def test_bad_rows_are_left_out_and_listed_beside_the_output(workplace, tmp_path):
+    lines = workplace.folder.joinpath("pairs.jsonl").read_text().splitlines()
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*lines[:30], '{"query": "no answer"}', *lines[30:]]))
+    argv = [*workplace.argv, "--train_data", str(tmp_path / "pairs.jsonl"), "--max_steps", "1", "--held_out", "0"]
+    with pytest.raises(ValueError, match=r"pairs.jsonl:31: "):
+        main([*argv, "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="max_bad"):
+        main([*argv, "--output_dir", str(tmp_path / "out"), "--skip_bad_rows"])  # one of 61 is more than 1 %
+    main([*argv, "--output_dir", str(tmp_path / "out"), "--skip_bad_rows", "--max_bad_share", "0.02"])
+    (bad,) = map(json.loads, (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines())
+    assert bad["row"] == 31 and bad["file"].endswith("pairs.jsonl") and "pos" in bad["reason"]
+
+
+def test_columns_of_other_names_are_named_on_the_command_line(workplace, tmp_path):
+    with (tmp_path / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=";")
+        writer.writerow(["Frage", "Antwort", "falsch"])
+        writer.writerows([f"wer ist {i}?", f'"{i}"; wer sonst', f"{i + 1}"] for i in range(16))
+    argv = [*workplace.argv, "--train_data", str(tmp_path / "pairs.csv"), "--max_steps", "1", "--held_out", "0"]
+    main([*argv, "--output_dir", str(tmp_path / "out"), "--columns", "query=Frage,pos=Antwort", "neg=falsch"])
+    assert json.loads((tmp_path / "out" / "training_log.jsonl").read_text().splitlines()[0])["log_candidates"] > 2.7
+
+
+def test_the_learning_rate_is_by_default_that_of_what_is_trained(processor, tmp_path):
+    peft_model = add_lora(tiny_model(), ModelArguments())
+    for model, settings, expected in (
+        (tiny_model(), {}, 5e-5),
+        (peft_model, {}, 5e-4),
+        (peft_model, {"learning_rate": 0.01}, 0.01),
+    ):
+        assert make_trainer(model, processor, tmp_path, make_rows(4), **settings).args.learning_rate == expected
+
+
+def test_longest_text_leaves_room_for_all_steps(lora):
+    """Accuracy is measured at k = 20, however few steps the new model's config says."""
+    model, processor = load_model(ModelArguments(model_name_or_path=str(lora.base), num_steps=2))
+    assert processor.max_length == 128 - 20
+    with torch.no_grad():
+        assert model(**processor(["red " * 200]), k=20).embeddings.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "axes, options, longest",
+    [
+        ({}, "--k 2", 108),  # the accuracy is measured at k = 20
+        ({}, "--k 30", 98),
+        ({}, "--k 2 --held_out 0", 126),
+        ({"step_token": "learned", "num_steps": 4}, "--k 4", 124),
+        ({"step_token": "learned", "num_steps": 4}, "--k 4 --max_length 125", 124),
+        ({"step_token": "none"}, "", 128),
+    ],
+)
+def test_a_length_that_leaves_no_room_for_the_steps_is_refused(processor, tmp_path, axes, options, longest):
+    model, processor = tiny_model(**axes), copy.copy(processor)
+    processor.max_length = 512
+    parser = HfArgumentParser((ModelArguments, DataArguments, GircseTrainingArguments))
+
+    def check(*more: str) -> None:
+        argv = [*f"--output_dir {tmp_path} --use_cpu True --report_to none {options}".split(), *more]
+        check_settings(model, processor, *parser.parse_args_into_dataclasses(argv))
+
+    with pytest.raises(ValueError, match=rf"max_length=\d+ exceeds .*positions.*: use --max_length {longest}$"):
+        check()
+    with pytest.raises(ValueError, match="max_length="):
+        check("--max_length", str(longest + 1))
+    check("--max_length", str(longest))
+
+
+@pytest.mark.parametrize("argument, output", [("model_name_or_path", "m"), ("adapter", "m"), ("adapter", "")])
+def test_output_in_the_place_of_what_training_starts_from_is_refused(processor, tmp_path, argument, output):
+    start = tmp_path / "m" if argument != "adapter" or output else tmp_path / "adapter"
+    start.mkdir()
+    parser = HfArgumentParser((ModelArguments, DataArguments, GircseTrainingArguments))
+    argv = f"--{argument} {start} --output_dir {tmp_path / output} --use_cpu True --report_to none".split()
+    with pytest.raises(ValueError, match=f"output_dir=.* would overwrite {argument}="):
+        check_settings(tiny_model(), processor, *parser.parse_args_into_dataclasses(argv + ["--max_length", "64"]))

@@ -1,0 +1,126 @@
+"""LoRA, and the exported folder: it loads elsewhere, its card tells the scores, and nothing is lost in merging."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gircse.training.arguments import GircseTrainingArguments, ModelArguments
+from gircse.training.card import REMOTE_CODE, model_card
+from gircse.training.publishing import CODE_FILES, copy_on_cpu, export
+from gircse.training.trainer import add_lora
+from helpers import environment, make_rows
+from training_helpers import make_trainer, tiny_model
+
+pytestmark = pytest.mark.usefixtures("training_cache")
+
+LOAD = """
+import sys, torch
+from transformers import AutoModel, AutoProcessor
+folder, result = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(["a red thing", "cold"], instruction="find the answer")
+assert not {"peft", "train_gircse"} & set(sys.modules)
+torch.save(model.generate_embedding(**inputs, k=4), result)
+"""
+
+
+@pytest.mark.slow
+def test_lora_export_loads_elsewhere(lora, tmp_path):
+    others = ["gircse/training/losses.py", "requirements.txt", "requirements-train.txt", "README.md", "config.json"]
+    for name in [*REMOTE_CODE, *CODE_FILES, *others]:
+        assert (lora.folder / name).is_file(), name
+    keys = load_file(lora.folder / "model.safetensors")
+    assert keys and not [key for key in keys if "lora" in key or "base_layer" in key or "base_model" in key]
+    said = subprocess.run(
+        [sys.executable, "-c", LOAD, str(lora.folder), str(tmp_path / "embeddings.pt")],
+        env=environment(tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules")),
+        cwd=tmp_path,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    assert "Do you wish to run" not in said
+    merged = lora.model.eval().generate_embedding(**lora.inputs, k=4)
+    torch.testing.assert_close(torch.load(tmp_path / "embeddings.pt"), merged, rtol=0, atol=1e-6)
+    torch.testing.assert_close(merged, lora.unmerged, rtol=0, atol=1e-4)
+    start = type(lora.model).from_causal_lm(str(lora.base)).generate_embedding(**lora.inputs, k=4)
+    assert float((start - merged).abs().max()) > 1e-3  # it has learned something
+
+
+def test_card_tells_the_scores(lora):
+    card = (lora.folder / "README.md").read_text()
+    rows = [line for line in card.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert [int(row.split("|")[1]) for row in rows] == [1, 3, 5, 10, 20]
+    assert card.startswith("---\nlibrary_name: transformers\n") and "batch 4 x 1 x 1" in card
+
+
+@pytest.mark.parametrize(
+    "step_token, said", [("soft", "(GIRCSE)"), ("learned", "learned"), ("none", "generates nothing")]
+)
+def test_what_the_card_shows_runs(processor, tmp_path, step_token, said):
+    pytest.importorskip("sentence_transformers")
+    export(tiny_model(step_token=step_token, num_steps=3), processor, tmp_path)
+    settings = {"use_cpu": True, "report_to": "none", "learning_rate": 1e-4}
+    card = model_card(tmp_path, GircseTrainingArguments(output_dir=str(tmp_path), **settings))
+    blocks = card.split("```python\n")[1:]
+    assert said in card and len(blocks) == 2 and ("k=5" in card) == (step_token == "soft")
+    for block in blocks:
+        names = {}
+        exec(block.partition("```")[0].replace('"."', repr(str(tmp_path))), names)
+        assert names["embeddings"].shape == (1, 32)
+
+
+def test_learned_tokens_are_trained_beside_lora(processor, tmp_path):
+    """LoRA reaches linear layers alone; tokens that start at random must learn all the same."""
+    model = tiny_model(step_token="learned", num_steps=3)
+    start = model.learned_tokens.weight.detach().clone()
+    peft_model = add_lora(model, ModelArguments(lora_r=2))
+    rows = make_rows(4)
+    trainer = make_trainer(
+        peft_model, processor, tmp_path / "run", rows, max_steps=2, learning_rate=0.1, warmup_steps=1, k=2
+    )
+    trainer.train()
+    merged = export(trainer.model, processor, tmp_path / "out")
+    assert not torch.equal(merged.learned_tokens.weight, start)
+    assert "learned_tokens.weight" in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_lora_is_merged_in_the_dtype_that_is_saved(processor, tmp_path):
+    """In bfloat16, as it is trained, this much would be rounded away."""
+    model = add_lora(tiny_model(dtype=torch.bfloat16), ModelArguments(lora_r=2))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=1e-4)
+    layer = model.get_base_model().language_model.model.layers[0].self_attn.q_proj
+    start, change = layer.weight.detach().float(), layer.get_delta_weight("default").detach().float()
+    merged = export(model, processor, tmp_path)
+    learned = merged.language_model.model.layers[0].self_attn.q_proj.weight - start
+    torch.testing.assert_close(learned, change, rtol=0.05, atol=float(change.abs().max()) / 50)
+
+
+def test_copy_for_export_is_apart_from_the_model():
+    model = tiny_model(text_changes={"tie_word_embeddings": True})
+    copied = copy_on_cpu(model)
+    assert copied.get_output_embeddings().weight is copied.get_input_embeddings().weight
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in copied.state_dict().items())
+    kept, changed = (dict(m.named_buffers()) for m in (copied, model))
+    assert kept.keys() == changed.keys() and not any(torch.equal(kept[name], changed[name]) for name in kept)
+
+
+def test_untrained_adapter_is_not_exported(processor, tmp_path):
+    model = add_lora(tiny_model(), ModelArguments(lora_r=2))
+    with pytest.raises(ValueError, match="lora_B"):
+        export(model, processor, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

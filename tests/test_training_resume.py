@@ -1,0 +1,98 @@
+"""A killed run goes on as if nothing had happened; an output that can't be used is refused before training."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from helpers import ROOT, environment
+from train_gircse import main
+from training_helpers import assert_same_run
+
+pytestmark = pytest.mark.usefixtures("training_cache")
+
+
+def test_training_moves_the_weights(workplace, straight):
+    before = load_file(workplace.folder / "model" / "model.safetensors")
+    after = load_file(straight.folder / "model.safetensors")
+    assert max(float((after[name] - weight).abs().max()) for name, weight in before.items()) > 1e-3
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_same_end(workplace, straight):
+    output = workplace.folder / "killed"
+    argv = [*workplace.argv, "--output_dir", str(output)]
+    with (workplace.folder / "killed.txt").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train_gircse.py"), *argv],
+            env=environment(workplace.folder),
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+    deadline, log = time.monotonic() + 400, output / "training_log.jsonl"
+    # Two steps beyond the first checkpoint, so that their lines of the log come again.
+    while not log.exists() or log.read_text().count('"loss"') < 5:
+        assert process.poll() is None and time.monotonic() < deadline, (workplace.folder / "killed.txt").read_text()
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert (output / "checkpoint-3").is_dir() and not (output / "model.safetensors").exists()
+    assert "Do you wish to run" not in (workplace.folder / "killed.txt").read_text()  # it needs nobody at the keyboard
+    # A checkpoint that was being written when the run died is passed over.
+    (output / "checkpoint-13").mkdir()
+    (output / "checkpoint-13" / "config.json").write_text("{}")
+    (output / "checkpoint-14").mkdir()
+    (output / "checkpoint-14" / "trainer_state.json").write_text('{"epoch": 2')
+    main([*argv, "--resume_from_checkpoint", "last"])
+    assert_same_run(output, straight.folder, steps=14)
+
+
+def test_resume_in_the_second_epoch(workplace, straight):
+    """Step 9 is the second of epoch 2: order and drawn negatives are that epoch's, also after a resume."""
+    output = workplace.folder / "later"
+    shutil.copytree(straight.folder / "checkpoint-9", output / "checkpoint-9")
+    main([*workplace.argv, "--output_dir", str(output), "--resume_from_checkpoint", "last"])
+    assert_same_run(output, straight.folder, steps=14)
+
+
+def test_used_output_is_refused(workplace, tmp_path, monkeypatch):
+    monkeypatch.setattr("train_gircse.load_model", lambda *_: pytest.fail("loaded before the check"))
+    complete = tmp_path / "checkpoint-3"
+    complete.mkdir()
+    (complete / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="checkpoint-3.*--resume_from_checkpoint last"):
+        main([*workplace.argv, "--output_dir", str(tmp_path)])
+
+
+def test_unwritable_output_is_refused(workplace, tmp_path, monkeypatch):
+    monkeypatch.setattr("train_gircse.load_model", lambda *_: pytest.fail("loaded before the check"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="can't be written"):
+        main([*workplace.argv, "--output_dir", str(tmp_path / "file" / "below")])
+
+
+def test_resume_without_checkpoint_is_refused(workplace, tmp_path, monkeypatch):
+    monkeypatch.setattr("train_gircse.load_model", lambda *_: pytest.fail("loaded before the check"))
+    with pytest.raises(ValueError, match="holds no.* checkpoint"):
+        main([*workplace.argv, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"])
+
+
+def test_a_checkpoint_without_optimizer_is_not_gone_on_from(workplace, tmp_path):
+    argv = [*workplace.argv, "--output_dir", str(tmp_path), "--max_steps", "3", "--save_only_model"]
+    main(argv)
+    with pytest.raises(ValueError, match="checkpoint-3 holds no optimizer's state, as --save_only_model leaves it"):
+        main([*argv, "--resume_from_checkpoint", "last"])
+
+
+def test_lora_run_resumes(lora, workplace):
+    output = workplace.folder / "lora-later"
+    shutil.copytree(lora.folder / "checkpoint-2", output / "checkpoint-2")
+    main([*lora.argv, "--output_dir", str(output), "--resume_from_checkpoint", "last"])
+    assert_same_run(output, lora.folder, steps=4)

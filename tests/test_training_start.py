@@ -1,0 +1,192 @@
+"""What training starts from: the prompt of the chat template, the tokenizer, quantized backbones, GGUF files, and
+folders that are no model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from gircse.loading import PAPER_PROMPT
+from gircse.training.arguments import ModelArguments
+from helpers import make_tokenizer
+from train_gircse import load_model, main
+
+pytestmark = pytest.mark.usefixtures("training_cache")
+
+
+def test_text_of_a_shell_is_read_as_it_is_meant(lora):
+    template = r"Instruct: {instruction}\nQuery:\t"
+    arguments = ModelArguments(model_name_or_path=str(lora.base), prompt_template=template, suffix=r"\n\\n")
+    processor = load_model(arguments)[1]
+    assert processor.prompt_template == "Instruct: {instruction}\nQuery:\t" and processor.suffix == "\n\\n"
+
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|system|>\nBe kind.<|end|>\n{% endif %}{% for m in messages %}"
+    "<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+TRIMMED = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</{{ m['role'] }}>{% endfor %}"
+    "{% if add_generation_prompt %}<model>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, prompt, suffix",
+    [
+        (CHATML, "<|user|>\nInstruct: {instruction}\nQuery: ", "<|end|>\n<|assistant|>\n"),  # no default message
+        (TRIMMED, "<bos><user>Instruct: {instruction}\nQuery: ", "</user><model>"),
+        ("{{ messages[-1]['content'] }}|", "Instruct: {instruction}\nQuery: ", "|"),  # knows a single turn
+        ("{{ messages[0]['role'] }}", "Instruct: {instruction}\nQuery: ", ""),  # drops the text
+        ("{{ raise_exception('no roles') }}", "Instruct: {instruction}\nQuery: ", ""),
+        (None, "Instruct: {instruction}\nQuery: ", ""),
+    ],
+)
+def test_prompt_and_suffix_are_a_turn_of_the_chat_template(lora, tmp_path, template, prompt, suffix):
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<bos>"
+    tokenizer.chat_template = template
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(lora.base / name, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, processor = load_model(ModelArguments(model_name_or_path=str(tmp_path)))
+    assert (processor.prompt_template, processor.suffix) == (prompt, suffix)
+    assert model.config.logit_temperature == 2
+    papers = ModelArguments(str(tmp_path), prompt_template=PAPER_PROMPT, logit_temperature=1.0)
+    model, processor = load_model(papers)
+    assert (processor.prompt_template, processor.suffix) == ("Instruct: {instruction}\nQuery: ", "")
+    assert model.config.logit_temperature == 1
+    processor = load_model(ModelArguments(str(tmp_path), suffix="<eos>"))[1]
+    assert (processor.prompt_template, processor.suffix) == ("Instruct: {instruction}\nQuery: ", "<eos>")
+
+
+# What could not be saved at the end
+
+
+class Unsaved(PreTrainedTokenizerFast):
+    """Saves nothing that a tokenizer is loaded from, as that of the mistral-common package."""
+
+    def save_pretrained(self, folder, *args, **kwargs):
+        Path(folder, "tekken.json").write_text("{}")
+        return (str(Path(folder, "tekken.json")),)
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_replaced_or_refused_before_training(lora, tmp_path, monkeypatch):
+    original, asked = AutoTokenizer.from_pretrained, []
+
+    def load(path, **kwargs):
+        asked.append(kwargs)
+        tokenizer = original(path)
+        return (
+            tokenizer
+            if kwargs.get("mistral_format") is False and replaced
+            else Unsaved(tokenizer_object=tokenizer.backend_tokenizer)
+        )
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    replaced = True
+    processor = load_model(ModelArguments(model_name_or_path=str(lora.base)))[1]
+    assert not isinstance(processor.tokenizer, Unsaved) and asked == [{}, {"mistral_format": False}]
+    replaced = False
+    monkeypatch.setattr("train_gircse.GircseTrainer.train", lambda *args, **kwargs: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="the tokenizer can't be saved .*mistral_format=False"):
+        main([*lora.argv, "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "options, remedy", [([], "can't be merged.*--save_adapter"), (["--tuning", "full"], "use --tuning lora")]
+)
+def test_a_quantized_backbone_is_refused_before_training_where_it_could_not_be_saved(
+    lora, tmp_path, monkeypatch, options, remedy
+):
+    original = load_model
+
+    def load(arguments):
+        model, processor = original(arguments)
+        model.config.text_config.quantization_config = {"quant_method": "torchao"}
+        return model, processor
+
+    monkeypatch.setattr("train_gircse.load_model", load)
+    monkeypatch.setattr("train_gircse.GircseTrainer.train", lambda *args, **kwargs: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=remedy):
+        main([*lora.argv, *options, "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"adapter_config.json": '{"base_model_name_or_path": "some/base"}'}, "adapter of 'some/base'.* --adapter"),
+        ({"a.gguf": "", "b.gguf": ""}, "several GGUF files .a.gguf, b.gguf.: choose one by --gguf_file"),
+        ({"modules.json": "[]"}, "Sentence Transformers model of other modules"),
+        ({"pytorch_model.bin": ""}, "has no config.json"),
+    ],
+)
+def test_folders_that_are_no_model_are_told_what_they_are(tmp_path, files, said):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        load_model(ModelArguments(model_name_or_path=str(tmp_path)))
+
+
+try:
+    import gguf
+except ImportError:
+    gguf = None
+
+
+def write_gguf(path: Path) -> None:
+    """A tiny Llama in GGUF, with the tokenizer of the other tests."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(8)
+    vocabulary = json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
+    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    for name in ("bos", "eos", "pad"):
+        getattr(writer, f"add_{name}_token_id")(0)
+    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    shapes |= {"blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32)}
+    shapes |= {"blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (48, 32), "blk.0.ffn_up": (48, 32)}
+    shapes |= {"blk.0.ffn_down": (32, 48)}
+    generator = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = generator.normal(0, 0.2, shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if name == "token_embd" else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.skipif(gguf is None, reason="gguf is not installed")
+@pytest.mark.parametrize("named", [False, True])
+def test_a_gguf_file_trains_saves_and_loads_from_the_command_line(workplace, tmp_path, named):
+    """It is dequantized at loading, and nothing that is saved says otherwise."""
+    (tmp_path / "base").mkdir()
+    write_gguf(tmp_path / "base" / "tiny.gguf")
+    if named:
+        write_gguf(tmp_path / "base" / "other.gguf")
+    argv = [*workplace.argv, "--max_steps", "2", "--warmup_steps", "1", "--held_out", "0", "--num_steps", "3"]
+    argv += ["--model_name_or_path", str(tmp_path / "base"), *(["--gguf_file", "tiny.gguf"] if named else [])]
+    main([*argv, "--output_dir", str(tmp_path / "out")])
+    assert "quantiz" not in (tmp_path / "out" / "config.json").read_text()
+    model, processor = load_model(ModelArguments(model_name_or_path=str(tmp_path / "out")))
+    assert model.generate_embedding(**processor(["a red thing"])).shape == (1, 32)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32} and len(processor.tokenizer) > 99
