@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .backbone_gircse import HUB_ARGUMENTS, REPO_ARGUMENTS, is_tied, load_backbone
-from .configuration_gircse import DTYPE
+from .configuration_gircse import dtype_name
 
 
 class AdapterMixin:
@@ -32,7 +32,7 @@ class AdapterMixin:
             config, kwargs = cls.config_class.from_pretrained(
                 config or repo, return_unused_kwargs=True, **where, **kwargs
             )
-        kwargs |= dtype or {DTYPE: getattr(config, DTYPE)}
+        kwargs |= dtype or {dtype_name(): getattr(config, dtype_name())}
         # The caller's choice is in the backbone's configuration, or in the outer one (transformers < 5).
         chosen = [getattr(part, "_attn_implementation_internal", None) for part in (config.text_config, config)]
         kwargs.setdefault("attn_implementation", chosen[0] or chosen[1])

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .configuration_gircse import DTYPE
+from .configuration_gircse import dtype_name
 
 # Where a file is found on the Hub: arguments of `from_pretrained` that hold for more than one repo, or for one alone.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
@@ -85,7 +85,7 @@ def name_dtype(kwargs: dict[str, Any]) -> None:
     """Has the dtype under the name that the installed transformers takes."""
     given = [kwargs.pop(name) for name in ("torch_dtype", "dtype") if name in kwargs]
     if given:
-        kwargs[DTYPE] = given[-1]
+        kwargs[dtype_name()] = given[-1]
 
 
 def is_tied(language_model: PreTrainedModel) -> bool:

@@ -9,8 +9,6 @@ from transformers import AutoConfig, PretrainedConfig
 STEP_TOKENS = ("soft", "hard", "learned", "none")
 ATTENTIONS = ("causal", "bidirectional")
 POOLINGS = ("mean", "last")
-# What the installed transformers calls the dtype of weights, in configurations and as an argument.
-DTYPE = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # transformers < 5 (before 4.56)
 SETTINGS = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
 
 
@@ -96,9 +94,9 @@ class GircseConfig(PretrainedConfig):
             )
         # PretrainedConfig.from_dict sets keyword arguments as attributes after the constructor has checked its own.
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
-        if "dtype" in config_dict and DTYPE != "dtype":  # transformers < 5 (before 4.56)
+        if "dtype" in config_dict and dtype_name() != "dtype":  # transformers < 5 (before 4.56)
             # A stray attribute of that name would keep `from_pretrained(..., dtype=...)` from the model.
-            config_dict = {DTYPE if name == "dtype" else name: value for name, value in config_dict.items()}
+            config_dict = {dtype_name() if name == "dtype" else name: value for name, value in config_dict.items()}
         return super().from_dict({**config_dict, **settings}, **kwargs)
 
     @property
@@ -106,6 +104,11 @@ class GircseConfig(PretrainedConfig):
         """d, the dimension of the embeddings; trainers and serving stacks look it up by this name."""
         # OPT-350m projects its states to the size of its token embeddings.
         return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size
+
+
+def dtype_name() -> str:
+    """What the installed transformers calls the dtype of weights, in configurations and as an argument."""
+    return "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # transformers < 5 (before 4.56)
 
 
 def _as_config(text_config: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig:

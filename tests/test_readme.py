@@ -82,6 +82,7 @@ def hub(tmp_path_factory):
         yield hub
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(text_of(page))])
 def test_python_blocks_run(page, copy, tmp_path, request):
     code = blocks(text_of(page))

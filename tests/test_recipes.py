@@ -65,6 +65,7 @@ def made(tmp_path_factory):
     return SimpleNamespace(folder=folder, texts=texts, vectors=torch.from_numpy(vectors).float())
 
 
+@pytest.mark.slow
 def test_pretraining_reports_and_its_tokenizer_is_what_autotokenizer_loads(made):
     backbone = made.folder / "backbone"
     report = json.loads((backbone / "pretraining.json").read_text(encoding="utf-8"))
@@ -93,6 +94,7 @@ def backbone_for_a_bag(**changes):
     return AutoModelForCausalLM.from_config(Qwen2Config(**sizes | heads | changes))
 
 
+@pytest.mark.slow
 def test_every_position_of_the_first_layer_holds_the_bag_of_the_text_so_far(made):
     bag, model = fitted_bag(made), backbone_for_a_bag()
     tokenizer = AutoTokenizer.from_pretrained(made.folder / "backbone")
@@ -126,6 +128,7 @@ def test_damping_takes_the_layers_back_to_the_bag():
     torch.testing.assert_close(model.model(ids, output_hidden_states=True).hidden_states[2], bag)
 
 
+@pytest.mark.slow
 def test_pretraining_leaves_the_bag_as_it_is(made, tmp_path):
     sizes = "--hidden_size 32 --intermediate_size 48 --num_layers 2 --num_heads 2 --num_key_value_heads 2"
     sizes += " --block_size 64 --batch_size 8 --max_steps 3"
@@ -161,6 +164,7 @@ def cosines(path, made, k: int) -> float:
     return 1 - distil.distillation_loss(z, made.vectors).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 12])
 def test_distillation_teaches_every_number_of_steps(made, k):
     before, after = (cosines(made.folder / name, made, k) for name in ("backbone", "distilled"))
@@ -172,6 +176,7 @@ def test_distillation_loss_is_one_minus_the_mean_cosine():
     assert distil.distillation_loss(z, torch.eye(3)[[0, 0]]).item() == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_the_teachers_batches_are_of_like_length_and_take_each_text_once_an_epoch(made):
     texts = distil.TeacherTexts(str(made.folder / "teacher"))
     _, processor = load(made.folder / "distilled")
@@ -185,6 +190,7 @@ def test_the_teachers_batches_are_of_like_length_and_take_each_text_once_an_epoc
     assert len(batch["input_ids"]) == len(batch["vectors"]) == 10 and len(loader) == len(texts) // 10
 
 
+@pytest.mark.slow
 def test_vectors_of_another_size_are_refused(made, tmp_path):
     np.save(tmp_path / "vectors.npy", np.zeros((1, 5), np.float16))
     (tmp_path / "texts.json").write_text('["a text"]')
@@ -208,6 +214,7 @@ def train(name: str, made, folder, *arguments: str) -> list[dict]:
     return logged(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["icr", "last_step", "mixed_steps"])
 def test_objectives(made, tmp_path, objective):
     line = train("paper/train_objective", made, tmp_path, "--objective", objective)[0]
@@ -217,6 +224,7 @@ def test_objectives(made, tmp_path, objective):
     assert (line["L_reg"] == 0) >= (objective == "last_step")
 
 
+@pytest.mark.slow
 def test_the_way_back_through_soft_tokens(made, tmp_path):
     """Its gradient is scaled, and the values are not; a learned temperature moves and is what the folder has."""
     settings = ("--learning_rate", "1e-3", "--warmup_ratio", "0", "--max_grad_norm", "1e9")
@@ -233,6 +241,7 @@ def test_the_way_back_through_soft_tokens(made, tmp_path):
     assert config["logit_temperature"] != 1 and abs(config["logit_temperature"] - learned[1]["temperature"]) < 0.5
 
 
+@pytest.mark.slow
 def test_a_teacher_adds_its_loss(made, tmp_path):
     teacher = ("--vectors", str(made.folder / "teacher"), "--teacher_batch_size", "16")
     line = train("root_model/train_with_teacher", made, tmp_path, *teacher, "--teacher_weight", "10")[0]

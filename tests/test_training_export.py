@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from gircse.training.arguments import GircseTrainingArguments, ModelArguments
 from gircse.training.card import REMOTE_CODE, model_card
@@ -104,6 +106,23 @@ def test_lora_is_merged_in_the_dtype_that_is_saved(processor, tmp_path):
     merged = export(model, processor, tmp_path)
     learned = merged.language_model.model.layers[0].self_attn.q_proj.weight - start
     torch.testing.assert_close(learned, change, rtol=0.05, atol=float(change.abs().max()) / 50)
+
+
+@pytest.mark.parametrize("save_adapter", [False, True])
+def test_a_plain_load_of_bfloat16_weights_is_float32(processor, tmp_path, save_adapter):
+    """On a CPU without instructions for bfloat16 it would be several times slower."""
+    backbone = tmp_path / "backbone"
+    tiny_model().language_model.save_pretrained(backbone)
+    processor.tokenizer.save_pretrained(backbone)
+    model = add_lora(tiny_model(), ModelArguments(lora_r=2))
+    torch.nn.init.ones_(next(weight for name, weight in model.named_parameters() if "lora_B" in name))
+    export(model, processor, tmp_path / "saved", "bfloat16", str(backbone) if save_adapter else None)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
+    assert (config["dtype"], config["text_config"]["dtype"]) == ("float32", "float32")
+    loaded = AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+    half = AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True, torch_dtype=torch.bfloat16)
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
 
 
 def test_copy_for_export_is_apart_from_the_model():
