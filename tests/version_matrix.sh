@@ -9,7 +9,7 @@ versions=("$@")
 [ ${#versions[@]} -gt 0 ] || versions=("4.51.3" "4.57.*" "5.0.*" "5.23.*" "5.24.*" "*@python3.13")
 tests=(
     modeling backbones prefill speed processing losses
-    loading round_trip remote_code merged_adapters adapters hub
+    loading loading_dtype round_trip remote_code merged_adapters adapters hub
     handler serving sentence_transformers sentence_saving
     rows pairs pairs_hub bad_rows data collator
     gradient_cache accuracy training_arguments training_start training_processes training_resume training_log
