@@ -20,20 +20,20 @@ class AdapterMixin:
 
     @classmethod
     def _from_adapter(cls, repo: str, config: PretrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:
-        """The model whose backbone, a causal LM or a GIRCSE model on the Hub, gets the adapter of `repo` merged."""
+        """Loads the causal LM or GIRCSE model that the adapter in `repo` names, and merges the adapter into it."""
         common = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         where = {name: kwargs.pop(name) for name in REPO_ARGUMENTS if name in kwargs} | common
-        # Nothing but this repo's own code is run, whatever the backbone's repo holds.
+        # Dropped, so that no code of the backbone's repo is run, only that of this repo.
         for name in ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash"):
             kwargs.pop(name, None)
-        # GircseConfig.from_pretrained would take the dtype as a setting of its own; it is the weights'.
+        # GircseConfig.from_pretrained would store the dtype as a setting; it is meant for the weights.
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         if not isinstance(config, PretrainedConfig):
             config, kwargs = cls.config_class.from_pretrained(
                 config or repo, return_unused_kwargs=True, **where, **kwargs
             )
         kwargs |= dtype or {dtype_name(): getattr(config, dtype_name())}
-        # The caller's choice is in the backbone's configuration, or in the outer one (transformers < 5).
+        # The caller's choice of attention is in the backbone's configuration, or in the outer one (transformers < 5).
         chosen = [getattr(part, "_attn_implementation_internal", None) for part in (config.text_config, config)]
         kwargs.setdefault("attn_implementation", chosen[0] or chosen[1])
         where["subfolder"] = "/".join(filter(None, (where.get("subfolder"), config.adapter)))
@@ -45,20 +45,21 @@ class AdapterMixin:
         else:
             language_model = load_backbone(base, **common, **kwargs)
         language_model = merge_adapter(language_model, folder)
-        config.text_config, config.adapter = language_model.config, None  # as saved from now on, it has weights
-        # The outer choice is handed down when the model is built; unset, it would undo this one (transformers < 5).
+        config.text_config, config.adapter = language_model.config, None  # it is saved with weights from now on
+        # Building the model hands the outer configuration's attention down; None there would erase the backbone's
+        # (transformers < 5).
         config._attn_implementation = language_model.config._attn_implementation
         return cls(config, language_model).eval()
 
     def load_adapter(
         self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the method of all models of transformers, for adapters of the plain causal LM (keys
+        """As [`PreTrainedModel.load_adapter`], for adapters of the plain causal LM (keys
         `base_model.model.model.layers...`) and those of a `GircseModel` (`base_model.model.language_model...`). The
         adapter is not merged; `set_adapter(name)` switches between several.
 
         Raises:
-            ValueError: if the adapter does not match the backbone or changes nothing, and is not kept then; if there
+            ValueError: if the adapter does not match the backbone or changes nothing, and then it is removed; if there
                 is another of that name.
         """
         if peft_model_id is None or args or "adapter_state_dict" in kwargs:
@@ -74,7 +75,7 @@ class AdapterMixin:
             to_gircse_key(key): value for key, value in peft.load_peft_weights(peft_model_id, "cpu", **where).items()
         }
         check_changes(peft_model_id, weights)
-        loaded = getattr(self, "peft_config", {})  # by name; there is no such attribute without any
+        loaded = getattr(self, "peft_config", {})  # by name; a model without adapters has no such attribute
         if name in loaded:
             raise ValueError(f"adapter_name={name!r} is taken; choose another, or free it by delete_adapter({name!r})")
         active = self.active_adapters() if loaded else None
@@ -85,17 +86,18 @@ class AdapterMixin:
         except (KeyError, RuntimeError, ValueError) as error:
             if name in getattr(self, "peft_config", {}):
                 self.delete_adapter(name)
-            elif not hasattr(self, "peft_config"):  # it failed half-way
+            elif not hasattr(self, "peft_config"):  # it failed half-way: layers may be wrapped
                 unwrap(self)
             if active:
                 self.set_adapter(active)
             raise misfit(peft_model_id, self.language_model, error) from error
         finally:
-            self._weight_conversions = conversions  # transformers 5.0 would save the model under the adapter's names
+            # transformers 5.0 leaves the adapter's renamings there, and would save the model's weights under them.
+            self._weight_conversions = conversions
         return info
 
     def _check_kept(self, name: str, weights: dict[str, Tensor], replacement: type) -> None:
-        """Raises a ValueError unless all of an adapter is loaded, and the steps see what it does."""
+        """Raises a ValueError unless all weights of an adapter are loaded, and the steps use them."""
         if not isinstance(self.get_input_embeddings(), (nn.Embedding, replacement)):
             raise ValueError(
                 "it adds to the token embeddings, whose weight the steps read as it is; merge it by "
@@ -103,13 +105,13 @@ class AdapterMixin:
             )
         kept = self.get_adapter_state_dict(name)
         lost = weights.keys() ^ kept.keys()
-        # transformers 5 leaves out some of what it does not know (DoRA), so that a key alone says nothing.
+        # transformers 5 leaves DoRA's magnitudes at their start, though their keys are there: values are compared, too.
         lost |= {key for key in weights.keys() - lost if not torch.equal(weights[key].to(kept[key]), kept[key])}
         if lost:
             raise ValueError(f"unmatched {sorted(lost)[:3]}; GircseModel.from_causal_lm(adapter=...) may take it")
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
-        """As the method of all models of transformers; layers that no adapter is left for are plain ones again."""
+        """As [`PreTrainedModel.delete_adapter`]; layers without any adapter left become plain layers again."""
         super().delete_adapter(adapter_names)
         unwrap(self)
 
@@ -129,7 +131,7 @@ def merge_adapter(language_model: PreTrainedModel, adapter: str, **where: Any) -
                 "without these among its target_modules (modules_to_save may hold them)"
             )
         result = model.load_adapter(adapter, "default", **where)
-        # The adapter's own weights carry its name, whatever its kind (LoRA, IA3, ...).
+        # Keys of the adapter's own weights carry its name, whatever its kind (LoRA, IA3, ...).
         lost = [key for key in result.missing_keys if ".default" in key] + list(result.unexpected_keys)
         if lost:
             raise ValueError(f"unmatched {lost[:3]}")
@@ -139,20 +141,21 @@ def merge_adapter(language_model: PreTrainedModel, adapter: str, **where: Any) -
     merged = model.merge_and_unload()
     for name, weight in merged.named_parameters():
         weight.requires_grad_(trainable.get(name, True))  # PEFT has frozen them all
-    if tied and not is_tied(merged):  # the adapter brought its own; nothing may tie them again
+    if tied and not is_tied(merged):  # the adapter brought weights of its own, which must not be tied again
         merged.config.tie_word_embeddings = False
         merged.all_tied_weights_keys = {}
     return merged
 
 
 def adapter_folder(adapter: str, subfolder: str, **where: Any) -> str:
-    """The local copy of an adapter in a subfolder; offline, PEFT looks for its weights in the wrong place there."""
+    """The local folder of an adapter in a subfolder of a repo, fetched if need be. PEFT itself, when offline, looks for
+    such an adapter's weights in the wrong place."""
     names = ("adapter_config.json", "adapter_model.safetensors")
     return str(Path([cached_file(adapter, name, subfolder=subfolder, **where) for name in names][0]).parent)
 
 
 def unwrap(model: PreTrainedModel) -> None:
-    """Puts the layers back that PEFT wraps for no adapter any more, as the wrappers change the names of weights."""
+    """Replaces PEFT's wrappers that have no adapter left by the layers inside: wrappers rename weights."""
     wrapped = []
     for name, module in model.named_modules():
         plain = getattr(module, "base_layer", getattr(module, "original_module", None))
@@ -172,11 +175,11 @@ def peft_package(adapter: str) -> Any:
 
 
 def check_version_of_peft(peft: Any) -> None:
-    """Raises an ImportError if the installed transformers switches adapters by a newer peft alone."""
+    """Raises an ImportError if the installed transformers needs a newer peft for unmerged adapters."""
     try:
         from transformers.integrations.peft import MIN_PEFT_VERSION
         from transformers.utils import check_peft_version
-    except ImportError:  # wherever it is then, transformers looks itself
+    except ImportError:  # this transformers has the check elsewhere, and makes it itself
         return
     try:
         check_peft_version(MIN_PEFT_VERSION)
@@ -199,15 +202,15 @@ def check_changes(adapter: str, weights: dict[str, Tensor]) -> None:
 
 
 def to_gircse_key(key: str) -> str:
-    """A key of an adapter's file, of the plain causal LM or of a `GircseModel`, as a key of a `GircseModel`."""
+    """A key of an adapter's file, made for the plain causal LM or for a `GircseModel`, as a key of a `GircseModel`."""
     key = key.removeprefix("base_model.model.")
     return key if key.startswith(("language_model.", "learned_tokens.")) else f"language_model.{key}"
 
 
 def to_gircse_config(config: Any) -> Any:
-    """A PEFT configuration whose regular expressions of names hold in a `GircseModel`, too."""
+    """The PEFT configuration, its regular expressions of module names changed to match in a `GircseModel`, too."""
     for field in ("target_modules", "exclude_modules"):
-        if isinstance(value := getattr(config, field, None), str):  # a regular expression of whole names
+        if isinstance(value := getattr(config, field, None), str):  # PEFT takes a str as a regular expression
             setattr(config, field, to_gircse_pattern(value))
     for field in ("alpha_pattern", "rank_pattern"):
         if value := getattr(config, field, None):

@@ -1,7 +1,7 @@
 """What GIRCSE needs of a causal LM: loading it, checking it, and calling its decoder with masks, positions and a cache.
 
-Architectures and versions of transformers differ in names of arguments, kinds of caches and masks. What the installed
-one takes is tried on the backbone itself, by `find_way`.
+Architectures and versions of transformers differ in names of arguments, kinds of caches and masks. `find_way` finds out
+what the backbone takes by trial on the backbone itself.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from transformers.utils import logging
 
 from .configuration_gircse import dtype_name
 
-# Where a file is found on the Hub: arguments of `from_pretrained` that hold for more than one repo, or for one alone.
+# Arguments of `from_pretrained` that say where files are: those that hold for each repo that is read (an adapter's and
+# its backbone's), and those that belong to one repo.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 REPO_ARGUMENTS = ("revision", "subfolder")
-# What architectures call how far layers see that don't see all positions: sliding_window, attention_window_size, ...
+# How settings are named that limit how far back layers see: sliding_window, attention_window_size, ...
 WINDOW = r"window(_size|_length)?$"
-# What a call of the decoder raises that can't take what it is given: another way of driving it is tried then.
+# What decoders raise for a cache or a mask that they can't take: the next way of calling them is tried then.
 REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 SLOW = (
     "{} has no KV cache of transformers {} that could be gone on from, so each step runs the whole sequence: the same "
@@ -42,12 +43,13 @@ logger = logging.get_logger(__name__)
 
 
 class Way(NamedTuple):
-    """How a backbone is driven, as `find_way` tries it out on the backbone itself. The defaults are
-    Algorithm 1 as it is written: slow, and right for every decoder that takes embeddings and a mask.
+    """How a backbone's decoder is called; `find_way` finds the fastest way that works. The defaults run the whole
+    sequence at each step, as Algorithm 1 is written: slow, and right for every decoder that takes embeddings and a
+    mask.
 
     Args:
-        cache: the name under which the decoder takes a KV cache that can be gone on from; None if each step runs the
-            whole sequence.
+        cache: the name of the decoder's argument for a KV cache that later calls can continue; None if each step runs
+            the whole sequence.
         square_masks: whether the decoder takes a mask of its own for each position of the prompt, (B, 1, N, N).
     """
 
@@ -56,7 +58,8 @@ class Way(NamedTuple):
 
 
 def load_backbone(name_or_path: str, needs_head: bool = True, **kwargs: Any) -> PreTrainedModel:
-    """A plain causal LM. What its checkpoint lacks would be random: a ValueError, but for a head that is not needed."""
+    """Loads a plain causal LM. Raises a ValueError for weights that its checkpoint lacks, which would be random, unless
+    they are those of an LM head that is not needed."""
     name_dtype(kwargs)
     model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     if kwargs.get("gguf_file"):  # loading has dequantized the weights; a saved model must not claim otherwise
@@ -82,7 +85,8 @@ def drop_quantization(model: PreTrainedModel) -> None:
 
 
 def name_dtype(kwargs: dict[str, Any]) -> None:
-    """Has the dtype under the name that the installed transformers takes."""
+    """Renames `dtype` or `torch_dtype` to the one that the installed transformers takes; `torch_dtype` is there for
+    transformers < 5 (before 4.56)."""
     given = [kwargs.pop(name) for name in ("torch_dtype", "dtype") if name in kwargs]
     if given:
         kwargs[dtype_name()] = given[-1]
@@ -94,8 +98,8 @@ def is_tied(language_model: PreTrainedModel) -> bool:
 
 
 def check_structure(language_model: PreTrainedModel) -> None:
-    """Refuses, by name, a backbone whose parts the step loop can't use as they are. Whether it can be driven is tried
-    by `find_way`, so that this holds only what no trial of a few tokens would show."""
+    """Raises a ValueError that names the backbone if the step loop can't use its parts as they are. Only what the trial
+    of `find_way`, on a few tokens, would not show is checked here."""
     config, reason = language_model.config, None
     if getattr(config, "is_encoder_decoder", False):
         reason = "it is an encoder-decoder"
@@ -121,8 +125,9 @@ def unfit(language_model: PreTrainedModel, reason: str) -> ValueError:
 def max_positions(config: PretrainedConfig) -> int | None:
     """How many positions a text and its steps may take in a backbone; None if it has no limit.
 
-    LongRoPE turns all texts of a batch in another way as soon as one of them is longer than the original limit, and a
-    step may pass it with a cache from before: up to there, a text's vector is its own."""
+    With LongRoPE, the original limit holds. Beyond it, one longer text changes the rotary frequencies of the whole
+    batch, and a step that passes it would go on from a cache of other frequencies: vectors would depend on the
+    batch."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if "longrope" in (rope.get("rope_type"), rope.get("type")):
         original = rope.get("original_max_position_embeddings")
@@ -133,7 +138,8 @@ def max_positions(config: PretrainedConfig) -> int | None:
 def decoder_of(language_model: PreTrainedModel) -> nn.Module:
     """f: the causal LM without its head."""
     decoder = language_model.get_decoder() if hasattr(language_model, "get_decoder") else language_model
-    # GPT-2 names itself as its decoder (transformers < 5), and ModernBERT names its head.
+    # `get_decoder` returns the whole causal LM for GPT-2 (transformers < 5), and the head for ModernBERT: the base
+    # model is taken instead.
     if decoder is language_model or not isinstance(decoder, PreTrainedModel):
         decoder = language_model.base_model
     return getattr(language_model, "model", decoder) if decoder is language_model else decoder
@@ -142,14 +148,15 @@ def decoder_of(language_model: PreTrainedModel) -> nn.Module:
 def decode(
     decoder: nn.Module, inputs: Tensor, mask: Tensor | None, positions: Tensor, past: dict[str, Cache]
 ) -> Tensor:
-    """The last position's state, (B, d), after `inputs` (B, n, d) have run over the cache, which `past` names as the
-    decoder does."""
+    """The last position's state, (B, d), after `inputs` (B, n, d) have run over the cache. `past` holds the cache under
+    the name of the decoder's argument, or is empty."""
     output = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=bool(past), **past)
     return output.last_hidden_state[:, -1].to(positions.device)
 
 
 def unsharded(module: nn.Module) -> nn.Module:
-    """FSDP2 gathers a module's weights when it is called; the step loop reads them without that."""
+    """The module with its weights gathered: FSDP2 gathers them when the module is called, and the step loop reads the
+    weights without a call."""
     if hasattr(module, "unshard"):
         module.unshard()
     return module
@@ -175,13 +182,14 @@ def attention_implementation(language_model: PreTrainedModel) -> str | None:
 
 
 def embed_tokens(language_model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, N, d). Ids under the mask may be anything (-100 is common); any id of the vocabulary does for them."""
+    """(B, N, d). Ids under the mask may be anything (-100 is common), and become 0."""
     return unsharded(language_model.get_input_embeddings())(input_ids * attention_mask)
 
 
 def prompt_mask(language_model: PreTrainedModel, mask: Tensor, way: Way, start: int = 0) -> Tensor:
-    """What the prompt's positions see, from `start` on. Where scores and mask overflow (float16), eager attention
-    makes NaN of padding that sees nothing, and then of all that multiply its values by 0."""
+    """The attention mask of the prompt's positions from `start` on. With `way.square_masks`, padding sees itself: where
+    the sum of scores and mask overflows (float16), eager attention makes NaN of a position that sees nothing, and then
+    of all positions, which multiply its values by 0."""
     length = mask.shape[1]
     if not way.square_masks or mask.is_meta or mask.all() or exceeds_window(language_model.config, length):
         return mask  # (B, N), from which the backbone makes what it needs
@@ -192,9 +200,8 @@ def prompt_mask(language_model: PreTrainedModel, mask: Tensor, way: Way, start: 
 
 
 def step_mask(language_model: PreTrainedModel, mask: Tensor) -> Tensor | None:
-    """What the generated positions see of the cache: the mask that step k's call takes the first N + k columns of.
-    Made once, so that the backbone makes none of its own at each step, which would read the mask's values back from
-    a GPU."""
+    """The attention mask of the generated positions over the cache; step k takes its first N + k columns. Made once,
+    since the backbone would make one of its own at each step, and for that read the mask's values back from a GPU."""
     implementation = attention_implementation(language_model)
     if implementation not in ("eager", "sdpa") or exceeds_window(language_model.config, mask.shape[1]):
         return mask  # (B, N + K), from which the backbone makes what it needs
@@ -212,7 +219,7 @@ def exceeds_window(config: PretrainedConfig, length: int) -> bool:
 
 
 def additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 and 1 -> what is added to attention scores, of the same shape."""
+    """A mask of 0 and 1 -> what is added to attention scores, of the same shape."""
     hidden = attention_mask == 0
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
 
@@ -223,7 +230,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer, (B, heads, N, size) each."""
+    """Keys and values of each layer, (B, heads, N, size) each."""
     if hasattr(cache, "layers"):
         return [(layer.keys, layer.values) for layer in cache.layers]
     return list(zip(cache.key_cache, cache.value_cache, strict=True))  # transformers < 5 (before 4.54)
@@ -237,23 +244,24 @@ def find_way(
     generates: bool,
     device: torch.device,
 ) -> Way:
-    """The fastest way in which a padded row beside another one comes out as Algorithm 1 has it for that row alone.
+    """The fastest way of calling the decoder in which a padded row beside another one gets the states that Algorithm 1
+    gives that row alone.
 
     Names of arguments, kinds of caches and masks differ between architectures and between versions of transformers:
-    what the installed one takes is tried instead of looked up.
+    what the installed one takes is found by trial, not looked up.
 
     Args:
-        states: ids, mask and a way to the states, (B, n, d), that the model would have of them.
+        states: a function of ids, mask and a way, which returns the model's states of them, (B, n, d).
         generates: whether positions are generated after the text, for which a cache is wanted.
 
     Raises:
-        ValueError: if no way does, so that vectors would be wrong.
+        ValueError: if no way gives these states, so that vectors would be wrong.
     """
     ids = torch.arange(8, device=device).reshape(2, 4) % language_model.get_input_embeddings().num_embeddings
     mask = torch.ones_like(ids)
     mask[1, 0] = 0
     training = [module for module in language_model.modules() if module.training]
-    language_model.eval()  # dropout would make every pass another one
+    language_model.eval()  # with dropout, no two passes would agree
     problem = "its states depend on padding, or can't be gone on from"
     try:
         expected = states(ids[1:, 1:], mask[1:, 1:], Way())
@@ -268,7 +276,7 @@ def find_way(
                 if way.cache is None and generates:
                     logger.warning(SLOW.format(type(language_model).__name__, transformers.__version__))
                 return way
-    except TypeError as error:  # of arguments; what else a plain pass raises is the machine's and says so itself
+    except TypeError as error:  # an unknown argument; other errors of a plain pass are the machine's
         problem = str(error)
     finally:
         for module in training:
@@ -277,14 +285,14 @@ def find_way(
 
 
 def possible_ways(language_model: PreTrainedModel, ids: Tensor, generates: bool) -> list[Way]:
-    """Fastest first, `Way()` last."""
+    """The ways to call the decoder that are tried: fastest first, `Way()` last."""
     squares = [True, False] if attention_implementation(language_model) == "eager" else [False]
     names: list[str | None] = [None]
     if generates:
         inputs = embed_tokens(language_model, ids, torch.ones_like(ids))
         with suppress(*REFUSALS):
-            # A decoder returns the cache that it has made under the name by which it takes one. A cache of fixed
-            # length, as Gemma 2 makes, comes with masks of that length, and is passed over (transformers < 5).
+            # A decoder returns the cache that it has made under the name of the argument that takes one. Gemma 2 makes
+            # one of fixed length, which needs masks of that length: it is passed over (transformers < 5).
             output = decoder_of(language_model)(inputs_embeds=inputs, use_cache=True)
             names = [name for name, value in output.items() if isinstance(value, DynamicCache)] + names
     return [Way(name, square) for name in names for square in squares]
@@ -292,7 +300,7 @@ def possible_ways(language_model: PreTrainedModel, ids: Tensor, generates: bool)
 
 def agree(found: Tensor, expected: Tensor, other: Tensor) -> bool:
     """Whether states (1, n, d) are the same up to rounding: far nearer to each other than to those of another text. On
-    the meta device there are no values to tell."""
+    the meta device there are no values to compare."""
     if found.is_meta:
         return True
     rounding = 0.01 if torch.finfo(found.dtype).eps < 1e-6 and not torch.is_autocast_enabled(found.device.type) else 0.1

@@ -95,7 +95,7 @@ class GircseConfig(PretrainedConfig):
         # PretrainedConfig.from_dict sets keyword arguments as attributes after the constructor has checked its own.
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         if "dtype" in config_dict and dtype_name() != "dtype":  # transformers < 5 (before 4.56)
-            # A stray attribute of that name would keep `from_pretrained(..., dtype=...)` from the model.
+            # Left as `dtype`, an attribute of the config would take `from_pretrained(..., dtype=...)`, not the model.
             config_dict = {dtype_name() if name == "dtype" else name: value for name, value in config_dict.items()}
         return super().from_dict({**config_dict, **settings}, **kwargs)
 
@@ -120,7 +120,7 @@ def _as_config(text_config: PretrainedConfig | dict[str, Any] | None) -> Pretrai
         raise TypeError(f"text_config must be a configuration or a dict, not {type(text_config).__name__}")
     if "model_type" not in text_config:
         raise ValueError("text_config has no 'model_type'; give the backbone's own configuration (its config.json)")
-    # A saved config says that an attention was chosen, but not which, and is read as "eager" (transformers < 5).
+    # Saved configs say that an attention was chosen, but not which, and would be read as "eager" (transformers < 5).
     config = AutoConfig.for_model(**{k: v for k, v in text_config.items() if k != "_attn_implementation_autoset"})
     _read_rope_parameters(config)
     return config
@@ -130,9 +130,9 @@ def _read_rope_parameters(config: PretrainedConfig) -> None:
     """Copies rotary settings from `rope_parameters`, where transformers 5 writes them, to the attributes that older
     versions read; without them, these would take their defaults (transformers < 5)."""
     rope = getattr(config, "rope_parameters", None)
-    if not rope or not hasattr(config, "rope_theta"):  # 5 has no such attribute
+    if not rope or not hasattr(config, "rope_theta"):  # transformers 5 has no such attribute
         return
-    main = rope.get("full_attention", rope)  # Gemma 3 has them by kind of layer
+    main = rope.get("full_attention", rope)  # Gemma 3 has settings for each kind of layer
     config.rope_theta = main["rope_theta"]
     if main.get("rope_type", "default") != "default":
         config.rope_scaling = {name: value for name, value in main.items() if name != "rope_theta"}

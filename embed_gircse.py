@@ -77,7 +77,7 @@ def run(options: argparse.Namespace, plan: dict[str, Any], waiting: Sequence[dic
     if not ray.is_initialized():
         ray.init(include_dashboard=False)  # joins the cluster of RAY_ADDRESS, or else starts one here
     count, gpus, cpus = size_pool(options.num_actors, options.num_gpus)
-    ray.data.DataContext.get_current().enable_progress_bars = False  # they count shards; the one below, rows
+    ray.data.DataContext.get_current().enable_progress_bars = False  # Ray's bars count shards; the one below, rows
     for name, level in (("ray.data", logging.WARNING), ("ray.data._internal.progress", logging.ERROR)):
         logging.getLogger(name).setLevel(level)
     ray.cloudpickle.register_pickle_by_value(gircse)  # a node may have no clone of this repo
@@ -111,7 +111,7 @@ def follow(bar: tqdm, tally: Any, working: str, wait: Callable[[float], bool]) -
     """Moves the bar each second by what a [`Tally`] has been told, until `wait(1)` is true; its title becomes `working`
     with the first row."""
     while not wait(1):
-        with suppress(ray.exceptions.RayError):  # it is late, or lost with its node, and the job goes on without it
+        with suppress(ray.exceptions.RayError):  # the tally is late, or lost with its node: go on
             rows = bar.initial + ray.get(tally.total.remote(), timeout=5)
             if rows > bar.initial:
                 bar.set_description(working, refresh=False)
@@ -139,6 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for reports to a third party
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report usage to its makers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

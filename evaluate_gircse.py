@@ -39,7 +39,7 @@ from gircse.evaluation.subjects import STEPS, StepEncoder, Subject, Vectors, loa
 from gircse.evaluation.tasks import local_tasks
 
 BENCHMARKS = {"mteb": "MTEB(eng, v2)", "nanobeir": "NanoBEIR", "followir": "FollowIR"}
-# What the paper's Table 9 reports of FollowIR, on the queries with their original instructions; mteb's score is p-MRR.
+# Metrics of the paper's Table 9 for FollowIR, on queries with original instructions; mteb's main score is p-MRR.
 TABLE_9 = {
     "Robust04InstructionRetrieval": "map_at_1000",
     "News21InstructionRetrieval": "ndcg_at_5",
@@ -74,7 +74,7 @@ def choose_tasks(names: Sequence[str], data: str | None, sample: int | None = No
                 raise ValueError(f"task {name!r} is none of mteb's or of data={data!r}: {error.args[0]}") from error
         for task in found:
             for part in task.metadata.tasks if task.is_aggregate else [task]:
-                chosen.setdefault(part.metadata.name, part)  # a benchmark's may be of fewer languages
+                chosen.setdefault(part.metadata.name, part)  # the first stays; a benchmark's may have fewer languages
     if sample is not None and (sample < 2 or not chosen.keys() <= local.keys()):
         raise ValueError(f"sample={sample} must be at least 2, and is for local tasks alone, not {', '.join(names)}")
     return list(chosen.values())
@@ -97,17 +97,17 @@ def why_unavailable(task: AbsTask) -> str | None:
         info = HfApi().dataset_info(path, revision=revision, timeout=20)
         if info.gated:
             HfApi().auth_check(path, repo_type="dataset")
-    except Exception as error:  # of the Hub, or of whichever library carries its requests
+    except Exception as error:  # the Hub's, or of the HTTP library that is used
         lines = [line for line in str(error).splitlines() if line] or [""]
         return f"{path}: {type(error).__name__}: {lines[0]:.150}"
     return None
 
 
 def is_done(cache: mteb.ResultCache, task: AbsTask, meta: ModelMeta) -> bool:
-    """Whether the cache has this task's result, of this very data. mteb itself takes one of other data for it."""
+    """Whether the cache has this task's result for this revision of its data; mteb alone takes any."""
     try:
         result = cache.load_task_result(task.metadata.name, meta)
-    except ValueError:  # half a file, as a run that is killed leaves it
+    except ValueError:  # half a file, as a killed run leaves it
         return False
     of_this_data = result is not None and result.dataset_revision == task.metadata.revision
     return of_this_data and not result.get_missing_evaluations(task)
@@ -121,7 +121,7 @@ def evaluate_task(task: AbsTask, subject: Subject, cache: mteb.ResultCache, batc
         return
     say("  reading its data")
     task.load_data()
-    # Some tasks draw their texts. Each k gets the same ones, those that a run of its own would draw.
+    # Some tasks draw their texts. The random states are set back for each k, so that it gets those of a run of its own.
     drawn, drawn_by_numpy = task.rng_state.getstate(), task.np_rng.bit_generator.state
     with Vectors(subject, steps, batch_size) as vectors:
         for k in steps:
@@ -147,7 +147,7 @@ def collect(tasks: Sequence[AbsTask], subject: Subject, cache: mteb.ResultCache)
     """A row for each task and metric with all of its k, scores x 100; tasks that aren't done are left out."""
 
     def percent(score: Any) -> float:
-        return round(100 * float(score), 2)  # mteb's means are numpy's, which YAML would spell out as objects
+        return round(100 * float(score), 2)  # a float: YAML would write numpy's, as mteb gives, as objects
 
     rows = []
     for task in tasks:
@@ -155,7 +155,7 @@ def collect(tasks: Sequence[AbsTask], subject: Subject, cache: mteb.ResultCache)
         if not all(is_done(cache, task, subject.meta_at(k)) for k in subject.steps):
             continue
         results = {k: cache.load_task_result(metadata.name, subject.meta_at(k)) for k in subject.steps}
-        # The cache may hold more languages and splits, of another selection.
+        # The cache may hold more languages and splits than this selection of the task has.
         results = {k: found.validate_and_filter_scores(task) for k, found in results.items()}
         getters = {metadata.main_score: lambda scores: scores["main_score"]}
         if extra := TABLE_9.get(metadata.name):
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"[{number}/{len(tasks)}] {name}")
         try:
             evaluate_task(task, subject, cache, args.batch_size)
-        except Exception as error:  # hours of other tasks are not to be lost for this one
+        except Exception as error:  # one task must not cost the hours spent on the others
             traceback.print_exc()
             failed[name] = f"{type(error).__name__}: {error}"
             broken = True

@@ -1,10 +1,10 @@
-"""Serving on Hugging Face Inference Endpoints, which call `EndpointHandler(folder)` once and then it with each request:
+"""Serving on Hugging Face Inference Endpoints, which make one `EndpointHandler(folder)` and call it for each request:
 
     {"inputs": "a text" or ["a text", ...],
      "parameters": {"k": 5, "instruction": "Given ..., retrieve ...", "normalize": true, "truncate_dim": 64}}
 
 All parameters may be left out. They may also stand beside `inputs`, where `InferenceClient.feature_extraction` puts
-them. The answer is the embedding of the text, or the list of those of the texts, as numbers.
+them. The answer is a list of numbers for one text, and a list of such lists for a list of texts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoProcessor
 
-# What one request may ask for.
+# Limits of one request.
 MAX_TEXTS = 1024
 MAX_CHARACTERS = 20_000  # of a text with its prompt
 MAX_K = 64
 MAX_NUMBERS = 10_000_000  # in the answer
-# What runs at once, however long the list is: tokens, generated ones included, and texts, each of which needs a few
-# floats for every token of the vocabulary.
+# Limits of one batch, into which longer lists are cut: tokens, generated ones included, and texts, as each text takes a
+# few floats for every token of the vocabulary.
 TOKENS_PER_BATCH = 16_384
 TEXTS_PER_BATCH = 256
 
@@ -119,7 +119,8 @@ class EndpointHandler:
         if not isinstance(inside, dict):
             raise ValueError(f"parameters={inside!r:.80} must be an object, such as {{'k': 5}}")
         given = {name: value for name, value in data.items() if name not in ("inputs", "parameters")} | inside
-        # Clients send these by themselves: how the old Inference API should schedule; what is done anyway; a name.
+        # Clients send some parameters by themselves: `options`, for the scheduling of the old Inference API; `truncate`
+        # and `truncation_direction`, which ask for what is done anyway; `dimensions`, another name of `truncate_dim`.
         given.pop("options", None)
         for name, done in (("truncate", (True,)), ("truncation_direction", ("right", "Right"))):
             if (value := given.pop(name, None)) not in (None, *done):
@@ -169,7 +170,7 @@ def check_texts(texts: Any, prompt: str) -> None:
 
 
 def batches(lengths: list[int], k: int) -> Iterator[list[int]]:
-    """Row numbers by batch, longest texts first: a batch pads little, and what the model refuses fails at once."""
+    """Row numbers by batch, longest texts first: batches have little padding, and a too long text fails at once."""
     rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     while rows:
         count = max(1, min(TEXTS_PER_BATCH, TOKENS_PER_BATCH // (lengths[rows[0]] + k)))

@@ -1,4 +1,4 @@
-"""What a call of a `GircseModel` may be given: checks, and rows of tokens in one form."""
+"""Checks of what a `GircseModel` is called with. Rows of tokens are brought into one form, padded on the left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .backbone_gircse import max_positions
 def check_inputs(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None, k: int | None
 ) -> tuple[Tensor, Tensor, int]:
-    """Checked inputs, every row's tokens moved to the right and columns that are all padding cut."""
+    """The checked inputs, with each row's tokens moved to the right and columns of nothing but padding removed."""
     k = check_k(model, k)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -25,8 +25,8 @@ def check_inputs(
     if input_ids.shape[0] == 0:
         return input_ids, attention_mask, k
     mask = attention_mask.to(torch.bool)
-    # Generated tokens follow the last column, so padding goes to the left: distances between cache slots are then
-    # the distances between positions, which sliding windows rely on, and the side chosen by the caller is moot.
+    # Generated tokens follow the last column, so padding goes to the left, whichever side the caller has padded:
+    # distances between cache slots are then the distances between positions, which sliding windows rely on.
     order = torch.argsort(mask, dim=1, stable=True)
     input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
     if not input_ids.is_meta:
@@ -51,7 +51,7 @@ def check_k(model: Any, k: int | None) -> int:
     name, k = ("config.num_steps", model.config.num_steps) if k is None else ("k", k)
     if isinstance(k, bool) or not hasattr(k, "__index__"):
         raise TypeError(f"{name}={k!r} must be an int >= 1, not {type(k).__name__}")
-    k = operator.index(k)  # of numpy, too
+    k = operator.index(k)  # takes numpy's integers, too
     if k < 1:
         raise ValueError(f"{name}={k} must be an int >= 1")
     if model.config.step_token == "learned" and k > model.config.num_steps:

@@ -71,7 +71,7 @@ class GircsePreTrainedModel(AdapterMixin, PreTrainedModel):
     base_model_prefix = "gircse"
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
-    # Each of these is decided by the backbone, which checks its own when it is built.
+    # All are allowed here: the backbone's own class checks the chosen attention when it is built.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -119,15 +119,15 @@ class GircseModel(GircsePreTrainedModel):
         language_model: the backbone itself when it exists already; else it is built with random weights.
 
     Raises:
-        ValueError: if the backbone has a structure that the step loop can't drive. Whether it can is tried at the first
-            text, or by `from_causal_lm`.
+        ValueError: if the backbone has a structure that the step loop can't work with. Whether its vectors come out
+            right is tested at the first text, or by `from_causal_lm`.
     """
 
     def __init__(self, config: GircseConfig, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         check_structure(self.language_model)
-        self._ways: dict[str | None, Way] = {}  # by implementation of attention
+        self._ways: dict[str | None, Way] = {}  # how the decoder is called, by implementation of attention
         implementation = getattr(self.language_model.config, "_attn_implementation", None)
         if config.attention == "bidirectional" and implementation not in ("eager", "sdpa", None):
             raise ValueError(
@@ -167,7 +167,7 @@ class GircseModel(GircsePreTrainedModel):
                 nothing.
         """
         language_model = load_backbone(name_or_path, step_token in ("soft", "hard"), **kwargs)
-        if Path(name_or_path).exists():  # a folder of this machine says nothing in a published config
+        if Path(name_or_path).exists():  # a local path means nothing in a published config
             language_model.config.name_or_path = ""
         if adapter is not None:
             where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
@@ -187,8 +187,9 @@ class GircseModel(GircsePreTrainedModel):
         return model
 
     def _check_numerics(self) -> None:
-        """Raises a ValueError, by name, for a backbone whose vectors would be wrong."""
-        # A device map may offload the first weights, which `self.device` tells of, to the meta device.
+        """Raises a ValueError that names the backbone if its vectors would be wrong."""
+        # `self.device` is the device of the first weight, which a device map may have offloaded (meta). Inputs go to
+        # that of the first weight that is not.
         device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
         if self.config.attention == "bidirectional":
             check_bidirectional(self, device)
@@ -209,9 +210,10 @@ class GircseModel(GircsePreTrainedModel):
         self.language_model.set_output_embeddings(value)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As the method of all models of transformers, by the backbone, whose initialisation new rows get."""
+        """As [`PreTrainedModel.resize_token_embeddings`], by the backbone, so that new rows get its initialisation."""
         embeddings = self.language_model.resize_token_embeddings(*args, **kwargs)
-        self.config.text_config.vocab_size = self.language_model.config.vocab_size  # copies in transformers < 5
+        # The backbone has a copy of `text_config`, so that the new size has to be written to both (transformers < 5).
+        self.config.text_config.vocab_size = self.language_model.config.vocab_size
         return embeddings
 
     @can_return_tuple
@@ -224,7 +226,7 @@ class GircseModel(GircsePreTrainedModel):
             input_ids: (B, N) int64; padding on either side.
             attention_mask: (B, N), 1 for tokens and 0 for padding; all ones when left out.
             k: the number of steps, `config.num_steps` by default.
-            kwargs: must be None each; wrappers that pass a fixed set of arguments (PEFT) may do so.
+            kwargs: must all be None, as PEFT's wrappers pass a fixed set of arguments, most of them None.
 
         Raises:
             TypeError: if `k` is not an int, or for an unknown argument.
@@ -365,14 +367,15 @@ class GircseModel(GircsePreTrainedModel):
         return next_token(self.get_input_embeddings(), self.get_output_embeddings(), self.config, state)
 
     def _find_way(self, device: torch.device) -> Way:
-        """How this backbone is driven: tried once, and known from then on."""
+        """How this backbone's decoder is called: found by trial once for each implementation of attention, and kept."""
         implementation = attention_implementation(self.language_model)
         if implementation not in self._ways:
             self._ways[implementation] = find_way(self.language_model, self._tried_states, self._generates, device)
         return self._ways[implementation]
 
     def _tried_states(self, ids: Tensor, mask: Tensor, way: Way) -> Tensor:
-        """States of two steps, (B, n, d), after any token but not the generated one, which rounding may change."""
+        """What `find_way` compares, (B, n, d): h'_0 and the states of two steps. The steps take the prompt's last
+        token, not the generated one, which rounding may change."""
         if not self._generates:
             return single_pass_states(self, ids, mask, min(2, self.config.num_steps), way)
         loop = StepLoop(self, ids, mask, 2, way)

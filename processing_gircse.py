@@ -20,11 +20,11 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Tokenizers' names of what can be done; True stands for the first and False for the last.
+# The names that tokenizers give these choices: True stands for the first name, False for the last.
 PADDINGS = ("longest", "max_length", "do_not_pad")
 TRUNCATIONS = ("longest_first", "only_first", "do_not_truncate")
-# What else callers of tokenizers and processors pass: the value that asks for what is done anyway, if there is one, and
-# how to have another.
+# Other arguments that callers pass to tokenizers and processors: the one value that is accepted, as it asks for what
+# the processor does anyway (None: no value is), and the remedy that the error names for any other value.
 OTHER_ARGUMENTS = {
     "add_special_tokens": (False, "no special tokens are added: write them into prompt or suffix"),
     "return_attention_mask": (True, "it is always returned: drop it from the result"),
@@ -47,11 +47,11 @@ OTHER_ARGUMENTS = {
 
 
 def _check_texts(texts: list, argument: str, optional: bool = False) -> None:
-    """Raise an error naming the first entry that is not a str, or one that can't be encoded (None passes when
-    `optional`)."""
+    """Raise an error naming the first entry that is not a str or can't be encoded as UTF-8; None passes when
+    `optional`."""
     for index, item in enumerate(texts):
         if not isinstance(item, str) and not (optional and item is None):
-            shown = " ".join(repr(item).split())  # of pandas, several lines
+            shown = " ".join(repr(item).split())  # in one line; pandas objects have several
             raise TypeError(
                 f"{argument}[{index}] is {shown:.80} of type {type(item).__name__}, but must be a str. "
                 f"Pass a str or a list of str{', None for a text without instruction' if optional else ''}."
@@ -66,7 +66,7 @@ def _check_texts(texts: list, argument: str, optional: bool = False) -> None:
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
-    """Raise an error for an argument of tokenizers that asks for what is not done, telling how to have it."""
+    """Raise an error with the remedy for an argument that is unknown, or asks for what the processor never does."""
     for name, value in arguments.items():
         if name not in OTHER_ARGUMENTS:
             raise TypeError(
@@ -79,7 +79,8 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 
 
 def _choose(argument: str, value: Any, names: tuple[str, ...]) -> str:
-    """The one of `names` that `value` stands for; it may be one of transformers' enums, and None says nothing."""
+    """The one of `names` that `value` stands for: a name, a bool, a member of transformers' enums such as
+    `PaddingStrategy`, or None for the first name."""
     value = getattr(value, "value", value)
     if value is None or isinstance(value, bool):
         return names[-1] if value is False else names[0]
@@ -89,23 +90,25 @@ def _choose(argument: str, value: Any, names: tuple[str, ...]) -> str:
 
 
 def _is_single(value: Any) -> bool:
-    """Whether `value` is one text, or what should be one, and not an ordered collection: a list, an array, a column of
-    a table, a generator."""
+    """Whether `value` counts as one text, and not as a collection of texts: a list, an array, a column of a table, a
+    generator. Bytes, dicts and sets count as one text, so that they are refused as not being a str."""
     return isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, Iterable)
 
 
 def _respell_tokenizer_config(folder: Path) -> None:
-    """Write `tokenizer_config.json` so that transformers 4 and 5 load the tokenizer that was saved.
+    """Rewrite `tokenizer_config.json` so that transformers 4 and 5 load the tokenizer that was saved.
 
-    By a class such as `GPT2Tokenizer` or `LlamaTokenizer`, 5 would take but the vocabulary and the merges from
-    `tokenizer.json` and make up the rest, and 4 may want files that 5 does not save."""
+    Where it names a class such as `GPT2Tokenizer` or `LlamaTokenizer`, transformers 5 takes only the vocabulary and the
+    merges from `tokenizer.json` and builds the rest anew, with other ids where the normalizer or the pre-tokenizer is
+    another one; transformers 4 may look for files that 5 does not save. `PreTrainedTokenizerFast` takes the whole file.
+    """
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("is_local", "local_files_only"):  # how this process loaded it
+    for name in ("is_local", "local_files_only"):  # say how this process loaded the tokenizer
         config.pop(name, None)
     if (folder / "tokenizer.json").exists():
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):  # 4.x expects a dict under this name
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers < 5 expects a dict here
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -117,8 +120,8 @@ class GircseProcessor(ProcessorMixin):
         tokenizer: the backbone's tokenizer; it is never modified.
         prompt_template: what precedes a text that has an instruction; must contain `{instruction}`.
         suffix: appended to every text, and kept when the text is truncated.
-        max_length: most tokens per text, prompt and suffix included; an int above the suffix's token count. It is also
-            `model_max_length`, as tokenizers call it; the tokenizer's own is not read.
+        max_length: most tokens per text, prompt and suffix included; an int above the suffix's token count. It can
+            also be read and set as `model_max_length`, the name of tokenizers; the tokenizer's own limit is not read.
 
     Invalid settings raise a ValueError.
     """
@@ -154,9 +157,9 @@ class GircseProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "GircseProcessor":
-        """As [`ProcessorMixin.from_pretrained`], with any of the settings; `max_length` may be called
+        """As [`ProcessorMixin.from_pretrained`]; also takes the constructor's settings, and `max_length` under the name
         `model_max_length`."""
-        if "model_max_length" in kwargs:  # which would go to the tokenizer, whose own length is not read
+        if "model_max_length" in kwargs:  # else set on the tokenizer, whose own limit is not read
             kwargs.setdefault("max_length", kwargs.pop("model_max_length"))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -166,7 +169,8 @@ class GircseProcessor(ProcessorMixin):
 
     @max_length.setter
     def max_length(self, value: int) -> None:
-        # Under its own name, where the base class looks for what to save. The suffix may be set after it.
+        # Kept under the name of the constructor's argument, where ProcessorMixin looks for what to save. The suffix may
+        # be set later than this, so that its tokens are counted in each call, not here.
         self.__dict__["max_length"] = self._checked_length(value)
 
     @property
@@ -179,7 +183,7 @@ class GircseProcessor(ProcessorMixin):
 
     @property
     def pad_token_id(self) -> int:
-        """What rows are padded with. Pipelines ask the processor for it and for `padding_side`, to make batches."""
+        """The id that rows are padded with. transformers' pipelines make batches by this and `padding_side`."""
         pad_id = self.tokenizer.pad_token_id
         # Any id of the vocabulary would do: the mask hides it.
         return self.tokenizer.eos_token_id or 0 if pad_id is None else pad_id
@@ -219,10 +223,10 @@ class GircseProcessor(ProcessorMixin):
             max_length: overrides the processor's setting for this call.
             padding: True or "longest", to the longest row; "max_length"; False or "do_not_pad". On
                 `tokenizer.padding_side`.
-            truncation: True or "longest_first": a text is cut so that it has `max_length` tokens; False or
+            truncation: True or "longest_first": a text is cut to at most `max_length` tokens; False or
                 "do_not_truncate": it stays whole.
             return_tensors: "pt", "np", or None for lists.
-            text_pair, kwargs: what else callers pass to tokenizers, at the values that ask for what is done anyway
+            text_pair, kwargs: other arguments of tokenizers, accepted at the values that ask for what is done anyway
                 (`add_special_tokens=False`, `return_attention_mask=True`, ...).
 
         Returns:
@@ -233,7 +237,7 @@ class GircseProcessor(ProcessorMixin):
             ValueError: one of them holds half a character (a lone surrogate), both `instruction` and `prompt` are
                 given, the number of instructions differs from B, `max_length` is too small, a row is empty and the
                 tokenizer has no eos, bos or pad token, rows of several lengths are to be a tensor without padding, or
-                an argument asks for what is not done.
+                an argument asks for something that is not done.
         """
         _check_arguments({"text_pair": text_pair, **kwargs})
         padding = _choose("padding", padding, PADDINGS)
@@ -241,7 +245,8 @@ class GircseProcessor(ProcessorMixin):
         texts = [text] if _is_single(text) else list(text)
         _check_texts(texts, "text")
         prompts = self._prompts(len(texts), instruction, prompt)
-        # Read and checked anew: 4.x sets the settings given to from_pretrained after the constructor.
+        # Suffix and max_length are checked in each call, since ProcessorMixin.from_pretrained sets those that it is
+        # given after the constructor has checked its own (transformers < 5).
         suffix_ids = self._tokenize([self.suffix])[0]
         max_length = self._checked_length(self.max_length if max_length is None else max_length, len(suffix_ids))
         room = max_length - len(suffix_ids)
@@ -259,11 +264,11 @@ class GircseProcessor(ProcessorMixin):
         return self._batch(rows, width, return_tensors)
 
     def decode(self, *args, **kwargs) -> str:
-        """Forwarded to the tokenizer (`ProcessorMixin` has no such method in transformers 4.51)."""
+        """Forwarded to the tokenizer. Here for transformers < 5 (4.51), whose `ProcessorMixin` has no such method."""
         return self.tokenizer.decode(*args, **kwargs)
 
     def batch_decode(self, *args, **kwargs) -> list[str]:
-        """Forwarded to the tokenizer."""
+        """Forwarded to the tokenizer. Here for transformers < 5 (4.51), as `decode` is."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
@@ -273,7 +278,7 @@ class GircseProcessor(ProcessorMixin):
         """
         saved = super().save_pretrained(save_directory)
         _respell_tokenizer_config(Path(save_directory))
-        if push_to_hub:  # not by the parent, which would upload before the line above
+        if push_to_hub:  # ProcessorMixin would upload before the line above
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return saved
 
@@ -290,13 +295,14 @@ class GircseProcessor(ProcessorMixin):
         return [self.prompt_for(item) for item in instructions]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        # 4.x raises IndexError on []. verbose=False drops the tokenizer's own length warning, wrong as we truncate.
+        # Tokenizers raise an IndexError for an empty list (transformers < 5). verbose=False drops the tokenizer's
+        # warning of too many tokens, which would be wrong, as rows are truncated afterwards.
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     @staticmethod
     def _checked_length(max_length: int, suffix_tokens: int = 0) -> int:
         try:
-            number = operator.index(max_length)  # numpy's, too
+            number = operator.index(max_length)  # takes numpy's integers, too
         except TypeError:
             number = 0
         if isinstance(max_length, bool) or number <= suffix_tokens:
@@ -312,13 +318,14 @@ class GircseProcessor(ProcessorMixin):
         raise ValueError("a text has no token, and tokenizer no eos, bos or pad token to replace it: set eos_token.")
 
     def _batch(self, rows: list[list[int]], width: int, return_tensors: str | None) -> BatchEncoding:
-        """Rows as they are, or padded to `width` where they are shorter."""
+        """The batch; rows shorter than `width` are padded to it, longer ones stay as they are."""
         if return_tensors is not None and len({max(len(ids), width) for ids in rows}) > 1:
             raise ValueError(
                 f"return_tensors={return_tensors!r} needs rows of one length: give return_tensors=None for lists, "
                 "padding=True, or truncation=True with padding='max_length'"
             )
-        # Not tokenizer.pad: it refuses tokenizers without a pad token, and giving them one would change the user's.
+        # Not by tokenizer.pad, which refuses a tokenizer without a pad token; giving it one would modify the caller's
+        # tokenizer.
         left = self.padding_side == "left"
 
         def pad(values: list[int], fill: int) -> list[int]:
@@ -329,7 +336,7 @@ class GircseProcessor(ProcessorMixin):
         data = {"input_ids": [pad(ids, self.pad_token_id) for ids in rows], "attention_mask": mask}
         if rows or return_tensors is None:
             return BatchEncoding(data, tensor_type=return_tensors)
-        # An empty list would become a float tensor of shape (0,): cut an int64 (1, 1) one down instead.
+        # BatchEncoding makes a float tensor of shape (0,) of an empty list: cut an int64 (1, 1) one instead.
         one = BatchEncoding({name: [[0]] for name in data}, tensor_type=return_tensors)
         return BatchEncoding({name: tensor[:0, :0] for name, tensor in one.items()})
 

@@ -3,8 +3,8 @@
     model = SentenceTransformer(repo, trust_remote_code=True)
     model.encode(texts, prompt_name="STS12", k=20)
 
-This file joins the processor and the model. Batches, prompts by name, pools of processes, truncated and quantized
-embeddings are the library's.
+This file joins the processor and the model. Batches, prompts by name, pools of processes, and truncated and quantized
+embeddings come from Sentence Transformers.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ try:
 except ImportError:  # before sentence-transformers 5.4
     from sentence_transformers.models import InputModule
 
-# Where a saved folder holds an adapter in place of weights; its configuration says so.
+# The subfolder in which a saved model holds an adapter in place of weights; `adapter` in config.json names it.
 ADAPTER_FOLDER = "adapter"
 
 
 class Outputs(dict):
-    """What `forward` returns; `encode(output_value=...)` may ask it for what GIRCSE doesn't have."""
+    """What `forward` returns without gradients. `encode(output_value=...)` looks its value up here by name; a name that
+    GIRCSE has nothing for, such as "token_embeddings", raises a ValueError that says what there is."""
 
     def __missing__(self, name: str) -> Any:
         raise ValueError(
@@ -42,10 +43,10 @@ class Outputs(dict):
 
 class SentenceGircse(InputModule):
     """The only module of a GIRCSE `SentenceTransformer`; `SentenceTransformer(modules=[SentenceGircse(...)])` makes one
-    of a model in memory.
+    from a model in memory.
 
-    Each folder brings classes of its own. Where two models must be of one class, as in `SentenceTransformer.merge`, the
-    second is made of the first's:
+    Each folder is loaded with its own copy of the classes. Where two models must be of one class, as for
+    `SentenceTransformer.merge`, load the second one with the classes of the first:
 
         module = type(first[0])(type(first[0].model).from_pretrained(folder), first[0].processor)
         second = SentenceTransformer(modules=[module])
@@ -59,7 +60,7 @@ class SentenceGircse(InputModule):
     """
 
     forward_kwargs = {"k"}
-    config_keys = ["max_seq_length"]  # for print(model); it is the processor that saves it
+    config_keys = ["max_seq_length"]  # shown by print(model); the processor saves it
 
     def __init__(self, model: Any, processor: Any) -> None:
         if not __name__.startswith("transformers_modules.") and "." in __name__:
@@ -85,11 +86,11 @@ class SentenceGircse(InputModule):
         Args:
             inputs: the texts.
             prompt: a literal prefix of all of them.
-            max_length: most tokens of a text, prompt and suffix included; `max_seq_length` by default, or what the
-                backbone's positions leave beside the generated ones.
+            max_length: most tokens of a text, prompt and suffix included; `max_seq_length` by default, or
+                fewer, if the backbone has no positions for more beside the generated tokens.
             k: the number of generated tokens, as in `forward`.
-            processing_kwargs: another way to give `max_length`, the library's: `{"text": {"max_length": 256}}`.
-            kwargs: not used; the library passes more than this module takes.
+            processing_kwargs: Sentence Transformers' way to give `max_length`: `{"text": {"max_length": 256}}`.
+            kwargs: ignored; Sentence Transformers passes more than this module takes.
 
         Returns:
             `input_ids` and `attention_mask`, (B, N) int64.
@@ -106,7 +107,7 @@ class SentenceGircse(InputModule):
         if max_length is None:
             try:
                 steps = None if k is None else operator.index(k)
-            except TypeError:  # refused by `forward`
+            except TypeError:  # `forward` raises the error for it
                 steps = None
             max_length = self.model.text_limit(self.max_seq_length, steps)
         return self.processor(list(inputs), prompt=prompt, max_length=max_length).data
@@ -127,14 +128,15 @@ class SentenceGircse(InputModule):
         """
         output = self.model(features["input_ids"], features["attention_mask"], k=k)
         features = {**features, "sentence_embedding": output.embeddings}
-        # In training a plain dict, into which wrappers for several processes look for tensors.
+        # In training a plain dict: wrappers for several processes (DDP, FSDP) search the output for tensors, and may
+        # not look into a subclass of dict.
         return features if torch.is_grad_enabled() else Outputs(features)
 
     @property
     def max_seq_length(self) -> int:
-        """Most tokens of a text, prompt and suffix included; an int above the suffix's token count. None stands for as
-        many as the backbone's positions leave beside the generated tokens, which are the limit of any other value, too.
-        It is the processor's; the tokenizer's `model_max_length` is not read."""
+        """Most tokens of a text, prompt and suffix included; an int above the suffix's token count. Setting None takes
+        as many as the backbone has positions for beside the generated tokens; a larger value is cut to that when texts
+        are embedded. Stored in the processor as `max_length`; the tokenizer's `model_max_length` is not read."""
         return self.processor.max_length
 
     @max_seq_length.setter
@@ -204,8 +206,8 @@ class SentenceGircse(InputModule):
         )
 
     def merge_adapter(self) -> None:
-        """Adds what the active adapters (`add_adapter`, `load_adapter`) do to the weights, and removes all adapters:
-        the same embeddings, faster, and a model that is saved with all of its weights.
+        """Merges the active adapters (`add_adapter`, `load_adapter`) into the weights and removes all adapters. The
+        embeddings stay the same and take less time, and the model is saved with all of its weights.
 
         Raises:
             ValueError: if there is no adapter.
@@ -213,10 +215,10 @@ class SentenceGircse(InputModule):
         if not hasattr(self.model, "peft_config"):
             raise ValueError("merge_adapter: the model has no adapter; load or add one first")
         for module in list(self.model.modules()):
-            if hasattr(module, "base_layer"):  # PEFT's, around a layer
+            if hasattr(module, "base_layer"):  # PEFT's wrapper of a layer (LoRA, ...)
                 if not module.disable_adapters:
                     module.merge()
-            elif hasattr(module, "original_module") and not module.disable_adapters:  # and in place of a module
+            elif hasattr(module, "original_module") and not module.disable_adapters:  # modules_to_save
                 for name in module.active_adapters:
                     module.original_module.load_state_dict(module.modules_to_save[name].state_dict())
         self.model.delete_adapter(list(self.model.peft_config))
@@ -224,15 +226,15 @@ class SentenceGircse(InputModule):
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Saves weights, configuration, tokenizer, settings and all code; the library adds its own JSON files.
 
-        Of a model with an adapter, the adapter is saved in place of the weights, and loads with the folder or the repo
-        that the model was loaded from; where there is none to load it with, it is merged.
+        Of a model with an adapter, only the adapter is saved, and it is loaded together with the folder or the repo
+        that the model came from. Where it could not be loaded so, it is merged, and all weights are saved.
         """
         model, config = self.model, self.model.config
         base = Path(config.name_or_path)
         if not hasattr(model, "peft_config"):
             model.save_pretrained(output_path, safe_serialization=safe_serialization)
-        # A model made in memory can't be loaded again, nor one in whose place this is saved; an adapter's file has no
-        # learned tokens.
+        # Merged, since the adapter alone would not give the model again: one made in memory has no folder to load from,
+        # one saved over its own folder has lost it, and an adapter's file lacks the learned tokens.
         elif not config.name_or_path or base.resolve() == Path(output_path).resolve() or config.step_token == "learned":
             merged = copy.deepcopy(self)
             merged.merge_adapter()
@@ -240,13 +242,14 @@ class SentenceGircse(InputModule):
         else:
             self._save_adapter(output_path, str(base.resolve()) if base.exists() else config.name_or_path)
         self.processor.save_pretrained(output_path)
-        # The library copies this file only if it was loaded from a model's folder, and not if it was imported.
+        # Sentence Transformers copies this file only if it was loaded from a model's folder, not if it was imported.
         Path(output_path, "sentence_gircse.py").write_bytes(Path(__file__).read_bytes())
 
     def _save_adapter(self, output_path: str, base: str) -> None:
-        """The active adapter, as one of the plain causal LM, with the configuration and the code of the model."""
+        """Saves the active adapter as one of the plain causal LM, with the configuration and the code of the model."""
         backbone, folder = self.model.language_model, Path(output_path, ADAPTER_FOLDER)
-        # The code, and the adapter as one of this model, in whose place there is another.
+        # This writes the code, and the adapter with the names of a GircseModel, which goes: the one that is written
+        # below has the names of the plain causal LM.
         self.model.save_pretrained(output_path)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             Path(output_path, name).unlink()
@@ -259,7 +262,7 @@ class SentenceGircse(InputModule):
             adapter.base_model_name_or_path, adapter.revision = base, getattr(config, "_commit_hash", None)
             adapter.inference_mode = False
             if isinstance(adapter.target_modules, str) or any("." in name for name in adapter.target_modules or ()):
-                adapter.target_modules = tuned  # they may be names in this model
+                adapter.target_modules = tuned  # the backbone's names in place of a GircseModel's
         try:
             backbone.save_pretrained(folder)
         finally:
@@ -269,12 +272,13 @@ class SentenceGircse(InputModule):
 
 
 def _load_model(name: str, where: dict[str, Any], settings: dict[str, Any]) -> Any:
-    """The model of a folder or repo. An adapter that `save` wrote is kept apart from the weights: training goes on with
-    it, which compares the loaded weights with its own by their names."""
+    """Loads the model of a folder or repo. An adapter that `save` wrote is not merged: a trainer that goes on from a
+    checkpoint matches the loaded weights with its model's by their names, which merging would change."""
     try:
         config = AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError):
-        config = None  # there is none beside an adapter that transformers saved, and loads; else it says what is wrong
+        # No config.json, as beside an adapter that transformers saved: AutoModel loads that, or raises the error again.
+        config = None
     adapter = getattr(config, "adapter", None)
     if adapter is not None:
         place = {key: value for key, value in where.items() if key != "trust_remote_code"}
@@ -282,7 +286,7 @@ def _load_model(name: str, where: dict[str, Any], settings: dict[str, Any]) -> A
         saved = json.loads(Path(cached_file(name, "adapter_config.json", **place)).read_text(encoding="utf-8"))
     if adapter is None or saved["inference_mode"]:
         return AutoModel.from_pretrained(name, **{**where, **settings})
-    # The folder's own code is run, and none of what it was trained from.
+    # Only this folder's code is run, and none of the repo that the adapter was trained on.
     with torch.device("meta"):
         code = type(AutoModel.from_config(config, trust_remote_code=where["trust_remote_code"]))
     kept = {key: getattr(config, key) for key in ("num_steps", "logit_temperature")}

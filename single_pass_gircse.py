@@ -1,4 +1,4 @@
-"""States of models that generate nothing: of the prompt, or of learned tokens after it, from one pass (Table 1)."""
+"""One pass for models that generate nothing: states of the prompt, or of learned tokens after it (Table 1)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .backbone_gircse import Way, additive_mask, at_least_float32, decoder_of, e
 
 
 def single_pass_states(model: Any, input_ids: Tensor, attention_mask: Tensor, k: int, way: Way) -> Tensor:
-    """What stands for g_1..g_K: the states of K learned tokens, (B, K, d), or without any step token the prompt's last
-    state or the mean of its states, (B, 1, d).
+    """The states in the place of g_1..g_K: those of K learned tokens, (B, K, d), or without step tokens the prompt's
+    last state or the mean of its states, (B, 1, d).
 
     Args:
         model: a `GircseModel` with `step_token` "learned" or "none".
         input_ids, attention_mask: (B, N) each, as `check_inputs` returns them.
-        way: how the backbone is driven.
+        way: how the decoder is called; see `Way`.
     """
     inputs = embed_tokens(model.language_model, input_ids, attention_mask)  # (B, N, d)
     if model.config.step_token == "learned":

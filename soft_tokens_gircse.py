@@ -43,7 +43,8 @@ def next_token(
     # Under a device map, weights may be on other devices or offloaded (meta); only calls of their modules fetch them.
     direct = type(head).forward is nn.Linear.forward
     direct = direct and {head.weight.device, embed.weight.device} == {state.device}
-    # FSDP2 frees the head's weights after a call of the module, and the backward pass of the mix reads them: no call.
+    # FSDP2 (`unshard`) frees weights after a call of the head's module, and the backward pass of the mix reads
+    # them: the chunked way, which makes no such call, is taken for any vocabulary.
     chunked = len(embed.weight) >= SMALLEST_CHUNKED_VOCABULARY or hasattr(head, "unshard")
     if torch.is_grad_enabled() and config.step_token == "soft" and direct and chunked:
         probabilities = None
@@ -53,7 +54,7 @@ def next_token(
         if config.step_token == "hard":
             return probabilities, embed(probabilities.argmax(dim=-1))
         if embed.weight.is_meta and not state.is_meta:
-            table = embed(torch.arange(embed.num_embeddings, device=state.device))  # scaled where the model does
+            table = embed(torch.arange(embed.num_embeddings, device=state.device))  # with the module's scale
             return probabilities, probabilities.to(table) @ table
         mixed = probabilities.to(embed.weight) @ embed.weight
     # Autocast makes the product half precision, while the prompt entered the decoder in the embeddings' dtype.
@@ -64,7 +65,8 @@ def next_token(
 
 
 def scores(config: PretrainedConfig, logits: Tensor) -> Tensor:
-    """What softmax is taken of, in float32 at least; one by one, from the LM head's output."""
+    """What softmax is taken of, in float32 at least, from the LM head's output. Each entry depends on its own logit
+    only, so that chunks of the vocabulary can be scored by themselves."""
     logits = after_head(config.text_config, logits)
     return at_least_float32(logits) / config.logit_temperature
 

@@ -1,6 +1,7 @@
 """Compiled steps over a cache of fixed size, for many small batches of few different shapes.
 
-The step is one function for `torch.compile` (CUDA graphs on a GPU), and its cache stays where it is from call to call.
+The step is one function for `torch.compile`, and its cache keeps its place in memory from call to call, which CUDA
+graphs need.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def static_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
     step, states, state = compiled_step(state.device.type), [], state.contiguous()
     for end in range(mask.shape[1] - k + 1, mask.shape[1] + 1):
         seen = hidden.masked_fill(slot >= end, torch.finfo(hidden.dtype).min)
-        # CUDA graphs write each result to the same place.
+        # CUDA graphs write each result to the same place: a copy is kept.
         state = step(model, state, seen, positions[:, end - 1 : end].contiguous(), past).clone()
         states.append(state)
     return torch.stack(states, dim=1)
@@ -66,8 +67,8 @@ def check_static(model: PreTrainedModel, slots: int, device: torch.device) -> No
 
 
 def fixed_cache(model: PreTrainedModel, cache: DynamicCache, batch: int, slots: int) -> StaticCache:
-    """The prefill's cache, moved into one whose memory stays where it is, as CUDA graphs want it, from call to
-    call: the model keeps the last one, for as long as the shape stays the same."""
+    """The prefill's cache, moved into one of fixed size. Its memory must keep its place from call to call for CUDA
+    graphs, so that each model's last one is kept and used again as long as the shape stays the same."""
     key = (batch, slots, model.language_model.dtype, str(model.device), torch.is_inference_mode_enabled())
     kept, fixed = kept_caches().get(model, (None, None))
     if kept != key:
@@ -88,7 +89,8 @@ def one_step(model: PreTrainedModel, state: Tensor, seen: Tensor, position: Tens
 
 @functools.cache
 def static_caches_count() -> bool:
-    """Whether static caches know by themselves where the next token goes, as they do from some 5.x on: tried."""
+    """Whether a `StaticCache` counts its tokens itself, and so needs no `cache_position`, as in later versions of
+    transformers 5. Found by trial."""
     config = CONFIG_MAPPING["qwen2"](num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, hidden_size=1)
     try:
         cache, one = StaticCache(config=config, max_cache_len=3), torch.ones(1, 1, 1, 1)
@@ -101,7 +103,8 @@ def static_caches_count() -> bool:
 
 @functools.cache
 def kept_caches() -> WeakKeyDictionary[PreTrainedModel, tuple[tuple, StaticCache]]:
-    """Of each model that was asked for one; not an attribute, as it's no part of a copied or pickled model."""
+    """Each model's last static cache, with the key that says what calls it fits. Not an attribute of the model, since
+    it would be copied and pickled with it."""
     return WeakKeyDictionary()
 
 

@@ -1,7 +1,7 @@
 """The step loop: a batch's prompt is prefilled once, and then one generated position after the other.
 
-Rows with a common start, such as an instruction, run it once; on a CPU, rows of like length are prefilled together and
-their caches joined, so that little padding is computed.
+A common start of rows, such as an instruction, is run once; on a CPU, rows of like length are prefilled together
+and their caches joined, so that little padding is computed.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ LEAST_TOKENS_SAVED = 64
 
 
 class StepLoop:
-    """A batch on its way: the prompt's states, and then one generated position after the other.
+    """A batch between two steps: made by the prefill of its prompt, and then extended by one generated position a step.
 
     Args:
         model: a `GircseModel` with soft or hard step tokens.
         input_ids, attention_mask: (B, N) each, as `check_inputs` returns them.
         k: the most steps there will be.
-        way: how the backbone is driven, by default as the model has found out.
+        way: how the decoder is called; by default what `find_way` has found for the model.
 
     Attributes:
         state: (B, d), h'_0 at first and h'_k after k steps.
@@ -56,7 +56,7 @@ class StepLoop:
             self.way = self.way._replace(cache=None)
         self.past, self.inputs = {}, None
         if self.way.cache is None:
-            # (B, N, d), which steps are added to
+            # (B, N, d); each step appends its position
             self.inputs = embed_tokens(model.language_model, input_ids, attention_mask)
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
             seen = prompt_mask(model.language_model, attention_mask, self.way)
@@ -74,8 +74,8 @@ class StepLoop:
     def _prefill(
         self, input_ids: Tensor, attention_mask: Tensor, k: int, rows: Tensor | None
     ) -> tuple[Tensor, Tensor, DynamicCache]:
-        """h'_0 (b, d), the mask in the order of the cache's slots (b, n), and the cache, of the rows of these numbers
-        (None for all), with columns that are all padding cut and a common start run once."""
+        """Prefills the rows of these numbers (None for all). Columns of nothing but padding are cut, and a common start
+        is run once. Returns h'_0 (b, d), the mask in the order of the cache's slots (b, n), and the cache."""
         language_model, cache = self.model.language_model, DynamicCache()
         if rows is not None:
             longest = int(attention_mask[rows].sum(1).max())
@@ -99,7 +99,7 @@ class StepLoop:
         return probabilities, self.advance(embedding)
 
     def advance(self, embedding: Tensor) -> Tensor:
-        """g_k (B, d) after d_k (B, d), whichever token that is of."""
+        """g_k (B, d) after d_k (B, d), which need not be the embedding of a generated token."""
         inputs = embedding[:, None]  # (B, 1, d)
         if not self.past:
             inputs = self.inputs = torch.cat([self.inputs, inputs], dim=1)
@@ -110,7 +110,7 @@ class StepLoop:
         return self.state
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with the rows of these numbers alone, (b,) int64."""
+        """Drops all rows but those of these numbers, (b,) int64."""
         for name in ("state", "mask", "positions", "inputs", "seen"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[rows])
@@ -158,12 +158,12 @@ def check_loop(model: Any, device: torch.device) -> None:
     loop = StepLoop(model, ids[:, :-1], ones[:, :-1], 1)
     inputs, state = embed(ids), loop.advance(embed(ids[:, -1]))
     pairs = [("logits", after_head(model.config.text_config, head(state)), expected)]
-    if model.config.step_token == "soft" and not embed.weight.is_meta:  # else the loop calls the module, too
+    if model.config.step_token == "soft" and not embed.weight.is_meta:  # else the loop itself calls the module
         one_hot = F.one_hot(ids[0], embed.num_embeddings).to(embed.weight.dtype)
         scale = torch.as_tensor(getattr(embed, "embed_scale", 1.0)).to(embed.weight)
         pairs.append(("token embeddings", one_hot @ embed.weight * scale, inputs[0]))
     for what, ours, theirs in pairs:
-        ours = ours.to(theirs.device)  # a device map has the head wherever there is room
+        ours = ours.to(theirs.device)  # under a device map, the head may be on another device
         allowed = (2e-3 if ours.dtype in (torch.float32, torch.float64) else 6e-2) * float(theirs.abs().max())
         if not float((ours - theirs).abs().max()) <= allowed:
             raise ValueError(
@@ -173,7 +173,7 @@ def check_loop(model: Any, device: torch.device) -> None:
 
 
 def checkpoints(language_model: PreTrainedModel) -> bool:
-    """Whether the backward pass runs layers again."""
+    """Whether gradient checkpointing is on: the backward pass then runs layers again."""
     layers = language_model.modules()
     return language_model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
 
@@ -205,13 +205,14 @@ def prefill_groups(
 
 
 def runs_in_step(language_model: PreTrainedModel) -> bool:
-    """Whether this process has to make the same calls of layers as others, which gather sharded weights at each."""
+    """Whether this process has to call layers as often as the others do: sharded weights (FSDP, ZeRO-3) are gathered by
+    all processes together at each call."""
     return language_model.training and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def shared_prefix(language_model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, k: int) -> int:
     """How many tokens all rows start with, such as an instruction's: their states are the same in every row, so
-    that the prefill runs them once. 0 where that does not pay, or would not be exact."""
+    that the prefill runs them once. 0 where that saves no time, or would not be exact."""
     batch, length = input_ids.shape
     # After a shared prefix, padding lies between prefix and rest, and a sliding window would count it as positions.
     if batch == 1 or input_ids.is_meta or exceeds_window(language_model.config, length + k):
@@ -225,14 +226,14 @@ def shared_prefix(language_model: PreTrainedModel, input_ids: Tensor, attention_
 
 
 def tokens_first(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Rows of padding and tokens, (B, N) -> each row's tokens, and then its last one again and again."""
+    """Rows of padding and tokens, (B, N) -> each row's tokens, and then its last token repeated."""
     length = input_ids.shape[1]
     index = (length - attention_mask.sum(1))[:, None] + torch.arange(length, device=input_ids.device)
     return input_ids.gather(1, index.clamp(max=length - 1))
 
 
 def split_by_length(rows: list[int], lengths: list[int]) -> list[list[int]]:
-    """Row numbers, shortest row first, in groups that are padded to their own longest row, as far as that pays."""
+    """Row numbers, shortest row first, in groups that save LEAST_TOKENS_SAVED tokens of padding or more each."""
     saved = [count * (lengths[rows[-1]] - lengths[rows[count - 1]]) for count in range(1, len(rows))]
     if max(saved, default=0) < LEAST_TOKENS_SAVED:
         return [rows]
@@ -250,8 +251,8 @@ def prefix_first(input_ids: Tensor, attention_mask: Tensor, shared: int) -> tupl
 def joined(
     groups: list[Tensor], parts: list[tuple[Tensor, Tensor, DynamicCache]]
 ) -> tuple[Tensor, Tensor, DynamicCache]:
-    """What `StepLoop._prefill` returns of each group -> the same of all rows in their order; shorter ones have empty
-    slots on the left, which the mask hides."""
+    """What `StepLoop._prefill` returned for each group -> the same for all rows, in their order. Shorter groups get
+    empty slots on the left, which the mask hides."""
     states, masks, caches = zip(*parts, strict=True)
     order, longest = torch.cat(groups).argsort(), max(mask.shape[1] for mask in masks)
     mask = torch.cat([F.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])[order]

@@ -34,9 +34,10 @@ from gircse.training.pairs import load_pairs, parse_columns
 from gircse.training.publishing import ADAPTER_FOLDER, check_saving
 from gircse.training.trainer import GircseTrainer, add_lora
 
-# Measuring accuracy takes at most this share of the texts that training embeds, unless --held_out says how many.
+# Unless --held_out says how many pairs are held out: at most HELD_OUT, and as many as have HELD_OUT_SHARE of the texts
+# that training embeds, but not fewer than FEWEST_HELD_OUT.
 HELD_OUT, HELD_OUT_SHARE, FEWEST_HELD_OUT = 256, 0.05, 8
-# What runs when no argument is given: the root model on the sample that ships with the repo, which are the defaults.
+# What runs when no argument is given. Model and data are at their defaults: the root model, the repo's sample.
 SAMPLE_RUN = (
     "--output_dir gircse-sample --tuning full --learning_rate 1e-4 --num_train_epochs 4 --num_negatives 2 "
     "--held_out 84 --save_strategy no --logging_steps 5 --show_neighbours"
@@ -168,8 +169,9 @@ def check_settings(
 
 
 def held_out_size(rows: int, training: GircseTrainingArguments) -> int:
-    """How many of `rows` pairs are kept for the accuracy: three texts each, of which one costs about as much, forward
-    and in 20 steps, as a text of training, forward and backward in 5; and a tenth of the pairs at most."""
+    """How many of `rows` pairs are held out to measure the accuracy on; a tenth at most. A pair has three texts, and to
+    embed one, forward in 20 steps, costs about as much as to train on one, forward and backward in 5 steps: so the
+    share of texts is about the share of time."""
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * rows / batch)
     texts = steps * batch * (2 + training.num_negatives)
@@ -184,7 +186,7 @@ def check_output(training: GircseTrainingArguments) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write_test"
         probe.touch()
-        probe.unlink(missing_ok=True)  # another process of this run may have been quicker
+        probe.unlink(missing_ok=True)  # another process of this run may have removed it
     except OSError as error:
         raise ValueError(f"output_dir={training.output_dir!r} can't be written to ({error}); choose another") from error
     checkpoint = last_checkpoint(folder)
@@ -200,7 +202,7 @@ def check_output(training: GircseTrainingArguments) -> str | None:
         )
     if wanted:
         found = Path(checkpoint if wanted == "last" else wanted)
-        # A file of the optimizer's, one for each process, or a folder of DeepSpeed's.
+        # The optimizer's state is in files, one for each process, or in a folder of DeepSpeed.
         if found.is_dir() and not any(any(found.glob(name)) for name in ("optimizer*", "global_step*")):
             raise ValueError(
                 f"resume_from_checkpoint={wanted!r}: {found.name} holds no optimizer's state, as --save_only_model "
@@ -210,8 +212,8 @@ def check_output(training: GircseTrainingArguments) -> str | None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint. `trainer_state.json` is written last, so that one that a killed run was just
-    writing lacks it, or has half of it."""
+    """The newest complete checkpoint. Trainer writes `trainer_state.json` last: a checkpoint that a killed run was
+    writing lacks that file, or has half of it."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(re.sub(r"\D", "", p.name) or 0), reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))

@@ -57,7 +57,7 @@ def classes() -> tuple[type[PreTrainedModel], type[PretrainedConfig]]:
 
 def room(name: str) -> ModuleType:
     """A module of the remote code, such as `step_loop`."""
-    package = classes()[0].__module__.rpartition(".")[0]  # which imports it
+    package = classes()[0].__module__.rpartition(".")[0]  # that module's import has loaded it
     return sys.modules[f"{package}.{name}_gircse"]
 
 
@@ -88,7 +88,7 @@ def variant(model: PreTrainedModel, **axes: str) -> PreTrainedModel:
 
 
 def step_loop(model: PreTrainedModel, input_ids: Tensor, k: int) -> Any:
-    """A batch without padding, (B, N), after its prefill."""
+    """A `StepLoop` of a batch without padding, (B, N), after its prefill."""
     return room("step_loop").StepLoop(model, *room("inputs").check_inputs(model, input_ids, None, k))
 
 

@@ -25,7 +25,7 @@ K = 5
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Of a quantised tensor, the parts that it is stored as; of one on disk, none."""
+    """Bytes in memory; those of its parts for a quantised tensor, 0 for one on disk."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return 0 if tensor.is_meta else tensor.nbytes

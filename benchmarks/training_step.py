@@ -56,7 +56,7 @@ def main() -> None:
     causal_eos = variant(model, **CAUSAL_EOS)
     if args.tuning == "lora":
         model = add_lora(model, ModelArguments()).get_base_model()
-        for name, parameter in model.named_parameters():  # B starts at 0, and A would get no gradient
+        for name, parameter in model.named_parameters():  # LoRA's B starts at 0, which gives A no gradient
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.02)
     model.train(), causal_eos.train()

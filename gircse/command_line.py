@@ -19,14 +19,16 @@ def unescape(text: str) -> str:
 
 
 def lenient_console() -> None:
-    """Has characters that the console's encoding lacks (Windows' often has 256) printed as their numbers, not raise."""
+    """Prints characters that the console's encoding lacks as escape sequences; they would raise an error otherwise, as
+    on Windows, where encodings often have 256 characters."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help texts with per cent signs that stand for themselves, as some of transformers' do."""
+    """Escapes plain per cent signs in help texts, such as those of some of transformers' arguments, which argparse
+    would take for formats."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = super()._get_help_string(action) or ""
@@ -34,7 +36,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Log:
-    """What tqdm writes over and over, as lines."""
+    """A file for tqdm that prints each state of a bar as a line of its own."""
 
     def write(self, text: str) -> None:
         if line := text.strip():
@@ -45,7 +47,7 @@ class Log:
 
 
 def progress(**options: Any) -> tqdm:
-    """A bar; where it can't be drawn, as in a log, a line at once and at most every LOG_SECONDS."""
+    """A bar; where stderr is no terminal, as in a log, a line at once and then one every LOG_SECONDS at most."""
     if not sys.stderr.isatty():
         options |= {"file": Log(), "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS, "miniters": 0}
     return tqdm(**options)

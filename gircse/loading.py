@@ -19,9 +19,9 @@ from transformers.utils import logging
 
 from . import ROOT
 
-# What the paper puts before a text (appendix C), and what stands for the text in it.
+# What the paper puts before a text (appendix C), and what stands for the text in `chat_prompt`.
 PAPER_PROMPT, TEXT = "Instruct: {instruction}\nQuery: ", "{text}"
-# A new model's texts leave room for as many steps as evaluation takes.
+# A new model's max_length leaves positions for at least this many steps, which evaluation takes.
 STEPS_OF_EVALUATION = 20
 
 logger = logging.get_logger("gircse")
@@ -29,8 +29,9 @@ logger = logging.get_logger("gircse")
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
-    """Models made inside have all of their weights. With ZeRO-3, transformers would make them in empty shards, whatever
-    `zero3_init_flag` says, which can be neither checked nor evaluated nor filled before training shards them itself."""
+    """Models made inside have whole weights. With DeepSpeed ZeRO-3, transformers would make them as empty shards,
+    whatever `zero3_init_flag` says, and such models can't be checked, evaluated or filled; training shards them later
+    by itself."""
     if not deepspeed.is_deepspeed_zero3_enabled():
         yield
         return
@@ -61,7 +62,7 @@ def load(
         dtype: of the weights, a name such as `"bfloat16"`.
         attn_implementation: as in `from_pretrained`.
         adapter: a PEFT adapter of the plain causal LM, which is merged.
-        gguf_file: the file to take of a repo in GGUF; by default the one that there is in a folder of nothing else.
+        gguf_file: which GGUF file of a repo to load; by default the only one of a folder without a config.json.
         prompt_template, suffix: of a new model's processor; without both, as [`chat_prompt`] says.
         axes: of a new model, as `GircseModel.from_causal_lm` takes them.
 
@@ -71,7 +72,7 @@ def load(
     path = str(path)
     model_class = get_class_from_dynamic_module("modeling_gircse.GircseModel", str(ROOT))
     processor_class = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))
-    AutoConfig.register("gircse", model_class.config_class, exist_ok=True)  # or loading a tokenizer asks for trust
+    AutoConfig.register("gircse", model_class.config_class, exist_ok=True)  # else tokenizers ask for trust in code
     settings: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attn_implementation:
         settings["attn_implementation"] = attn_implementation
@@ -79,7 +80,7 @@ def load(
     if not gguf and is_gircse(path):
         if adapter:
             raise ValueError(f"adapter={adapter!r} needs a plain causal LM, and {path!r} is a GIRCSE model")
-        # Left open, the question whether to trust the folder's code would be put to the user for the tokenizer's sake.
+        # False, since the folder's code is not needed. Left out, AutoTokenizer would ask the user whether to trust it.
         processor = processor_class.from_pretrained(path, trust_remote_code=False)
         return model_class.from_pretrained(path, **settings), processor
     model = model_class.from_causal_lm(path, adapter=adapter, **axes, **settings, **gguf)
@@ -90,17 +91,19 @@ def load(
         return processor_class(tokenizer, prompt_template=chosen[0] or PAPER_PROMPT, suffix=chosen[1] or "")
 
     processor = make_processor()
-    if saving_problem(processor):  # beside the mistral-common package, Mistral's repos load as its own tokenizer
+    # Where the mistral-common package is installed, Mistral's repos load as its tokenizer, which can't be saved.
+    if saving_problem(processor):
         processor = make_processor(mistral_format=False)
     processor.max_length = model.text_limit(processor.max_length, max(model.config.num_steps, STEPS_OF_EVALUATION))
     return model, processor
 
 
 def chat_prompt(tokenizer: Any) -> tuple[str, str]:
-    """What precedes and what follows a text, so that both are one user's turn of the tokenizer's chat template that has
-    the paper's prompt in it, at the point where the model would answer. Without a chat template, the paper's prompt.
+    """What goes before and after a text: the start of a user's turn of the tokenizer's chat template with the paper's
+    prompt, and the end of that turn up to where the model would answer. Without a chat template: the paper's prompt.
 
-    The turn is that of a conversation that goes on, since many templates open one with a default system message."""
+    The turn is taken from a later place of a conversation, since many templates begin one with a default system
+    message."""
     turn = {"role": "user", "content": f"{PAPER_PROMPT}{TEXT}"}
     earlier = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -111,7 +114,7 @@ def chat_prompt(tokenizer: Any) -> tuple[str, str]:
         return PAPER_PROMPT, ""
     try:
         first, before, both = render([turn], True), render(earlier, False), render([*earlier, turn], True)
-    except Exception as error:  # a template is a program of whoever wrote the tokenizer
+    except Exception as error:  # a template is a program, which may raise anything
         logger.warning(f"the chat template can't be used ({error}): texts get the paper's prompt")
         return PAPER_PROMPT, ""
     prompt, found, suffix = (both.removeprefix(before) if both.startswith(before) else first).partition(TEXT)
@@ -125,7 +128,7 @@ def is_gircse(path: str) -> bool:
     """Whether a folder or Hub repo is a GIRCSE model.
 
     Raises:
-        ValueError: for a folder that is no model of transformers, with what it is.
+        ValueError: for a folder that is no model of transformers; the message says what it holds instead.
     """
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").exists():
@@ -143,7 +146,7 @@ def is_gircse(path: str) -> bool:
 
 
 def only_gguf_file(path: str) -> str | None:
-    """The GGUF file of a folder that holds nothing else to load."""
+    """The GGUF file of a folder that has just one, and no config.json; else None."""
     files = [] if (Path(path) / "config.json").exists() else list(Path(path).glob("*.gguf"))
     return files[0].name if len(files) == 1 else None
 
@@ -153,12 +156,12 @@ def saving_problem(processor: Any) -> Exception | None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             processor.save_pretrained(folder)
-        except Exception as error:  # of whichever tokenizer it is
+        except Exception as error:  # tokenizers raise many kinds of errors
             return error
 
 
 def commit_of(name: str) -> str | None:
-    """The commit of the Hub that was loaded under `name`, from the place of its files in the cache."""
+    """The commit of the Hub repo `name` that was loaded, from its files' place in the cache; None for a folder."""
     found = [try_to_load_from_cache(name, file) for file in ("config.json", "modules.json") if is_hub_id(name)]
     return next((Path(path).parent.name for path in found if isinstance(path, str)), None)
 

@@ -27,7 +27,7 @@ import pyarrow.parquet
 
 LINES, ARRAYS, TABLES, PARQUET = (".jsonl", ".ndjson"), ".json", (".csv", ".tsv"), ".parquet"
 ENDINGS = tuple(end + gz for end in (*LINES, ARRAYS, *TABLES) for gz in ("", ".gz")) + (PARQUET,)
-LONGEST_CELL = 2**31 - 1  # of a CSV; the csv module stops at 131,072 characters by itself
+LONGEST_CELL = 2**31 - 1  # characters of a CSV's cell; the csv module's own limit is 131,072
 
 
 class Row(NamedTuple):
@@ -41,8 +41,8 @@ class Row(NamedTuple):
 
 
 class RowFile:
-    """One file of rows. A second `read` that begins where the last one ended, or after it, goes on from there, as
-    gzip files and tables can only be read from their start.
+    """One file of rows. A `read` that begins where the last one ended, or after it, goes on from there, as gzip files
+    and tables can only be read from their start.
 
     Args:
         path: a file that ends in one of ENDINGS.
@@ -94,7 +94,7 @@ class RowFile:
                     except (ValueError, RecursionError) as error:
                         yield Row(number, self._where(number), None, str(error))
         except ValueError:
-            self._raw = None  # or the next `read` would take the place of the error for the end of the file
+            self._raw = None  # else the next `read` would take this place for the end of the file
             raise
 
     def _where(self, number: int) -> str:
@@ -119,7 +119,7 @@ class RowFile:
 
     def _open_table(self) -> Iterator[list[str] | csv.Error]:
         csv.field_size_limit(LONGEST_CELL)
-        # Broken bytes become lone surrogates, which each row is searched for.
+        # Bytes that are not UTF-8 become lone surrogates, which `parse` looks for in each row.
         file = _open_text(self.path)
         header = file.readline()
         if not header.strip():
@@ -159,7 +159,7 @@ class RowFile:
                 first = max(start, position)
                 part = batch[first - position : max(0, stop - position)]
                 position += len(batch)
-                # As bytes, since Parquet does not make sure that text is UTF-8, and Arrow would give up the batch.
+                # Text as bytes: Parquet does not make sure that it is UTF-8, and Arrow would refuse the whole batch.
                 kinds = [field.type for field in part.schema]
                 names = part.schema.names
                 values = [part.column(i).cast(_as_bytes(kind)).to_pylist() for i, kind in enumerate(kinds)]
@@ -205,7 +205,7 @@ def _records(reader: Iterator[list[str]]) -> Iterator[list[str] | csv.Error]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            if "unexpected end" in str(error):  # else all that follows the quote would pass for one cell
+            if "unexpected end" in str(error):  # the rest of the file was read as one cell
                 raise csv.Error("a quote is never closed") from error
             cells = error
         if cells is None:
@@ -217,7 +217,7 @@ def _records(reader: Iterator[list[str]]) -> Iterator[list[str] | csv.Error]:
 def _parse_line(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # of a wrong encoding, too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"broken JSON ({error}); write one JSON object a line, in UTF-8") from error
     return _parse_object(row)
 
@@ -229,7 +229,7 @@ def _parse_object(row: Any) -> dict[str, Any]:
 
 
 def is_text(kind: pyarrow.DataType) -> bool:
-    """Whether an Arrow type holds text, whatever it is called: pandas' categories and Polars' views among them."""
+    """Whether an Arrow type holds text: also dictionaries of it (pandas' categories) and string views (Polars)."""
     if pyarrow.types.is_dictionary(kind):
         return is_text(kind.value_type)
     tests = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)

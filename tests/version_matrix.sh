@@ -5,7 +5,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 versions=("$@")
-# The last is what pip gives today on the newest Python that torch is built for.
+# The last entry is what pip installs by default, on the newest Python that torch is built for.
 [ ${#versions[@]} -gt 0 ] || versions=("4.51.3" "4.57.*" "5.0.*" "5.23.*" "5.24.*" "*@python3.13")
 tests=(
     modeling backbones prefill speed processing losses

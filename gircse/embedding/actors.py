@@ -32,7 +32,7 @@ class Embedder:
         batch_size: texts that go through the model together.
         device: "cuda" or "cpu".
         trust_remote_code: for [`load_model`].
-        tally: handle of a [`Tally`], which is told about each second how many rows of a shard are done.
+        tally: handle of a [`Tally`], which is told how many rows of a shard are done, about once a second.
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class Embedder:
         self.output, self.batch_size, self.device = Path(output), batch_size, device
         self.tally, self.reader = tally, None
         Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
-        # Loading copies the model's code there, and another actor of this node must not import half a file.
+        # transformers copies the model's code there when it loads it; another actor of this node must not import half a
+        # file.
         with FileLock(Path(HF_MODULES_CACHE) / "embed_gircse.lock"):
             self.model, self.processor = load_model(self.settings, trust_remote_code)
         self.model.to(device)
@@ -60,7 +61,7 @@ class Embedder:
         file = self.files[shard["file"]]
         text_column, id_column = self.settings["text_column"], self.settings["id_column"]
         if self.reader is None or self.reader.path != file["path"]:
-            self.reader = RowFile(file["path"])  # the shards of a file come mostly in order, and it reads on
+            self.reader = RowFile(file["path"])  # kept: it reads on, as a file's shards come mostly in order
         for row in self.reader.read(shard["start"], shard["stop"], {text_column, id_column} - {None}):
             try:
                 if row.fields is None:
@@ -76,7 +77,7 @@ class Embedder:
             "id": pyarrow.array(ids, ID_TYPES[self.id_kind]),
             "embedding": pyarrow.FixedSizeListArray.from_arrays(embeddings, self.model.config.hidden_size),
         }
-        # In the same file, so that a shard and what it set aside are there together or not at all.
+        # The bad rows are in the shard's own file, so that both are there together or not at all.
         table = pyarrow.table(columns).replace_schema_metadata({BAD_ROWS_KEY: json.dumps(bad)})
         write_whole(self.output / shard["name"], lambda path: pyarrow.parquet.write_table(table, path))
         rows = shard["stop"] - shard["start"]
@@ -112,7 +113,7 @@ def field(row: dict[str, Any], name: str, kind: str) -> Any:
     if type(value).__name__ != kind:
         raise ValueError(f"{name!r} is {value!r:.60} ({type(value).__name__}), not {kind}")
     if kind == "str" and not value.isascii():
-        value.encode()  # half an emoji, which JSON can hold, but neither Arrow nor a tokenizer takes
+        value.encode()  # raises for half an emoji: JSON can hold it, but neither Arrow nor a tokenizer takes it
     if kind == "int" and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name!r} is {value!r:.60}, more than 64 bits")
     return value
@@ -124,7 +125,7 @@ def load_model(settings: dict[str, Any], trust_remote_code: bool) -> tuple[Any, 
     if settings["model"] == str(ROOT):
         model = get_class_from_dynamic_module("modeling_gircse.GircseModel", str(ROOT))
         processor = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))
-        AutoConfig.register("gircse", model.config_class, exist_ok=True)  # or loading a tokenizer asks for trust
+        AutoConfig.register("gircse", model.config_class, exist_ok=True)  # else tokenizers ask for trust in code
         trust = False
     common = {"revision": settings["revision"] or "main", "trust_remote_code": trust}
     return (

@@ -93,24 +93,24 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
             raise FileNotFoundError(f"input={pattern!r} matches no file (working directory: {Path.cwd()})")
         files |= found
     for file in files:
-        RowFile(file)  # refuses a file that it can't read by its name
+        RowFile(file)  # raises for an ending that it can't read
     return sorted(files)
 
 
 def name_files(files: Sequence[Path]) -> list[str]:
-    """What ids and reports call the files: their paths below the folder that all of them are in."""
+    """The files' names in ids and reports: their paths below the folder that holds all of them."""
     try:
         top = os.path.commonpath([file.parent for file in files])
         names = [file.relative_to(top).as_posix() for file in files]
     except ValueError:  # they are on several drives of Windows
         names = [file.as_posix() for file in files]
-    # Linux takes any bytes for a name; as text they could neither be an id nor be written to the report.
+    # Linux takes any bytes as a name. Those that are not UTF-8 could be neither an id nor in the report: escaped.
     return [name.encode("utf-8", "backslashreplace").decode() for name in names]
 
 
 def identify_model(options: argparse.Namespace, begun: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Which model it is: a folder's path, and the files in it that make the vectors; or an id and the commit it stands
-    for, which is that of the settings `begun` with as long as nobody asks for another."""
+    """What identifies the model: a folder's path, and the files in it that the vectors depend on; or a Hub id and its
+    commit. A run that goes on keeps the commit of its settings, `begun`, unless another revision is asked for."""
     folder = Path(options.model).expanduser()
     model = str(folder.resolve()) if folder.is_dir() else options.model
     if model != str(ROOT) and not options.trust_remote_code:
@@ -133,7 +133,7 @@ def identify_model(options: argparse.Namespace, begun: dict[str, Any]) -> tuple[
 
 
 def digest(files: dict[str, Path]) -> dict[str, str]:
-    """Under the same names, what changes with the content of the files, on whichever machine they lie."""
+    """A hash of each file's content, under the same names; the same on every machine."""
     size = sum(file.stat().st_size for file in files.values())
     bar = progress(total=size, unit="B", unit_scale=True, desc="reading model and input", leave=False)
 
@@ -161,7 +161,7 @@ def measure(file: Path, text_column: str, id_column: str | None) -> tuple[int, s
         _kind_of(file, schema, "text_column", text_column, ["str"])
         return count, id_column and _kind_of(file, schema, "id_column", id_column, ["int", "str"])
     kind, names = None, None
-    for row in reader.read():  # up to where all has been seen
+    for row in reader.read():  # until columns and type are known
         if row.fields is not None:
             names = {**(names or {}), **dict.fromkeys(row.fields)}
             if kind is None and type(value := row.fields.get(id_column)) in (int, str):

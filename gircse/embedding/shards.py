@@ -50,10 +50,10 @@ def is_abandoned(temporary: Path) -> bool:
         return True
     try:
         return time.time() - temporary.stat().st_mtime > A_DAY
-    except FileNotFoundError:  # it has just got its name
+    except FileNotFoundError:  # its writer has just renamed it
         return False
 
 
 def _machine() -> str:
-    """Stands for this machine in the name of a file, whatever letters its own name is made of."""
+    """A hash that stands for this machine in names of files, whatever characters the machine's own name has."""
     return hashlib.blake2b(platform.node().encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()

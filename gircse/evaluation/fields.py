@@ -30,7 +30,7 @@ def text_or_none(value: Any) -> str:
 
 def name(value: Any) -> str:
     """A label or an id."""
-    if isinstance(value, float) and value.is_integer():  # what pandas makes of whole numbers beside a gap
+    if isinstance(value, float) and value.is_integer():  # pandas' whole numbers, if one is missing
         value = int(value)
     if isinstance(value, bool):
         value = str(value).lower()  # as in JSON and most tables
@@ -52,7 +52,8 @@ def number(value: Any) -> float:
 
 def grade(value: Any) -> int:
     """mteb's nDCG takes whole grades alone, and its other metrics count a document as relevant from grade 1 on. So
-    which grades are relevant is for whoever made them to say, and 0.5 can neither be cut to 0 nor scaled here."""
+    a grade such as 0.5 is refused: to round or to scale it would be to decide whether the document is relevant, and
+    that is for those who made the grades."""
     if (found := number(value)) != int(found):
         raise ValueError("must be a whole number, from 1 on for what is relevant: rewrite all of the file's grades so")
     return int(found)
@@ -66,14 +67,14 @@ def binary(value: Any) -> int:
 
 
 def facet_labels(value: Any) -> dict[str, str]:
-    """Label by facet. One that is null is none: Parquet has all facets in all rows."""
+    """Label by facet. A null counts as no label, since Parquet has all facets in all rows."""
     if not isinstance(value, dict):
         raise ValueError("must be an object, {facet: label, ..}; a table can't hold it: write a JSON object a line")
     return {facet: name(label) for facet, label in value.items() if label is not None}
 
 
 def name_in_files(value: Any) -> str:
-    """Results are kept in files that are called by it, on any system."""
+    """Text that is part of the names of result files, so that all systems must allow its characters."""
     if re.search(r'[<>:"/\\|?*\x00-\x1f]', text(value)):
         raise ValueError("is part of a file's name, which can't hold any of < > : \" / \\ | ? *: rename it")
     return value

@@ -22,7 +22,7 @@ from mteb.models import ModelMeta
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-# What an entry of mteb's registry says of a model whose code comes with it.
+# The `loader_kwargs` in mteb's registry of a model whose code is in its own repo.
 CODE_OF_ITS_OWN = {"trust_remote_code": True}
 
 
@@ -93,7 +93,7 @@ def card_metadata(rows: list[dict[str, Any]], meta: ModelMeta, shown: int | None
 
 def registry_entry(meta: ModelMeta) -> str:
     """Python source of a `ModelMeta` for mteb's registry."""
-    infinite = "from math import inf\n\n" if meta.max_tokens == inf else ""  # static embeddings take any length
+    infinite = "from math import inf\n\n" if meta.max_tokens == inf else ""  # as of static embeddings
     imports = "from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper\n"
     return f"{infinite}{imports}from mteb.models.model_meta import ScoringFunction\n\nmodel = {meta.to_python()}\n"
 

@@ -39,7 +39,7 @@ class Subject:
     """The model that is evaluated.
 
     Args:
-        meta: what mteb knows of it; name and revision tell it from every other model and every other state of it.
+        meta: mteb's metadata. Name and revision tell the model from all others, and from other states of its weights.
         settings: what else changes its embeddings or scores, beside k.
         steps: the values of k, or `[None]` for a model without steps.
         embed: (texts, prompt, side, steps) to (B, len(steps), d) float32; side is "query", "document" or None.
@@ -83,7 +83,7 @@ class Subject:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)  # a log would else get it hours later
+    print(line, flush=True)  # unflushed, a log would get it hours later
 
 
 def load_subject(args: argparse.Namespace) -> Subject:
@@ -95,10 +95,10 @@ def load_subject(args: argparse.Namespace) -> Subject:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         ours = is_gircse(args.model)
-    except (OSError, ValueError):  # modules of Sentence Transformers may lie in subfolders
+    except (OSError, ValueError):  # Sentence Transformers' modules may lie in subfolders
         ours = False
     subject = (gircse_subject if ours else sentence_transformers_subject)(args, device)
-    # What is at its default leaves no trace, so that defaults can be written out without an evaluation of its own.
+    # Options at their defaults are left out: a run that names a default finds the results of one that does not.
     options = {"dtype": "float32", "max_length": None, "prompt_template": None, "sample": None}
     subject.settings |= {
         name: getattr(args, name) for name, default in options.items() if getattr(args, name) != default
@@ -115,7 +115,8 @@ def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
     steps = steps_of(config, args.k)
     room = model.text_limit(processor.max_length, steps[-1])
     if room < processor.max_length:
-        # A setting, since the scores of a smaller k depend on what the largest one leaves of a text.
+        # Written to `args`, so that results are filed under it: the largest k decides how much of a text is kept, and
+        # so changes the scores of smaller ones.
         args.max_length = processor.max_length = room
 
     def embed(texts: list[str], prompt: str, side: str | None, steps: list[int | None]) -> np.ndarray:
@@ -199,7 +200,7 @@ def registry_prompts(name: str) -> dict[str, str]:
         meta = mteb.get_model_meta(name, fetch_from_hf=False)
     except KeyError:
         return {}
-    # To a loader of its own they may be anything, such as names of adapters (Jina) or templates (UAE).
+    # For a model with a loader of its own, they may be no prefixes but names of adapters (Jina) or templates (UAE).
     prefixes = meta.loader is SentenceTransformerEncoderWrapper
     return meta.loader_kwargs.get("model_prompts") or {} if prefixes else {}
 
@@ -233,7 +234,7 @@ def model_meta(args: argparse.Namespace, facts: dict[str, Any]) -> ModelMeta:
     fields = empty | facts | {key: value for key, value in named.items() if value is not None}
     try:
         return ModelMeta(**fields)
-    except ValueError:  # a licence that mteb doesn't know
+    except ValueError:  # mteb doesn't know the licence, and takes a link
         return ModelMeta(**fields | {"license": named["reference"]})
 
 
@@ -256,7 +257,7 @@ def content_hash(folder: Path) -> str:
         folders.add(folder / settings["adapter"])
     paths = {p for f in folders if f.is_dir() for p in f.iterdir() if p.suffix in (".safetensors", ".bin", ".json")}
     digest = hashlib.sha256()
-    for path in sorted(paths, key=lambda path: path.relative_to(folder).parts):  # alike on any system
+    for path in sorted(paths, key=lambda path: path.relative_to(folder).parts):  # in the same order on any system
         digest.update(path.relative_to(folder).as_posix().encode())
         if path == config:  # the dtype of a load without one, which an evaluation never is, makes no other model
             kept = {name: value for name, value in settings.items() if name not in ("dtype", "torch_dtype")}
@@ -311,7 +312,7 @@ class Vectors:
     @staticmethod
     def _key(text: str, prompt: str, side: str | None) -> bytes:
         parts = json.dumps([text, prompt, side])
-        return hashlib.blake2b(parts.encode(), digest_size=16).digest()  # the texts themselves would fill the memory
+        return hashlib.blake2b(parts.encode(), digest_size=16).digest()  # texts as keys would fill the memory
 
 
 def progress(starts: range) -> Iterator[int]:

@@ -59,8 +59,8 @@ from .fields import (
     text_or_none,
 )
 
-# Of the paper's instructions (Tables 11 and 12) the one for this data, where there is one; else in its manner. An entry
-# under the task's name in the prompts of a model goes before these.
+# The paper's instruction (Tables 11 and 12) for the data, or one in its manner where the paper has none. A prompt of
+# the model under the task's name is taken before these.
 INSTRUCTIONS = {
     "classification_banking77": "Given an online banking query, find the corresponding intents.",
     "classification_goemotions": "Classify the emotion expressed in the given online comment.",
@@ -73,7 +73,7 @@ INSTRUCTIONS = {
     "retrieval_medquad": "Given a health question, retrieve a passage that answers it.",
     "retrieval_scitldr": "Given a one-sentence summary, retrieve the abstract it summarises.",
     "retrieval_xquad_en": "Given a question, retrieve Wikipedia passages that answer the question.",
-    # data of other names
+    # by kind of task, for data of other names
     "sts": "Retrieve semantically similar text.",
     "pairclass": "Retrieve semantically similar text.",
     "classification": "Classify the given text.",
@@ -84,8 +84,8 @@ FACETS = "instruct_instructions"
 
 
 class LocalTask:
-    """What local tasks share: their files, and loading by the layout's `read`. `make` gives a task its own class, as
-    mteb has it."""
+    """What local tasks share: their files, and loading by the layout's `read`. `make` gives each task a
+    class of its own, as mteb's tasks have."""
 
     kind: str
     main_score: str
@@ -172,7 +172,7 @@ class LocalClassification(LocalTask, AbsTaskClassification):
     def read(self) -> DatasetDict:
         fit = read_rows(self.files["fit"], text=text, label=name)
         must_differ(self.files["fit"], "label", [row["label"] for row in fit])
-        # mteb's average precision of two classes wants numbers
+        # Labels become numbers, as mteb's average precision of two classes needs them.
         numbers = {label: i for i, label in enumerate(sorted({row["label"] for row in fit}))}
         test = []
         for where, row in located_rows(self.files["test"], {"text": text, "label": name}):
@@ -188,8 +188,8 @@ class LocalClassification(LocalTask, AbsTaskClassification):
         return DatasetDict(train=train, test=test)
 
     def drawn(self, dataset: DatasetDict, count: int) -> DatasetDict:
-        """Up to `count` texts to test, and of each label as many to fit as mteb's classifier takes: of fewer it learns
-        hardly anything."""
+        """Up to `count` texts to test on, and to fit on as many of each label as mteb's classifier takes: from fewer it
+        learns hardly anything."""
         order = dataset["train"].shuffle(seed=0)
         seen: Counter[int] = Counter()
         kept = [
@@ -407,7 +407,7 @@ def read_instructions(path: Path) -> dict[tuple[str, str], str]:
 
 
 def _hash_of(path: Path) -> bytes:
-    """Of the content; of nothing, if there is no such file."""
+    """SHA-256 of a file's content; of nothing, if there is no such file."""
     if not path.exists():
         return hashlib.sha256().digest()
     with path.open("rb") as file:

@@ -15,7 +15,7 @@ from .gradient_cache import place_rows, rows_of
 from .losses import candidate_mask
 
 ACCURACY_STEPS = (1, 3, 5, 10, 20)
-# What a text of --per_device_eval_batch_size stands for: that many of them are a batch of more texts that are shorter.
+# Tokens that a text of --per_device_eval_batch_size stands for: a batch has so many for each, and more short texts.
 TOKENS_OF_A_TEXT = 512
 
 
@@ -68,7 +68,7 @@ def rows_by_tokens(side: dict[str, Tensor], size: int) -> list[Tensor]:
     than 16 `size` texts."""
     lengths = side["attention_mask"].sum(1)
     batches: list[list[int]] = [[]]
-    for row in lengths.argsort(stable=True).tolist():  # each is the longest of its batch so far
+    for row in lengths.argsort(stable=True).tolist():  # in rising order: the row is the longest of its batch
         count = len(batches[-1]) + 1
         if count > 1 and (count * lengths[row] > TOKENS_OF_A_TEXT * size or count > 16 * size):
             batches.append([])

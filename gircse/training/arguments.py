@@ -19,7 +19,7 @@ LORA_RATE, FULL_RATE = 5e-4, 5e-5
 OF_EVALUATION = "held-out pairs are evaluated by retrieval accuracy alone"
 OF_BATCHES = "batches are of one source each, in random order; --mix_sources mixes the sources"
 OF_TOKENS = "a step embeds two sets of texts, whose tokens Trainer can't count"
-# Arguments of `TrainingArguments` that nothing here would act on, and why. All others hold as Trainer has them.
+# Arguments of `TrainingArguments` that have no effect here, and why: giving one is an error. All others work.
 WITHOUT_EFFECT = {
     "average_tokens_across_devices": "the loss is that of the joint batch of all processes",
     "batch_eval_metrics": OF_EVALUATION,
@@ -173,17 +173,17 @@ class GircseTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False
         self._check_inherited()
         if self.disable_tqdm is None and not sys.stderr.isatty():
-            self.disable_tqdm = True  # bars fill a log that is no terminal; the lines of the log stay
+            self.disable_tqdm = True  # bars would fill a file; the lines of the log stay
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "accuracy"  # at the trained k; Trainer's own default is a loss
-        # Without this, Trainer refuses bf16 where there is only a CPU.
+        # TrainingArguments refuses bf16 on a machine without accelerator, unless use_cpu is set.
         accelerated = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
         self.use_cpu = self.use_cpu or not accelerated
         warmup_steps = self.warmup_steps
-        super().__post_init__()  # which also reads a command line's JSON
+        super().__post_init__()  # also parses arguments given as JSON
         if self.gradient_checkpointing:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
-        self.warmup_steps = warmup_steps  # transformers 5.0 puts the ratio there, over an explicit number
+        self.warmup_steps = warmup_steps  # transformers 5.0 overwrites it by warmup_ratio
         for name, value in (("k", self.k), ("sub_batch_size", self.sub_batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be >= 1")

@@ -1,4 +1,4 @@
-"""What goes on beside the steps: the log's file, the epoch of the data, and a watch over what the log says."""
+"""What runs beside the steps: the log's file, the epoch of the data, and a watch that finds trouble in the log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .data import TrainingPairs
 
 
 class LogFile(TrainerCallback):
-    """Writes each line of the log to `training_log.jsonl` as it comes; a resumed run goes on from its checkpoint's."""
+    """Writes each line of the log to `training_log.jsonl` as it comes; a resumed run keeps its checkpoint's."""
 
     def __init__(self, folder: str) -> None:
         self.path = Path(folder) / "training_log.jsonl"
@@ -45,25 +45,25 @@ class EpochSetter(TrainerCallback):
 class Watch:
     """Tells once, and early, that a run learns nothing, from the lines of its log."""
 
-    COLLAPSED, DIVERGING = 5, 3  # lines in a row that it takes
-    STEPS = 20  # and the steps, as single ones say little
-    GROWTH = 30  # of the gradient norm over the least so far; sources differ by less
-    ONE_DIRECTION = 0.99  # mean cosine between texts; pretrained backbones start below
+    COLLAPSED, DIVERGING = 5, 3  # lines of the log in a row before a warning
+    STEPS = 20  # that the diverging lines must span, as single steps say little
+    GROWTH = 30  # gradient norm over the least so far; sources differ by less
+    ONE_DIRECTION = 0.99  # mean cosine of texts that are as one; pretrained backbones start below
 
     def __init__(self) -> None:
-        self.collapsed, self.diverging = 0, []  # lines, and the steps of lines
+        self.collapsed, self.diverging = 0, []  # how many lines in a row, and the steps of such lines
         self.least_loss = self.least_norm = math.inf
         self.told = False
 
     def see(
         self, step: int, losses: Sequence[float], chance: float, norm: float, cosine: float, warm: bool
     ) -> str | None:
-        """What is wrong, if that has just become clear.
+        """The warning, when it has just become clear what is wrong; else None.
 
         Args:
             step: of the line.
             losses: L_1..L_K.
-            chance: the log of the number of candidates, the loss of a model that takes all texts for one.
+            chance: the log of the number of candidates, the loss of a model that gives all texts one vector.
             norm: the gradient norm before clipping, or NaN.
             cosine: the mean one between the queries' embeddings.
             warm: whether the warm-up is over, before which losses may start above chance.

@@ -18,7 +18,7 @@ from ..loading import is_hub_id
 from .arguments import GircseTrainingArguments
 
 logger = logging.get_logger("gircse")
-# What others' machines run of a published folder, and when.
+# The code files of a published folder, and what loads and runs them.
 REMOTE_CODE = {
     "configuration_gircse.py": "all of them",
     "modeling_gircse.py": "`AutoModel`",

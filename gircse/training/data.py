@@ -1,7 +1,7 @@
 """Batches of training pairs. The path of a row of `pairs.load_pairs` through this file:
 
 split_held_out   training rows and held-out rows, no query and no pair on both sides
-TrainingPairs    row i of an epoch -> q, one d+, some d-, drawn by (seed, epoch, i) alone: a resumed run agrees
+TrainingPairs    row i of an epoch -> q, one d+, some d-, drawn by (seed, epoch, i) alone: a resumed run draws the same
 SourceBatches    which rows form a batch: of one source, so that in-batch negatives are of the same task
 PairCollator     rows -> token ids, and the ids that tell false negatives
 """
@@ -70,7 +70,7 @@ class TrainingPairs(torch.utils.data.Dataset):
     def __init__(self, pairs: datasets.Dataset, num_negatives: int, seed: int) -> None:
         check_count("num_negatives", num_negatives, minimum=0)
         self.pairs, self.num_negatives, self.seed = pairs, num_negatives, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see set_epoch too
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: persistent workers see set_epoch
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
@@ -101,7 +101,7 @@ class SourceBatches(torch.utils.data.Sampler[list[int]]):
         ValueError: not one global batch can be filled, or a count is not an integer >= 1.
     """
 
-    drop_last = True  # read by Accelerate: there is no short batch to fill up
+    drop_last = True  # read by Accelerate, which would fill up a short last batch; there is none
 
     def __init__(
         self, sources: Sequence[str], batch_size: int, *, by_source: bool, seed: int, num_processes: int = 1
@@ -174,7 +174,7 @@ class PairCollator:
                 query's label, a hard negative -1.
         """
         instructions = [row["instruction"] or None for row in rows]
-        sides = [row["instruction"] or None if row["symmetric"] else None for row in rows]  # of the documents
+        sides = [row["instruction"] or None if row["symmetric"] else None for row in rows]  # documents' instructions
         negatives = [(text, side) for row, side in zip(rows, sides, strict=True) for text in row["negatives"]]
         documents = [row["positive"] for row in rows] + [text for text, _ in negatives]
         sides += [side for _, side in negatives]

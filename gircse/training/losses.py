@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 REDUCTIONS = ("sum", "mean")
-# Below this a float32 cross-entropy is rounding, and the logarithm of rounding would swamp the penalty.
+# A float32 cross-entropy below this is rounding error, whose logarithm would outweigh all else in the penalty.
 SMALLEST_LOSS = 1e-6
 
 

@@ -25,7 +25,8 @@ from datasets.exceptions import DatasetGenerationError
 from .. import rows as reader
 from ..rows import ENDINGS, Row, RowFile, require
 
-# FlagEmbedding's names for tasks with the instruction on both sides (its "symmetric_class" has bare class names there).
+# FlagEmbedding's types of tasks with the instruction on both sides. "symmetric_class" is none: its documents are bare
+# names of classes.
 SYMMETRIC_TYPES = ("symmetric_sts", "symmetric_clustering")
 HELD_BACK = ("validation", "valid", "val", "dev", "test")  # splits that are never trained on unless asked for
 TEXT, TEXTS, FLAG = datasets.Value("string"), datasets.Sequence(datasets.Value("string")), datasets.Value("bool")
@@ -43,7 +44,7 @@ USUAL_PAIRS = (
     *((f"{name}1", f"{name}2") for name in ("title", "body", "post", "caption", "sentence", "question")),
 )
 NEGATIVES = re.compile(r"neg|negatives|negative(_\d+)?")
-# What a column is called that may say of two texts that they are no pair.
+# Names of columns that may say that two texts are not a pair.
 JUDGEMENTS = re.compile("label|score|similar|relevan|duplicate|entail|paraphrase|match|gold|target", re.IGNORECASE)
 
 logger = logging.getLogger("gircse")
@@ -112,7 +113,7 @@ def load_pairs(
         pairs = datasets.Dataset.from_generator(_generate, features=features, gen_kwargs=arguments)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None  # ours says file and line; the wrapper only that something failed
+            raise error.__cause__ from None  # it names file and line; datasets' error says neither
         raise
     return pairs if max_bad_share is None else _without_bad_rows(pairs, source, max_bad_share, bad_rows_file)
 
@@ -205,7 +206,7 @@ def _load_hub(name: str, config: str | None, split: str | None, limit: int | Non
         splits = datasets.get_dataset_config_info(name, config).splits
         if "train" in splits:
             return {"": _load_split(name, config, "train", limit)}
-        # Sizes are unknown where the data set's card has none.
+        # A split whose size the data set's card does not give counts as 1.
         sizes = {s: getattr(info, "num_examples", 0) or 1 for s, info in splits.items() if s not in HELD_BACK}
         if not sizes:
             raise ValueError(f"{name!r} has no split to train on, only {', '.join(splits)}; choose another data set")
@@ -233,8 +234,8 @@ def _generate(
     versions: tuple[tuple[int, int], ...],
 ) -> Iterator[dict[str, Any]]:
     """Yields checked rows of files (a tuple of paths) or of a Hub data set's splits; with `keeps_bad` also the wrong
-    ones, empty but for `bad`. `versions` is there for the cache alone, which datasets names by a hash of all arguments:
-    a changed file, or a new version of the code, is read again."""
+    ones, empty but for `bad`. `versions` is not used: datasets names its cache by a hash of all arguments, so that a
+    changed file, or a new version of the code, is read again."""
     count, sources, there = 0, set(), set()
     found = _file_rows(rows) if isinstance(rows, tuple) else _hub_rows(name, rows)
     for count, (file, default_source, row) in enumerate(islice(found, limit), 1):  # noqa: B007
@@ -286,7 +287,7 @@ def _to_pair(
     """Checks one row and returns it with the columns of FEATURES. Its source is, unless it says so itself, the first of
     `default_sources`, the instruction and the last of `default_sources` that isn't empty."""
     taken = {theirs for names in columns.values() for theirs in names}
-    names = {name: [name] for name in row if name not in taken} | columns  # ours, or a name we know: the row's columns
+    names = {name: [name] for name in row if name not in taken} | columns  # our or a known name: the row's columns
     query, pos = _pair_columns(row, where, names, columns)
     negatives = [name for name in names if NEGATIVES.fullmatch(name) and ("neg" not in columns or name == "neg")]
     instruction = _optional_text(row, names, "instruction", where) or _optional_text(row, names, "prompt", where) or ""

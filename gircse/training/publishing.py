@@ -19,14 +19,14 @@ from .. import ROOT
 from ..loading import commit_of, is_hub_id, saving_problem, sentence_transformers_settings
 from .arguments import BAD_ROWS, GircseTrainingArguments
 
-# What goes along with a trained model, beside the code that loads it.
+# What is copied to a trained model's folder; `save_pretrained` writes the other code files.
 CODE_FILES = ["train_gircse.py", "evaluate_gircse.py", "embed_gircse.py", "sample_pairs.jsonl"]
 CODE_FILES += ["requirements.txt", *(f"requirements-{use}.txt" for use in ("train", "eval", "embed"))]
 CODE_FILES += ["sentence_gircse.py", "modules.json", "handler.py"]
 CODE_FILES += [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "gircse").rglob("*.py"))]
 CODE_FILES += [f"configs/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zero3")]
-# Stays at home when a folder is published; what an upload removes from the repo if the folder has no such file.
 ADAPTER_FOLDER = "adapter"
+# Patterns of files that are not uploaded, and of those that an upload deletes from the repo if the folder lacks them.
 NOT_PUBLISHED = ["checkpoint-*", "runs/*", "*.bin", "training_log.jsonl", BAD_ROWS]
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "*adapter_config.json"]
 
@@ -51,7 +51,7 @@ def export(
     else:
         shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of an earlier run
         saved = getattr(torch, dtype)
-        if tuned:  # in the wider of both, as bfloat16 would round much of what was learned away
+        if tuned:  # in the wider dtype, as bfloat16 would round off much of what was learned
             model = model.to(torch.promote_types(model.dtype, saved)).merge_and_unload()
         model = model.to(saved)
         model.save_pretrained(folder)
@@ -67,12 +67,13 @@ def export(
 
 
 def load_in_float32(folder: Path) -> None:
-    """Has a plain `from_pretrained` take the weights in float32, whatever they are saved in. transformers 5 would take
-    them as saved, and bfloat16 is several times slower on a CPU without instructions for it; who wants it, says so."""
+    """Makes a plain `from_pretrained` load the weights in float32, whatever they are saved in. transformers 5 would
+    load them as saved, and bfloat16 is several times slower on a CPU without instructions for it: those who want it
+    pass `dtype`."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for part in (config, config["text_config"]):
-        part.pop("torch_dtype", None)  # transformers < 4.56 writes it so, and reads either
+        part.pop("torch_dtype", None)  # transformers < 5 (before 4.56) writes this name, and reads both
         part["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -82,7 +83,7 @@ def save_adapter(model: Any, folder: Path, dtype: torch.dtype, adapter_of: str) 
 
     The keys are PEFT's for the causal LM, `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, so that
     PEFT alone loads it on that, too. It lies in a subfolder: with `adapter_config.json` beside `config.json`,
-    `AutoModel.from_pretrained` would not look at the latter, and give the bare backbone.
+    `AutoModel.from_pretrained` would ignore the latter, and return the bare backbone.
 
     Returns:
         The model without its adapter.
@@ -90,7 +91,7 @@ def save_adapter(model: Any, folder: Path, dtype: torch.dtype, adapter_of: str) 
     from peft import get_peft_model_state_dict
 
     base, config = model.get_base_model(), copy.deepcopy(model.active_peft_config)
-    # A folder is named so that it is found from elsewhere, too.
+    # A folder is named by its absolute path, so that it is found from any working directory.
     place = str(Path(adapter_of).resolve()) if Path(adapter_of).exists() else adapter_of
     config.base_model_name_or_path, config.revision = place, commit_of(adapter_of)
     config.task_type, config.inference_mode = "CAUSAL_LM", True
@@ -147,7 +148,7 @@ def plain_name(name: str, prefix: str = "") -> str:
 
 
 def copy_on_cpu(model: nn.Module) -> nn.Module:
-    """A copy, for which there may be no room beside model and optimizer on the accelerator."""
+    """A copy on the CPU, as the accelerator may have no room for one beside model and optimizer."""
     copies: dict[int, Tensor] = {id(x): x.detach().to("cpu", copy=True) for x in model.buffers()}
     for weight in model.parameters():
         copies[id(weight)] = nn.Parameter(weight.detach().to("cpu", copy=True), weight.requires_grad)

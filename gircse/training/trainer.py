@@ -45,8 +45,8 @@ class GircseTrainer(Trainer):
         held_out: rows for the retrieval accuracy that `evaluate` returns.
         max_length: longest text in tokens.
         callbacks: as in `Trainer`.
-        base_models: what the weights come from, and `train_data`: the pairs' name, for the card; Hub ids, or paths,
-            which the card doesn't tell.
+        base_models, train_data: for the card: the models that the weights come from, and the name of the pairs. It
+            names Hub ids only, no paths.
 
     With `args.sub_batch_size`, gradients are cached: all texts are embedded without gradients, the loss is
     differentiated with respect to the embeddings, and each sub-batch is embedded again to carry that on to the weights.
@@ -106,7 +106,8 @@ class GircseTrainer(Trainer):
             num_processes=self.accelerator.num_processes,
         )
         self._epoch_setter.batches = batches
-        # Of these, older versions of transformers and torch lack some, so that defaults are left to torch.
+        # Options at their defaults are not passed: older versions of transformers (5.0 among them) lack
+        # `dataloader_multiprocessing_context` and `dataloader_in_order`, and older ones of torch lack `in_order`.
         names = ("persistent_workers", "prefetch_factor", "multiprocessing_context")
         options = {name: value for name in names if (value := getattr(self.args, f"dataloader_{name}", None))}
         if not getattr(self.args, "dataloader_in_order", True):
@@ -131,7 +132,7 @@ class GircseTrainer(Trainer):
         return min(self._train_batch_size, self.args.sub_batch_size or self._train_batch_size)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # Trainer's estimate knows token batches only
+        return 0  # Trainer's estimate needs a batch of token ids
 
     # Loss
 
@@ -173,12 +174,14 @@ class GircseTrainer(Trainer):
         own = sub_batches(sides, self._sub_batch_size)
         parts = self.pad_sub_batches(own)
         leaves, states = self._embed_parts(model, sides, parts)
-        torch.clear_autocast_cache()  # else older versions of torch go on with these passes' weights, without gradients
+        # Older versions of torch would go on with the weights that autocast cast in these passes, without gradients.
+        torch.clear_autocast_cache()
         queries, documents = (leaf.requires_grad_() for leaf in leaves)
         total = self._joint_loss(queries, documents, inputs)
         wanted = torch.autograd.grad(self.accelerator.num_processes * total, [queries, documents])
 
-        # Trainer runs the backward pass of what is returned: the last sub-batch's. The others' come before, here.
+        # Trainer runs the backward pass of what is returned, the last sub-batch's; those of the others are run here.
+        # transformers < 5 (4.51) has no `current_gradient_accumulation_steps`.
         accumulation = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         for index, ((side, rows), state) in enumerate(zip(parts, states, strict=True)):
             last = index == len(parts) - 1
@@ -190,8 +193,8 @@ class GircseTrainer(Trainer):
         return value_with_gradient_of(surrogate, total)
 
     def pad_sub_batches(self, parts: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
-        """As many sub-batches on all processes, a text repeated where need be: sharded weights are gathered for each
-        pass, by all processes together."""
+        """Gives all processes the same number of sub-batches, by repeating a text: with FSDP, all processes together
+        gather the weights for each pass."""
         if not self.is_fsdp_enabled:
             return parts
         most = int(self.accelerator.gather(torch.tensor([len(parts)], device=self.accelerator.device)).max())
@@ -224,7 +227,7 @@ class GircseTrainer(Trainer):
         positive_ids = self._gather(inputs["positive_ids"], -1)
         query_labels, query_ids = (self._gather(inputs[name], -1) for name in ("query_labels", "query_ids"))
         candidates = candidate_mask(document_ids, positive_ids, document_labels, query_labels, query_ids, prompted_ids)
-        candidates = candidates & (document_ids >= 0)  # padding of processes with fewer negatives
+        candidates = candidates & (document_ids >= 0)  # -1 pads processes with fewer negatives
         with torch.autocast(queries.device.type, enabled=False):
             loss = icr_loss(
                 queries,
@@ -277,7 +280,7 @@ class GircseTrainer(Trainer):
     def _warn_of_trouble(self, logs: dict[str, float]) -> None:
         losses = [value for name, value in logs.items() if name.startswith("L_") and name != "L_reg"]
         step, chance = self.state.global_step, logs["log_candidates"]
-        norm = float(logs.get("grad_norm", math.nan))  # transformers 4 logs none when it clips none
+        norm = float(logs.get("grad_norm", math.nan))  # not logged without clipping by transformers 4 and 5.0
         warm = step > self.args.get_warmup_steps(self.state.max_steps)
         trouble = self._watch.see(step, losses, chance, norm, logs["mean_cosine"], warm)
         if trouble and self.is_world_process_zero():
@@ -311,7 +314,7 @@ class GircseTrainer(Trainer):
             self.scores[k] = (before, value)
         metrics = {f"{metric_key_prefix}_accuracy_k{k}": value for k, value in accuracy.items()}
         metrics[f"{metric_key_prefix}_accuracy"] = accuracy[trained]
-        if self.state.max_steps:  # before training, TensorBoard (transformers 5) would start in ./runs and stay there
+        if self.state.max_steps:  # before training, TensorBoard would start in ./runs and stay (transformers 5)
             self.log(dict(metrics))
         elif self.is_world_process_zero():
             found = ", ".join(f"{value:.3f} at k = {k}" for k, value in accuracy.items())
@@ -365,10 +368,10 @@ class GircseTrainer(Trainer):
         """
         if self.args.save_adapter:
             check_adapter(self.accelerator.unwrap_model(self.model), self.base_models, publishes=True)
-        if hasattr(self.callback_handler, "on_push_begin"):  # not in transformers 4.51
+        if hasattr(self.callback_handler, "on_push_begin"):  # transformers < 5 has no such event
             self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
-        revision = revision or getattr(self.args, "hub_revision", None)
+        revision = revision or getattr(self.args, "hub_revision", None)  # transformers < 5 (4.51) has no hub_revision
         if self.hub_model_id is None:
             self.init_hf_repo(token=token)
         self.export()
@@ -391,7 +394,8 @@ class GircseTrainer(Trainer):
 
     @whole_weights()
     def _whole_model(self) -> nn.Module | None:
-        """A copy of the model, as training may go on, on the first process. Sharded weights come from all of them."""
+        """A copy of the model with whole weights on the first process, since training may go on; None on the others.
+        Sharded weights are gathered from all processes."""
         model, base = self.accelerator.unwrap_model(self.model), self._base_model()
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return copy_on_cpu(model) if self.is_world_process_zero() else None
