@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -136,6 +137,18 @@ def parser(description: str, rounds: int = 5) -> argparse.ArgumentParser:
     return result
 
 
+def cpu_facts() -> dict[str, Any]:
+    """Threads, and whether bfloat16 has instructions (None where /proc does not tell). With ONEDNN_MAX_CPU_ISA=AVX2,
+    torch's matrix products do without, as they have to on most laptops."""
+    listed = Path("/proc/cpuinfo")
+    flags = set(listed.read_text(encoding="utf-8").split()) if listed.exists() else None
+    bfloat16 = None if flags is None else bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return {
+        "threads": torch.get_num_threads(),
+        "bfloat16_instructions": bfloat16 and os.environ.get("ONEDNN_MAX_CPU_ISA") != "AVX2",
+    }
+
+
 class Table:
     """Rows that are printed in Markdown as they come, and saved with the command and the machine's facts."""
 
@@ -156,7 +169,12 @@ class Table:
         name = Path(sys.argv[0]).stem
         folder.mkdir(parents=True, exist_ok=True)
         machine = {"device": DEVICE, "torch": torch.__version__, "transformers": transformers.__version__}
-        machine |= {"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {"threads": torch.get_num_threads()}
-        command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        machine |= {"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else cpu_facts()
+        held = [
+            f"{name}={os.environ[name]} "
+            for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+            if name in os.environ
+        ]
+        command = "".join(held) + "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         content = {"command": command, "machine": machine, "rows": self.rows}
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -148,8 +148,13 @@ def measured(content: dict[str, Any], made: str) -> str:
     command = re.sub(r" /\S*/", " DATA/eval/", command)  # wherever the data lay
     machine = content["machine"]
     where = machine.get("gpu") or f"CPU, threads: {machine['threads']}"
+    if (bfloat16 := machine.get("bfloat16_instructions")) is not None:
+        where += f", {'with' if bfloat16 else 'without'} bfloat16 instructions"
     versions = f"torch {machine['torch'].partition('+')[0]}, transformers {machine['transformers']}"
     return f"`{command}` ({where}, {versions})\n\n{made}"
+
+
+COLUMNS["loads_avx2"] = COLUMNS["loads"]
 
 
 def tables() -> dict[str, str]:
