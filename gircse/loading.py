@@ -43,7 +43,6 @@ def whole_weights() -> Iterator[None]:
         deepspeed.set_hf_deepspeed_config(config)
 
 
-@whole_weights()
 def load(
     path: str | Path,
     *,
@@ -82,8 +81,10 @@ def load(
             raise ValueError(f"adapter={adapter!r} needs a plain causal LM, and {path!r} is a GIRCSE model")
         # False, since the folder's code is not needed. Left out, AutoTokenizer would ask the user whether to trust it.
         processor = processor_class.from_pretrained(path, trust_remote_code=False)
-        return model_class.from_pretrained(path, **settings), processor
-    model = model_class.from_causal_lm(path, adapter=adapter, **axes, **settings, **gguf)
+        with whole_weights():
+            return model_class.from_pretrained(path, **settings), processor
+    with whole_weights():
+        model = model_class.from_causal_lm(path, adapter=adapter, **axes, **settings, **gguf)
 
     def make_processor(**options: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, **gguf, **options)

@@ -12,11 +12,11 @@ import pyarrow.parquet
 import ray
 import torch
 from filelock import FileLock
-from transformers import AutoConfig, AutoModel, AutoProcessor
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import AutoModel, AutoProcessor
 from transformers.utils import HF_MODULES_CACHE
 
 from .. import ROOT
+from ..loading import load
 from ..rows import RowFile
 from .shards import BAD_ROWS_KEY, write_whole
 
@@ -120,17 +120,14 @@ def field(row: dict[str, Any], name: str, kind: str) -> Any:
 
 
 def load_model(settings: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
-    """The model and its processor; those of this repo by its own code, others by the code they bring."""
-    model, processor, trust = AutoModel, AutoProcessor, trust_remote_code
+    """The model and its processor: of this repo by its own code; of others by the code that they bring, since a node of
+    a cluster may have no clone of this repo."""
     if settings["model"] == str(ROOT):
-        model = get_class_from_dynamic_module("modeling_gircse.GircseModel", str(ROOT))
-        processor = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))
-        AutoConfig.register("gircse", model.config_class, exist_ok=True)  # else tokenizers ask for trust in code
-        trust = False
-    common = {"revision": settings["revision"] or "main", "trust_remote_code": trust}
+        return load(ROOT, dtype=settings["dtype"])
+    common = {"revision": settings["revision"] or "main", "trust_remote_code": trust_remote_code}
     return (
-        model.from_pretrained(settings["model"], **common, dtype=getattr(torch, settings["dtype"])).eval(),
-        processor.from_pretrained(settings["model"], **common),
+        AutoModel.from_pretrained(settings["model"], **common, dtype=getattr(torch, settings["dtype"])),
+        AutoProcessor.from_pretrained(settings["model"], **common),
     )
 
 
