@@ -124,16 +124,20 @@ def own_precision(monkeypatch):
 
 
 def test_cached_gradients_under_autocast(processor, tmp_path, own_precision):
-    """Autocast keeps cast weights; those cast without a graph in the first pass must not serve the second."""
+    """Autocast keeps cast weights; those cast without a graph in the first pass must not serve the second.
+
+    Compared as one vector: that of a key's bias is next to nothing, since softmax takes no notice of what all scores
+    have in common, so that in bfloat16 rounding makes most of it.
+    """
     rows = make_rows(4)
     trainer = make_trainer(tiny_model(), processor, tmp_path, rows, bf16=True, temperature=0.2)
     inputs = one_batch(processor, rows)
     _, expected = step(trainer, inputs)
     trainer.args.sub_batch_size = 3
     _, actual = step(trainer, inputs)
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert torch.cosine_similarity(actual[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
+    assert actual.keys() == expected.keys() and all(gradient.any() for gradient in actual.values())
+    found, plain = (torch.cat([x[name].flatten() for name in expected]) for x in (actual, expected))
+    assert torch.cosine_similarity(found, plain, dim=0) > 0.99
 
 
 def test_memory_that_runs_out_makes_sub_batches_and_keeps_the_batch(processor, tmp_path):
