@@ -86,6 +86,8 @@ def hub(tmp_path_factory):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(text_of(page))])
 def test_python_blocks_run(page, copy, tmp_path, request):
     code = blocks(text_of(page))
+    if any("torchao" in block for block in code):
+        pytest.importorskip("torchao")
     if names_the_hub(code):
         variables = settings(request.getfixturevalue("hub"), tmp_path / "home", HF_TOKEN="")
         if not loads_beside_others():  # with this transformers and peft

@@ -14,6 +14,7 @@ tests=(
     rows pairs pairs_hub bad_rows data collator
     gradient_cache accuracy training_arguments training_start training_processes training_resume training_log
     training_export
+    readme # whose block with two adapters the newest transformers runs with a newer peft alone
 )
 files=("${tests[@]/#/tests/test_}") && files=("${files[@]/%/.py}")
 packages=(torch transformers sentence-transformers peft huggingface-hub)
