@@ -16,16 +16,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Qwen2Config
+from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from conftest import ROOT
+from helpers import make_tokenizer, text_config
 
 sys.path.extend(str(ROOT / "recipes" / folder) for folder in ("", "root_model", "paper", "figures"))
-import bag_of_tokens
+import align_vectors
 import check_data
+import choose_pairs
+import compare_methods
 import distil
 import experiments
 import report_results
+import shorten
 import train_gircse
 from gircse.loading import load
 from gircse.training.arguments import ModelArguments
@@ -43,14 +47,13 @@ def recipe(name: str, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a pretrained backbone, texts with vectors of a made teacher, and a model distilled from these."""
+    """A folder with a backbone, texts with vectors of a made teacher, and a model distilled from these."""
     folder = tmp_path_factory.mktemp("recipes")
     rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
-    (folder / "plain.txt").write_text("\n".join(row["query"] for row in rows), encoding="utf-8")
-    sizes = "--vocab_size 400 --hidden_size 32 --intermediate_size 48 --num_layers 2 --num_heads 4 --block_size 64"
-    sizes += " --batch_size 8 --max_steps 40 --learning_rate 5e-3"
-    texts = ("--text", folder / "*.txt", SAMPLE)
-    recipe("root_model/pretrain_backbone", *texts, *sizes.split(), "--output_dir", folder / "backbone")
+    torch.manual_seed(0)
+    backbone = AutoModelForCausalLM.from_config(text_config("llama", vocab_size=400, initializer_range=0.02))
+    backbone.save_pretrained(folder / "backbone")
+    make_tokenizer().save_pretrained(folder / "backbone")
 
     texts = list(dict.fromkeys(row["query"] for row in rows))[:128]
     # the teacher knows a text by its first letter, which a student has to learn
@@ -59,102 +62,85 @@ def made(tmp_path_factory):
     (folder / "teacher").mkdir()
     (folder / "teacher/texts.json").write_text(json.dumps(texts), encoding="utf-8")
     np.save(folder / "teacher/vectors.npy", vectors)
-    settings = "--batch_size 16 --learning_rate 1e-2 --epochs 12 --max_length 40"
+    settings = "--batch_size 16 --learning_rate 1e-2 --max_steps 96 --max_length 40"
     where = ("--vectors", folder / "teacher", "--output_dir", folder / "distilled")
     recipe("root_model/distil", "--model_name_or_path", folder / "backbone", *where, *settings.split())
     return SimpleNamespace(folder=folder, texts=texts, vectors=torch.from_numpy(vectors).float())
 
 
-@pytest.mark.slow
-def test_pretraining_reports_and_its_tokenizer_is_what_autotokenizer_loads(made):
-    backbone = made.folder / "backbone"
-    report = json.loads((backbone / "pretraining.json").read_text(encoding="utf-8"))
-    assert report["command"].startswith("python recipes/root_model/pretrain_backbone.py --text")
-    assert report["parameters"] == AutoModelForCausalLM.from_pretrained(backbone).num_parameters()
-    assert len(report["continuations"]) == 4
-    assert report["held_out_loss"][-1]["tokens_seen"] == 40 * 8 * 64
-    assert 0 < report["held_out_loss"][-1]["nats_per_token"] < np.log(400)
-
-    from tokenizers import Tokenizer
-
-    written, loaded = Tokenizer.from_file(str(backbone / "tokenizer.json")), AutoTokenizer.from_pretrained(backbone)
-    for text in ["It's 2026, isn't it?", "a  b\n\nc\t1,234.5", "naïve café – 日本", "I'LL pay $30!!"]:
-        assert written.encode(text).ids == loaded(text)["input_ids"]
-        assert loaded.decode(written.encode(text).ids) == text
-
-
-def fitted_bag(made) -> bag_of_tokens.BagOfTokens:
-    tokenizer = AutoTokenizer.from_pretrained(made.folder / "backbone")
-    return bag_of_tokens.fit(made.texts, made.vectors, tokenizer, epochs=10, batch_size=32)
-
-
-def backbone_for_a_bag(**changes):
-    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    return AutoModelForCausalLM.from_config(Qwen2Config(**sizes | heads | changes))
+def test_vectors_are_aligned_with_a_students_without_changing_a_similarity():
+    teacher, noise = (torch.randn(200, n, generator=torch.Generator().manual_seed(n)) for n in (6, 10))
+    teacher = torch.nn.functional.normalize(teacher, dim=-1)
+    turn = torch.linalg.qr(noise[:10])[0][:, :6]  # orthonormal columns: how the student's space lies
+    student = teacher @ turn.T + 0.05 * noise + 3  # all of the student's vectors lie to one side
+    aligned = align_vectors.alignment(teacher, student)
+    torch.testing.assert_close(aligned.T @ aligned, torch.eye(6), atol=1e-5, rtol=0)
+    assert (aligned - turn).abs().max() < 0.05
+    with pytest.raises(ValueError, match="10 dimensions don't fit into the model's 6"):
+        align_vectors.alignment(student, teacher)
 
 
 @pytest.mark.slow
-def test_every_position_of_the_first_layer_holds_the_bag_of_the_text_so_far(made):
-    bag, model = fitted_bag(made), backbone_for_a_bag()
-    tokenizer = AutoTokenizer.from_pretrained(made.folder / "backbone")
-    found = []
-    model.model.layers[0].self_attn.register_forward_hook(lambda *call: found.append(call[-1][0]))
-    bag_of_tokens.install(bag, model)
-    near = []
-    for text, vector in zip(made.texts[:16], made.vectors, strict=False):
-        ids = tokenizer(text)["input_ids"]
-        with torch.no_grad():
-            model(torch.tensor([ids]))
-            expected = bag([ids[: i + 1] for i in range(len(ids))])
-        torch.testing.assert_close(torch.nn.functional.normalize(found[-1][0], dim=-1), expected, atol=2e-3, rtol=0)
-        near.append(expected[-1] @ vector)
-    assert torch.stack(near).mean() > 0.5
+def test_aligned_vectors_are_what_distillation_reads(made, tmp_path):
+    """A teacher with fewer dimensions than the student."""
+    (tmp_path / "teacher").mkdir()
+    shutil.copy(made.folder / "teacher/texts.json", tmp_path / "teacher")
+    narrow = torch.nn.functional.normalize(made.vectors[:, :20], dim=-1)
+    np.save(tmp_path / "teacher/vectors.npy", narrow.numpy().astype(np.float16))
+    where = ("--vectors", tmp_path / "teacher", "--output_dir", tmp_path / "aligned", "--fit_on", "64")
+    said = recipe("root_model/align_vectors", "--model_name_or_path", made.folder / "backbone", *where)
+    aligned = distil.TeacherTexts(str(tmp_path / "aligned"))
+    vectors = torch.stack([vector for _, vector in aligned])
+    assert aligned.texts == made.texts and vectors.shape == (128, 32)
+    torch.testing.assert_close(vectors @ vectors.T, narrow @ narrow.T, atol=5e-3, rtol=0)
+    assert float(re.search(r"before any training: (-?\d\.\d+)", said)[1]) > 0.1
 
 
 @torch.no_grad()
-def test_damping_takes_the_layers_back_to_the_bag():
-    model = backbone_for_a_bag(num_hidden_layers=3)
-    bag_of_tokens.install(bag_of_tokens.BagOfTokens(400, 32), model)
-    ids = torch.arange(20)[None]
-    found = []
-    model.model.layers[0].self_attn.register_forward_hook(lambda *call: found.append(call[-1][0]))
-    before = model.model(ids, output_hidden_states=True).hidden_states
-    bag = model.get_input_embeddings()(ids) + found[0]
-    bag_of_tokens.damp(model, 0.1)
-    after = model.model(ids, output_hidden_states=True).hidden_states
-    assert 0 < (after[2] - bag).norm() < 0.15 * (before[2] - bag).norm()
-    bag_of_tokens.damp(model, 0)
-    torch.testing.assert_close(model.model(ids, output_hidden_states=True).hidden_states[2], bag)
+def test_a_shorter_backbone_is_the_kept_layers_in_their_order():
+    model = AutoModelForCausalLM.from_config(text_config("llama", num_hidden_layers=5)).eval()
+    ids = torch.arange(3, 12)[None]
+    states = model.model(ids, output_hidden_states=True).hidden_states
+    position = torch.arange(9)[None]
+    expected = states[1]
+    for layer in model.model.layers[3:]:
+        made = layer(expected, position_embeddings=model.model.rotary_emb(expected, position), position_ids=position)
+        expected = made[0] if isinstance(made, tuple) else made
+    shorten.leave_out(model, 1, 2)
+    assert model.config.num_hidden_layers == len(model.model.layers) == 3
+    found = model.model(ids, use_cache=True)
+    torch.testing.assert_close(found.last_hidden_state, model.model.norm(expected), atol=1e-5, rtol=1e-4)
+    assert found.past_key_values.get_seq_length(2) == 9
+    for first, last in ((0, 2), (2, 1), (1, 3)):
+        with pytest.raises(ValueError, match=f"leave_out {first} {last}: must be some of layers 0 to 2, not all"):
+            shorten.leave_out(model, first, last)
 
 
-@pytest.mark.slow
-def test_pretraining_leaves_the_bag_as_it_is(made, tmp_path):
-    sizes = "--hidden_size 32 --intermediate_size 48 --num_layers 2 --num_heads 2 --num_key_value_heads 2"
-    sizes += " --block_size 64 --batch_size 8 --max_steps 3"
-    for file in (made.folder / "backbone").glob("tokenizer*.json"):
-        shutil.copy(file, tmp_path)
-    texts = ("--text", made.folder / "*.txt", SAMPLE, "--vectors", made.folder / "teacher")
-    recipe("root_model/pretrain_backbone", *texts, *sizes.split(), "--output_dir", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.float32)
-    attention = model.model.layers[0].self_attn
-    torch.testing.assert_close(attention.v_proj.weight, torch.eye(32))
-    norms = model.get_input_embeddings().weight.square().mean(-1).sqrt()
-    torch.testing.assert_close(norms, torch.full((400,), 0.5), atol=5e-3, rtol=0)
-    assert model.get_output_embeddings().weight.std() < 0.1  # a head of its own
+def test_pairs_are_drawn_evenly_from_sources_and_short(tmp_path):
+    def write(name: str, source: str, count: int, length: int = 10) -> None:
+        rows = [{"query": f"{i}" * length, "pos": ["p"], "neg": ["n"], "source": source} for i in range(1, count + 1)]
+        path = tmp_path / "train" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
 
+    write("a.jsonl.gz", "few", 3)
+    write("b.jsonl.gz", "snips", 9)
+    write("c.jsonl.gz", "many", 9)
+    write("d.jsonl.gz", "long", 9, length=99)
+    write(choose_pairs.UNLICENSED, "unlicensed", 9)
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"tie_word_embeddings": True}, "untied embeddings"),
-        ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
-        ({"hidden_size": 64}, "32 dimensions, but the model has 64"),
-    ],
-)
-def test_backbones_that_cannot_hold_a_bag_are_refused(changes, says):
-    with pytest.raises(ValueError, match=says):
-        bag_of_tokens.install(bag_of_tokens.BagOfTokens(400, 32), backbone_for_a_bag(**changes))
+    def drawn(count: int, longest: int = 20, seed: int = 0) -> list[dict]:
+        where = ("--data", tmp_path, "--output", tmp_path / "pairs.jsonl")
+        recipe("choose_pairs", *where, "--pairs", count, "--longest", longest, "--seed", seed)
+        return [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    rows = drawn(13)
+    assert [row["source"] for row in rows] == ["few"] * 3 + ["classes"] * 5 + ["many"] * 5
+    assert len({(row["source"], row["query"]) for row in rows}) == 13
+    assert drawn(13) == rows and drawn(13, seed=1) != rows
+    assert len(drawn(30, longest=99)) == 30
+    with pytest.raises(AssertionError, match="pairs=22, but there are 21 of that length"):
+        drawn(22)
 
 
 @torch.no_grad()
@@ -195,6 +181,7 @@ def test_vectors_of_another_size_are_refused(made, tmp_path):
     np.save(tmp_path / "vectors.npy", np.zeros((1, 5), np.float16))
     (tmp_path / "texts.json").write_text('["a text"]')
     command = ["--model_name_or_path", made.folder / "backbone", "--vectors", tmp_path, "--output_dir", tmp_path / "o"]
+    command += ["--max_steps", "1"]
     with pytest.raises(AssertionError, match="5 dimensions, but the model has 32"):
         recipe("root_model/distil", *command)
 
@@ -309,6 +296,35 @@ def test_every_run_of_the_experiments_has_a_result_and_settings_that_training_ta
     assert settings["no_refinement-20000-seed0"].refinement_weight == 0
 
 
+def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, monkeypatch):
+    commands = {}
+    monkeypatch.setattr(
+        compare_methods, "call", lambda command, log, threads: commands.update({log.parent.name: command})
+    )
+    args = SimpleNamespace(backbone=Path("SMOLLM2"), data=Path("DATA"), runs=tmp_path, threads=1)
+    for run in compare_methods.plan():
+        compare_methods.train(run, 1e-4, 640, args, tmp_path / run.name)
+    results = {path.stem for path in (ROOT / "results/comparison").glob("*-seed*.json")}
+    assert results <= {*commands, "causal_eos_generating-seed0"}
+
+    parser = HfArgumentParser((ModelArguments, train_gircse.GircseTrainingArguments, train_gircse.DataArguments))
+    models, settings = {}, {}
+    for name, command in commands.items():
+        parsed = parser.parse_args_into_dataclasses(command[2:], return_remaining_strings=True)
+        models[name], settings[name], data, rest = parsed
+        assert rest in ([], ["--objective", name.partition("-")[0]]) and data.max_length == 64
+        batch = settings[name].per_device_train_batch_size, settings[name].gradient_accumulation_steps
+        assert batch == ((2, 8) if "_two-" in name else (16, 1)) and settings[name].seed == int(name[-1])
+        tuning = ("lora", 5e-4) if "_lora-" in name else ("full", 1e-4)
+        assert (models[name].tuning, settings[name].learning_rate) == tuning
+    axes = {name: (model.step_token, model.attention, model.pooling) for name, model in models.items()}
+    for name, found in axes.items():
+        eos, both_ways = name.startswith("causal_eos"), name.startswith("bidirectional_avg")
+        pooling, attention = "last" if eos else "mean", "bidirectional" if both_ways else "causal"
+        assert found == ("none" if eos or both_ways else "soft", attention, pooling)
+    assert settings["no_refinement-seed0"].refinement_weight == 0
+
+
 def test_prompts_are_under_mtebs_names_alone():
     """Both sides alike under one name; a task that mteb lacks under none; types for tasks of one's own."""
     pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
@@ -377,7 +393,7 @@ def test_the_page_of_the_data_holds_the_manifests_table():
     assert {task for task in tasks if not any(name.startswith(f"eval/{task}") for name in manifest)} == set()
 
 
-STEPS_OF_THE_ROOT_MODEL = ("teacher_vectors", "bag_of_tokens", "pretrain_backbone", "distil", "train_with_teacher")
+STEPS_OF_THE_ROOT_MODEL = ("shorten", "teacher_vectors", "align_vectors", "distil", "train_with_teacher")
 
 
 def test_the_root_models_steps_import_earlier_ones_alone():

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 
 # The root is the model; the code is here already. All files are looked for before the first one is overwritten.
 files=(config.json model.safetensors processor_config.json tokenizer.json tokenizer_config.json)
-for file in "${files[@]/#/$runs/gircse/}" "$runs/gircse/training_curves.png" "$runs/backbone/pretraining.json"; do
+for file in "${files[@]/#/$runs/gircse/}" "$runs/gircse/training_curves.png"; do
     [ -f "$file" ] || { echo "$file is missing: run recipes/root_model/make.sh to its end first" >&2; exit 1; }
 done
 cp "${files[@]/#/$runs/gircse/}" .
@@ -19,7 +19,6 @@ cp "$runs/gircse/training_curves.png" assets/training_curves.png
 
 # Results don't tell where the data and the runs lay, so that the commands read the same wherever they were made.
 keep() { sed -e "s#$data/#DATA/#g" -e "s#$runs/#runs/#g" -e "s#$teacher#$minilm#g" "$1" > "$2"; }
-keep "$runs/backbone/pretraining.json" results/pretraining.json
 
 # 256 tokens a text for both models alike, which is also where MiniLM cuts by itself. The batch changes the time alone.
 settings=(--tasks local --data "$data/eval" --max_length 256 --batch_size 64)

@@ -4,7 +4,8 @@
         --teacher sentence-transformers/all-MiniLM-L6-v2 --output_dir runs/teacher
 
 DATA is described in recipes/DATA.md. The texts are the documents of the files (`documents`), long ones cut into
-sentences, each distinct one once, and of each file at most `--most_of_a_file`, drawn at random. The folder gets
+sentences, each distinct one once, and of each file at most `--most_of_a_file`, drawn at random; and as they are, of
+each file at most `--long_of_a_file` of the long ones. The folder gets
 `texts.json`, a list of n strings, and `vectors.npy`, (n, d) float16 of unit norm. `--teacher` is a model of Sentence
 Transformers: a Hub id or a folder.
 
@@ -32,6 +33,7 @@ from gircse.training.pairs import load_pairs
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[A-Z\"'(])")
 SHORTEST, LONGEST = 12, 400  # characters of a text; longer documents are cut into sentences
+LONGEST_WHOLE = 1200  # and taken whole up to here, which is about as much as the teacher reads
 
 
 def documents(patterns: list[str]) -> Iterator[str]:
@@ -66,12 +68,16 @@ class TeacherTexts(torch.utils.data.Dataset):
         return self.texts[index], torch.from_numpy(self.vectors[index].astype(np.float32))
 
 
-def pieces(path: str) -> list[str]:
+def pieces(path: str) -> tuple[list[str], list[str]]:
+    """The distinct texts of a file, and its long documents."""
     texts: dict[str, None] = {}
+    whole: dict[str, None] = {}
     for document in documents([path]):
         parts = [document] if len(document) <= LONGEST else SENTENCE_END.split(document)
         texts.update(dict.fromkeys(part for part in parts if SHORTEST <= len(part) <= LONGEST))
-    return list(texts)
+        if LONGEST < len(document) <= LONGEST_WHOLE:
+            whole[document] = None
+    return list(texts), list(whole)
 
 
 def main() -> None:
@@ -80,6 +86,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--most_of_a_file", type=int, default=20000)
+    parser.add_argument("--long_of_a_file", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     from sentence_transformers import SentenceTransformer  # needed here alone: later steps import this file, too
@@ -87,8 +94,8 @@ def main() -> None:
     rng, texts = random.Random(args.seed), {}
     paths = {path for pattern in args.text for path in glob.glob(pattern)}
     for path in sorted(paths, key=lambda path: Path(path).name):  # so that the draw doesn't depend on the folder
-        found = pieces(path)
-        texts.update(dict.fromkeys(rng.sample(found, min(args.most_of_a_file, len(found)))))
+        for found, most in zip(pieces(path), (args.most_of_a_file, args.long_of_a_file), strict=True):
+            texts.update(dict.fromkeys(rng.sample(found, min(most, len(found)))))
     texts = list(texts)
     print(f"{len(texts):,} texts")
     teacher = SentenceTransformer(args.teacher, model_kwargs={"dtype": torch.bfloat16})  # half of float32's time

@@ -1,6 +1,6 @@
 """`train_gircse.py` with a stronger encoder's embeddings of plain texts as an extra loss.
 
-    python recipes/root_model/train_with_teacher.py --vectors runs/teacher --model_name_or_path runs/distilled ...
+    python recipes/root_model/train_with_teacher.py --vectors runs/aligned --model_name_or_path runs/distilled ...
 
 with any arguments of train_gircse.py. Each step adds `--teacher_weight` x distillation_loss (distil.py) on a
 batch of its own, so that what the contrastive pairs don't teach is not forgotten.
@@ -45,7 +45,7 @@ class TeacherTrainer(GircseTrainer):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", required=True, help="folder of teacher_vectors.py")
+    parser.add_argument("--vectors", required=True, help="folder of align_vectors.py")
     parser.add_argument("--teacher_weight", type=float, default=1.0)
     parser.add_argument("--teacher_batch_size", type=int, default=64)
     args, rest = parser.parse_known_args()

@@ -1,0 +1,234 @@
+"""The paper's comparisons from one pretrained backbone: trains each variant, evaluates it, and keeps what came out.
+
+    python recipes/paper/compare_methods.py --backbone SMOLLM2 --data DATA --runs runs/paper \\
+        --results results/comparison
+
+SMOLLM2 is the folder of a causal LM with a chat template, here SmolLM2-135M-Instruct; DATA, a folder with train/ and
+eval/, is described in recipes/DATA.md. First each method's learning rate is chosen after a short run, by the mean of
+held-out accuracy and STS-Benchmark's development split; then follow, with the same data, steps and batch for all:
+
+    gircse, causal_eos               three seeds
+    bidirectional_avg                the first seed, as all that follow
+    last_step, no_refinement         Table 3's rows between Causal-EOS and GIRCSE: the loss on the last step alone; on
+                                     every step, without the penalty
+    ..._lora                         each method with the paper's LoRA instead of all weights
+    ..._two                          GIRCSE and Causal-EOS as the authors' code trains: 2 queries and their 4 documents
+                                     are contrasted, and 8 such steps accumulated
+    causal_eos_generating            Causal-EOS as trained, made to generate (Figure 2, bottom)
+
+One JSON a run: the commands, what was trained, and evaluate_gircse.py's scores on samples of all tasks. What was done
+before is not repeated: runs whose JSON is there, models that were saved, tasks that were evaluated; a training that was
+interrupted goes on from its last checkpoint. `--jobs 2` has two run at once, with half of the cores each; `--only NAME`
+chooses among the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from choose_pairs import SYMMETRIC
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS, HELD_OUT, BATCH = 10_496, 256, 16
+STEPS = (PAIRS - HELD_OUT) // BATCH
+TUNING_STEPS = 100
+LEARNING_RATES = (5e-5, 1e-4, 2e-4)
+# GIRCSE as train_gircse.py makes it of a causal LM. The baselines read the same prompt and suffix, so that Causal-EOS's
+# embedding is the state from which GIRCSE generates.
+METHODS = {
+    "gircse": "",
+    "causal_eos": "--step_token none --pooling last",
+    "bidirectional_avg": "--step_token none --attention bidirectional",
+}
+LORA = "--tuning lora --learning_rate 5e-4"  # docs/training.md: the best of three rates for GIRCSE
+TWO = "--per_device_train_batch_size 2 --gradient_accumulation_steps 8"
+# Of each variant: the method that it changes, and the arguments that change it; the last one given counts.
+VARIANTS = {
+    "last_step": ("gircse", "--objective last_step"),
+    "no_refinement": ("gircse", "--refinement_weight 0"),
+    **{f"{method}_lora": (method, LORA) for method in METHODS},
+    "gircse_two": ("gircse", TWO),
+    "causal_eos_two": ("causal_eos", TWO),
+}
+# The same for all. Texts of 80 characters have up to 64 tokens with their prompt; the rest is for speed on two CPU
+# cores: gradients of eager attention, for one, take a third of the time of those of SDPA there.
+SHARED = f"""--tuning full --max_length 64 --held_out {HELD_OUT} --per_device_train_batch_size {BATCH} --bf16
+    --attn_implementation eager --save_steps 150 --save_total_limit 1 --logging_steps 10 --report_to none
+    --symmetric_sources {SYMMETRIC}"""
+EVALUATION = "--max_length 128 --batch_size 64 --dtype bfloat16"  # to fit two CPU cores; not tuned
+
+
+@dataclass
+class Run:
+    name: str
+    method: str  # whose learning rate it gets
+    seed: int
+    settings: str
+    k: str  # of the evaluation
+
+
+def plan() -> list[Run]:
+    """All runs, in the order in which tables need them: the compared methods first."""
+    curve, few = "1 3 5 10 15 20", "1 5 20"
+    runs = [Run(f"{method}-seed0", method, 0, settings, curve) for method, settings in METHODS.items()]
+    for seed in (1, 2):
+        runs += [Run(f"{name}-seed{seed}", name, seed, METHODS[name], few) for name in ("gircse", "causal_eos")]
+    for name, (method, changes) in VARIANTS.items():
+        runs.append(Run(f"{name}-seed0", method, 0, f"{METHODS[method]} {changes}", few))
+    return runs
+
+
+def call(command: list[str], log: Path, threads: int) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("a", encoding="utf-8") as file:
+        file.write(shlex.join(command) + "\n")
+        file.flush()
+        arguments = [sys.executable, *command[1:]]
+        subprocess.run(arguments, stdout=file, stderr=subprocess.STDOUT, check=True, env=environment)
+
+
+def write_pairs(args: argparse.Namespace) -> None:
+    chosen = ["--data", str(args.data), "--pairs", str(PAIRS), "--longest", "80"]
+    chosen += ["--output", str(args.runs / "pairs.jsonl")]
+    call(["python", "recipes/choose_pairs.py", *chosen], args.runs / "pairs.log", args.threads)
+
+
+def train(run: Run, rate: float, steps: int, args: argparse.Namespace, folder: Path) -> list[str]:
+    """Trains into `folder`, unless that was done before; returns the command."""
+    command = ["python", "recipes/paper/train_objective.py", "--model_name_or_path", str(args.backbone)]
+    command += ["--train_data", str(args.runs / "pairs.jsonl"), "--output_dir", str(folder), *SHARED.split()]
+    command += ["--max_steps", str(steps), "--seed", str(run.seed), "--learning_rate", str(rate), *run.settings.split()]
+    if not (folder / "model.safetensors").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = [*folder.glob("checkpoint-*/trainer_state.json")]
+        resume = ["--resume_from_checkpoint", "last"] if checkpoints else []
+        call([*command, *resume], folder / "run.log", args.threads)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    return command
+
+
+def evaluate(model: Path, args: argparse.Namespace, task: str, k: str, sample: int) -> list[str]:
+    command = ["python", "evaluate_gircse.py", "--model", str(model), "--tasks", task, "--sample", str(sample)]
+    command += [*EVALUATION.split(), "--k", *k.split(), "--data", str(args.data / "eval")]
+    command += ["--output_dir", str(model / "eval")]
+    call(command, model / "run.log", args.threads)
+    return command
+
+
+def scores(model: Path) -> list[dict]:
+    """The tasks' rows of an evaluation: task, group, metric, and k to score."""
+    found = json.loads((model / "eval" / "results.json").read_text(encoding="utf-8"))
+    if found["not_evaluated"]:
+        raise RuntimeError(f"{model}: not evaluated: {found['not_evaluated']}")
+    return [{name: row[name] for name in ("task", "group", "metric", "revision", "scores")} for row in found["tasks"]]
+
+
+def training_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def held_out_accuracy(folder: Path) -> dict[str, float]:
+    last = [line for line in training_log(folder) if any(name.startswith("eval_accuracy") for name in line)][-1]
+    return {name.removeprefix("eval_accuracy_k"): round(100 * v, 2) for name, v in last.items() if "accuracy" in name}
+
+
+def try_rate(method: str, rate: float, args: argparse.Namespace) -> dict[str, float]:
+    """Scores of a short run."""
+    folder = args.runs / f"{method}-rate{rate}"
+    run = Run(folder.name, method, 0, METHODS[method], "5")
+    train(run, rate, TUNING_STEPS, args, folder)
+    evaluate(folder, args, "sts_stsbenchmark_dev", run.k, sample=750)
+    accuracy = held_out_accuracy(folder)
+    return {
+        "held_out_accuracy": accuracy.get("5", accuracy.get("1")),
+        "sts_dev": next(iter(scores(folder)[0]["scores"].values())),
+    }
+
+
+def choose_rates(args: argparse.Namespace, each: Callable[[Callable, Iterable], Iterable]) -> dict[str, float]:
+    """Method to its rate; what was measured is kept in learning_rates.json."""
+    chosen = args.results / "learning_rates.json"
+    if not chosen.exists():
+        tried = [(method, rate) for method in METHODS for rate in LEARNING_RATES]
+        found: dict[str, dict[str, dict[str, float]]] = {method: {} for method in METHODS}
+        for (method, rate), row in zip(tried, each(lambda pair: try_rate(*pair, args), tried), strict=True):
+            found[method][str(rate)] = row
+        chosen.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = json.loads(chosen.read_text(encoding="utf-8"))
+    return {method: float(max(rows, key=lambda rate: sum(rows[rate].values()))) for method, rows in found.items()}
+
+
+def perform(run: Run, rates: dict[str, float], args: argparse.Namespace) -> None:
+    result, folder = args.results / f"{run.name}.json", args.runs / run.name
+    generating = args.results / "causal_eos_generating-seed0.json"
+    if result.exists() and (run.name != "causal_eos-seed0" or generating.exists()):
+        return
+    trained = train(run, rates[run.method], STEPS, args, folder)
+    keep(result, run, [trained, evaluate(folder, args, "local", run.k, args.sample)], folder, folder, args)
+    if run.name == "causal_eos-seed0":
+        copy = make_generate(folder, args.runs / generating.stem)
+        keep(generating, run, [trained, evaluate(copy, args, "local", "1 5 20", args.sample)], folder, copy, args)
+    print(f"{run.name} done", flush=True)
+
+
+def make_generate(folder: Path, copy: Path) -> Path:
+    """A model trained without generation, with soft tokens generated and averaged."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("eval", "run.log"), dirs_exist_ok=True)
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config |= {"step_token": "soft", "pooling": "mean"}
+    (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return copy
+
+
+def keep(
+    result: Path, run: Run, commands: list[list[str]], trained: Path, evaluated: Path, args: argparse.Namespace
+) -> None:
+    """Writes a run's JSON; its commands read the same wherever backbone, data and runs lie."""
+    lines = [shlex.join(command) for command in commands]
+    for place, name in ((args.runs, "runs/paper"), (args.data, "DATA"), (args.backbone, "SMOLLM2")):
+        lines = [line.replace(str(place), name) for line in lines]
+    content = {
+        "commands": lines,
+        "method": result.name.split("-")[0],
+        "seed": run.seed,
+        "held_out_accuracy": held_out_accuracy(trained),
+        "log": [line for line in training_log(trained) if "loss" in line],
+        "tasks": scores(evaluated),
+    }
+    result.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    names = [run.name for run in plan()]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "backbone", "runs", "results"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--sample", type=int, default=500, help="rows of each task that is evaluated")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    for folder in (args.runs, args.results):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_pairs(args)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rates = choose_rates(args, pool.map)
+        print(rates, flush=True)
+        list(pool.map(lambda run: perform(run, rates, args), [run for run in plan() if run.name in args.only]))
+
+
+if __name__ == "__main__":
+    main()
