@@ -116,6 +116,7 @@ def test_a_diverging_run_is_told_so_early_once_and_with_a_remedy(processor, tmp_
         ([3, 2, 5, 6, 7], [50] * 5, "diverges: since step 30"),
         ([3, 3, 3, 3, 3], [50, 60, 3000, 5000, 7000], "the gradient explodes"),
         ([3, 3, 3, 3, 3], [50, 60, 3000, 60, 50], None),  # one batch
+        ([3, 2, 2, 2, 2, 2], [60, 50, 1, 130, 100, 140], None),  # one batch of an easy source among hard ones
         ([3, math.nan, math.nan, math.nan], [50, math.nan, math.nan, math.nan], "diverges"),
         ([4.16] * 6, [50] * 6, "has collapsed"),
         ([9, 9, 9, 9, 9], [math.nan] * 5, "diverges"),

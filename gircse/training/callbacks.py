@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,12 @@ class Watch:
 
     COLLAPSED, DIVERGING = 5, 3  # lines of the log in a row before a warning
     STEPS = 20  # that the diverging lines must span, as single steps say little
-    GROWTH = 30  # gradient norm over the least so far; sources differ by less
+    GROWTH = 30  # gradient norm over the median so far; a batch of an easy source may have a hundredth of another's
     ONE_DIRECTION = 0.99  # mean cosine of texts that are as one; pretrained backbones start below
 
     def __init__(self) -> None:
         self.collapsed, self.diverging = 0, []  # how many lines in a row, and the steps of such lines
-        self.least_loss = self.least_norm = math.inf
+        self.least_loss, self.norms = math.inf, []  # norms of the lines before they grow
         self.told = False
 
     def see(
@@ -69,12 +70,13 @@ class Watch:
             warm: whether the warm-up is over, before which losses may start above chance.
         """
         loss = sum(losses) / len(losses)
-        grown = norm > self.GROWTH * self.least_norm
+        grown = bool(self.norms) and norm > self.GROWTH * statistics.median(self.norms)
         lost = not math.isfinite(loss) or (warm and loss > 1.01 * chance and loss > 0.98 * self.least_loss)
         alike = cosine > self.ONE_DIRECTION or all(abs(x - chance) < 0.01 * chance for x in losses)
         self.collapsed = self.collapsed + 1 if alike else 0
         self.diverging = [*self.diverging, step] if grown or lost else []
-        self.least_loss, self.least_norm = min(loss, self.least_loss), min(norm, self.least_norm)
+        self.least_loss = min(loss, self.least_loss)
+        self.norms += [] if grown or math.isnan(norm) else [norm]
         if self.told:
             return None
         if self.collapsed >= self.COLLAPSED:
