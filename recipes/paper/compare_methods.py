@@ -145,8 +145,9 @@ def training_log(folder: Path) -> list[dict]:
 
 
 def held_out_accuracy(folder: Path) -> dict[str, float]:
-    last = [line for line in training_log(folder) if any(name.startswith("eval_accuracy") for name in line)][-1]
-    return {name.removeprefix("eval_accuracy_k"): round(100 * v, 2) for name, v in last.items() if "accuracy" in name}
+    """By k, after training."""
+    last, key = [line for line in training_log(folder) if "eval_accuracy" in line][-1], "eval_accuracy_k"
+    return {name.removeprefix(key): round(100 * value, 2) for name, value in last.items() if name.startswith(key)}
 
 
 def try_rate(method: str, rate: float, args: argparse.Namespace) -> dict[str, float]:

@@ -22,7 +22,7 @@ mkdir -p "$runs"
 # The MEDI triplets state no licence: they stay out of weights that are published.
 mapfile -t files < <(ls "$data"/text/*.txt.gz "$data"/train/*.jsonl.gz | grep -v nli_medi_1000)
 texts=(
-    --most_of_a_file 20000    # so that dictionaries and novels don't outweigh the rest; not tuned
+    --most_of_a_file 8000     # so that dictionaries and novels don't outweigh the rest; not tuned
     --long_of_a_file 500      # whole documents, which would otherwise be known by their sentences alone; not tuned
 )
 [ -f "$runs/teacher/vectors.npy" ] ||
