@@ -8,7 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 STEP_TOKENS = ("soft", "hard", "learned", "none")
 ATTENTIONS = ("causal", "bidirectional")
-POOLINGS = ("mean", "last")
+POOLINGS = ("mean", "mean_with_prompt", "last")
 SETTINGS = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
 
 
@@ -17,7 +17,7 @@ class GircseConfig(PretrainedConfig):
 
     The three axes span the paper's Table 1: GIRCSE is (soft, causal, mean), generation with hard tokens
     (hard, causal, mean), compressed tokens (learned, causal, mean), Causal-EOS (none, causal, last) and
-    Bidirectional-Avg (none, bidirectional, mean).
+    Bidirectional-Avg (none, bidirectional, mean). LaSER (arXiv 2603.01425) is (soft, causal, mean_with_prompt).
 
     Args:
         text_config: the backbone's configuration, of any causal LM that transformers knows (an object or its dict).
@@ -27,7 +27,8 @@ class GircseConfig(PretrainedConfig):
         step_token: what is fed back at each step: `"soft"` (the mix of token embeddings, Eq. 6), `"hard"` (the most
             probable token), `"learned"` (trained embeddings, one pass) or `"none"` (no generation).
         attention: `"causal"`, or `"bidirectional"` for `step_token="none"`.
-        pooling: `"mean"` of the step states (Eq. 4; of the prompt's states when there are no steps) or the `"last"`.
+        pooling: `"mean"` of the step states (Eq. 4; of the prompt's states when there are no steps); the `"last"`; or,
+            of generated tokens, `"mean_with_prompt"`: the mean of the prompt's last state and the step states.
         adapter: the subfolder of a repo that holds a PEFT adapter in place of weights; None for a repo of weights.
 
     Raises:
@@ -60,6 +61,11 @@ class GircseConfig(PretrainedConfig):
             raise ValueError(
                 f"attention='bidirectional' needs step_token='none', not {step_token!r}: with generated tokens the "
                 "earlier states would depend on the later ones; use attention='causal'"
+            )
+        if pooling == "mean_with_prompt" and step_token not in ("soft", "hard"):
+            raise ValueError(
+                f"pooling='mean_with_prompt' needs step_token='soft' or 'hard', not {step_token!r}, which generates "
+                "nothing; use pooling='mean'"
             )
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"num_steps={num_steps!r} must be an int >= 1")

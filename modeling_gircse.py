@@ -57,11 +57,13 @@ class GircseOutput(ModelOutput):
         embeddings: (B, d), float32 (float64 stays), unit norm: z_K.
         step_embeddings: (B, K, d), likewise: z_1..z_K.
         step_states: (B, K, d), the decoder's dtype: g_1..g_K, the last hidden states.
+        prompt_state: (B, d), likewise: h'_0, that of the prompt's last token; None where nothing is generated.
     """
 
     embeddings: Tensor | None = None
     step_embeddings: Tensor | None = None
     step_states: Tensor | None = None
+    prompt_state: Tensor | None = None
 
 
 class GircsePreTrainedModel(AdapterMixin, PreTrainedModel):
@@ -237,9 +239,9 @@ class GircseModel(GircsePreTrainedModel):
         if unknown:
             raise TypeError(f"GircseModel.forward got {', '.join(unknown)}; it takes input_ids, attention_mask and k")
         input_ids, attention_mask, k = check_inputs(self, input_ids, attention_mask, k)
-        states = self._step_states(input_ids, attention_mask, k)  # (B, K, d)
-        step_embeddings = F.normalize(self._pool(states), dim=-1)
-        return GircseOutput(embeddings=step_embeddings[:, -1], step_embeddings=step_embeddings, step_states=states)
+        prompt, states = self._step_states(input_ids, attention_mask, k)  # (B, d), (B, K, d)
+        step_embeddings = F.normalize(self._pool(prompt, states), dim=-1)
+        return GircseOutput(step_embeddings[:, -1], step_embeddings, states, prompt)
 
     @torch.no_grad()
     def generate_embedding(
@@ -275,12 +277,13 @@ class GircseModel(GircsePreTrainedModel):
         check_options(self, tolerance, cache_implementation)
         steps = None
         if tolerance is not None:
-            states, steps = settled_states(self, *check_inputs(self, input_ids, attention_mask, k), tolerance)
+            prompt, states, steps = settled_states(self, *check_inputs(self, input_ids, attention_mask, k), tolerance)
         elif cache_implementation == "static" and len(input_ids) > 0:
-            states = static_states(self, *check_inputs(self, input_ids, attention_mask, k))
+            prompt, states = static_states(self, *check_inputs(self, input_ids, attention_mask, k))
         else:  # a call of the module, so that hooks on it (device maps, FSDP) run
-            states = self(input_ids, attention_mask, k).step_states
-        embeddings = self._pool(states, steps)  # (B, K, d)
+            output = self(input_ids, attention_mask, k)
+            prompt, states = output.prompt_state, output.step_states
+        embeddings = self._pool(prompt, states, steps)  # (B, K, d)
         embeddings = F.normalize(embeddings, dim=-1) if normalize else embeddings
         embeddings = embeddings if return_steps else embeddings[:, -1]
         return embeddings if steps is None else (embeddings, steps)
@@ -337,22 +340,26 @@ class GircseModel(GircsePreTrainedModel):
             raise ValueError(f"k={steps} takes all positions of the backbone: choose k below {positions}")
         return positions - steps if max_length is None else min(max_length, positions - steps)
 
-    def _step_states(self, input_ids: Tensor, attention_mask: Tensor, k: int) -> Tensor:
-        """g_1..g_K, (B, K, d)."""
+    def _step_states(self, input_ids: Tensor, attention_mask: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
+        """h'_0, (B, d), or None where nothing is generated, and g_1..g_K, (B, K, d)."""
         if len(input_ids) == 0:
-            return torch.zeros(0, k, self.config.hidden_size, dtype=self.dtype, device=self.device)
+            none = torch.zeros(0, k + 1, self.config.hidden_size, dtype=self.dtype, device=self.device)
+            return (none[:, 0] if self._generates else None), none[:, 1:]
         if self._generates:
             loop = StepLoop(self, input_ids, attention_mask, k)
-            return torch.stack([loop.step()[1] for _ in range(k)], dim=1)
-        return single_pass_states(self, input_ids, attention_mask, k, self._find_way(input_ids.device))
+            return loop.state, torch.stack([loop.step()[1] for _ in range(k)], dim=1)
+        return None, single_pass_states(self, input_ids, attention_mask, k, self._find_way(input_ids.device))
 
-    def _pool(self, states: Tensor, steps: Tensor | None = None) -> Tensor:
-        """z_1..z_K from g_1..g_K, (B, K, d), in float32 at least (Eq. 4). A text that stopped after some of the steps,
-        (B,), keeps its last z for the others."""
+    def _pool(self, prompt: Tensor | None, states: Tensor, steps: Tensor | None = None) -> Tensor:
+        """z_1..z_K from h'_0, (B, d), and g_1..g_K, (B, K, d), in float32 at least (Eq. 4). A text that stopped after
+        some of the steps, (B,), keeps its last z for the others."""
         states = at_least_float32(states)
-        if self.config.pooling == "mean" and self.config.step_token != "none":
+        if self.config.pooling != "last" and self.config.step_token != "none":
             count = torch.arange(1, states.shape[1] + 1, device=states.device, dtype=states.dtype)
-            states = states.cumsum(dim=1) / count[:, None]
+            states = states.cumsum(dim=1)
+            if self.config.pooling == "mean_with_prompt":
+                states, count = states + at_least_float32(prompt)[:, None], count + 1
+            states = states / count[:, None]
         if steps is None:
             return states
         last = torch.arange(states.shape[1], device=states.device).minimum(steps[:, None] - 1)  # (B, K)

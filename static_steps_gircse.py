@@ -30,22 +30,22 @@ from .step_loop_gircse import StepLoop, checkpoints
 STATIC_CACHE_MULTIPLE = 64
 
 
-def static_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, k: int) -> Tensor:
-    """g_1..g_K, (B, K, d), by a compiled step over a cache of fixed size."""
+def static_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """h'_0, (B, d), and g_1..g_K, (B, K, d), by a compiled step over a cache of fixed size."""
     slots = -(-(attention_mask.shape[1] + k) // STATIC_CACHE_MULTIPLE) * STATIC_CACHE_MULTIPLE
     check_static(model, slots, input_ids.device)
     loop = StepLoop(model, input_ids, attention_mask, k)
-    mask, positions, state = loop.mask, loop.positions, loop.state
+    mask, positions, prompt = loop.mask, loop.positions, loop.state
     past = {loop.way.cache: fixed_cache(model, loop.past[loop.way.cache], len(mask), slots)}
     hidden = additive_mask(F.pad(mask, (0, slots - mask.shape[1])), model.language_model.dtype)[:, None, None]
     slot = torch.arange(slots, device=mask.device)
-    step, states, state = compiled_step(state.device.type), [], state.contiguous()
+    step, states, state = compiled_step(prompt.device.type), [], prompt.contiguous()
     for end in range(mask.shape[1] - k + 1, mask.shape[1] + 1):
         seen = hidden.masked_fill(slot >= end, torch.finfo(hidden.dtype).min)
         # CUDA graphs write each result to the same place: a copy is kept.
         state = step(model, state, seen, positions[:, end - 1 : end].contiguous(), past).clone()
         states.append(state)
-    return torch.stack(states, dim=1)
+    return prompt, torch.stack(states, dim=1)
 
 
 def check_static(model: PreTrainedModel, slots: int, device: torch.device) -> None:

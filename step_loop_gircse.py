@@ -120,20 +120,22 @@ class StepLoop:
 
 def settled_states(
     model: Any, input_ids: Tensor, attention_mask: Tensor, k: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """g_1..g_K, (B, K, d), and how many of them each text took until cos(z_k, z_{k-1}) > 1 - tolerance, (B,) int64. A
-    text that has settled leaves the batch; its later states are zeros."""
-    batch, device = len(input_ids), input_ids.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h'_0, (B, d), g_1..g_K, (B, K, d), and how many of them each text took until cos(z_k, z_{k-1}) > 1 - tolerance,
+    (B,) int64. A text that has settled leaves the batch; its later states are zeros."""
+    batch, device, pooling = len(input_ids), input_ids.device, model.config.pooling
     steps = torch.full((batch,), k, device=device)
     if batch == 0:
-        return torch.zeros(0, k, model.config.hidden_size, device=device), steps
+        none = torch.zeros(0, k + 1, model.config.hidden_size, device=device)
+        return none[:, 0], none[:, 1:], steps
     loop = StepLoop(model, input_ids, attention_mask, k)
-    running, found, total, previous = torch.arange(batch, device=device), [], 0, None
+    prompt, running, found, previous = loop.state, torch.arange(batch, device=device), [], None
+    total, more = (at_least_float32(prompt), 1) if pooling == "mean_with_prompt" else (0, 0)
     for step in range(1, k + 1):
         state = at_least_float32(loop.step()[1])
         found.append(state.new_zeros(batch, state.shape[-1]).index_copy(0, running, state))
         total = total + state
-        current = state if model.config.pooling == "last" else total / step
+        current = state if pooling == "last" else total / (step + more)
         if previous is not None:
             settled = F.cosine_similarity(current, previous, dim=-1) > 1 - tolerance
             steps[running[settled]] = step
@@ -144,7 +146,7 @@ def settled_states(
                 loop.keep(rows)
                 running, total, current = running[rows], total[rows], current[rows]
         previous = current
-    return F.pad(torch.stack(found, dim=1), (0, 0, 0, k - len(found))), steps
+    return prompt, F.pad(torch.stack(found, dim=1), (0, 0, 0, k - len(found))), steps
 
 
 @torch.no_grad()

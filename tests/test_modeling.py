@@ -191,7 +191,7 @@ def test_no_cache_and_no_layer_states_outlive_a_call(make_model, batch, monkeypa
         output = model(*batch, k=3)
     gc.collect()
     assert caches and all(cache() is None for cache in caches)
-    assert set(output.keys()) == {"embeddings", "step_embeddings", "step_states"}
+    assert set(output.keys()) == {"embeddings", "step_embeddings", "step_states", "prompt_state"}
 
 
 def test_tolerance_stops_each_text_by_itself(make_model, batch):
@@ -346,7 +346,8 @@ def test_bad_tolerance(make_model, batch, tolerance):
     [
         ({"step_token": "hidden"}, "step_token='hidden' is unknown; choose one of 'soft', 'hard', 'learned', 'none'"),
         ({"attention": "full"}, "attention='full' is unknown; choose one of 'causal', 'bidirectional'"),
-        ({"pooling": "max"}, "pooling='max' is unknown; choose one of 'mean', 'last'"),
+        ({"pooling": "max"}, "pooling='max' is unknown; choose one of 'mean', 'mean_with_prompt', 'last'"),
+        ({"pooling": "mean_with_prompt", "step_token": "learned"}, "needs step_token='soft' or 'hard', not 'learned'"),
         ({"attention": "bidirectional"}, "needs step_token='none'"),
         ({"num_steps": 0}, "num_steps=0"),
         ({"num_steps": 2.0}, "num_steps=2.0"),

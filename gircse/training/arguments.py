@@ -79,7 +79,7 @@ class ModelArguments:
     )
     step_token: str = field(default="soft", metadata={"help": "soft, hard, learned or none, for a new model"})
     attention: str = field(default="causal", metadata={"help": "causal or bidirectional, for a new model"})
-    pooling: str = field(default="mean", metadata={"help": "mean or last, for a new model"})
+    pooling: str = field(default="mean", metadata={"help": "mean, mean_with_prompt or last, for a new model"})
     prompt_template: str | None = field(
         default=None,
         metadata={
