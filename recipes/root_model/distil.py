@@ -1,6 +1,6 @@
 """Teach a causal LM, as a GIRCSE model, the embeddings that a stronger encoder has for plain texts.
 
-    python recipes/root_model/distil.py --model_name_or_path runs/backbone --vectors runs/aligned --max_steps 1200 \\
+    python recipes/root_model/distil.py --model_name_or_path runs/backbone --vectors runs/aligned --max_steps 2000 \\
         --output_dir runs/distilled
 
 `--vectors` is a folder of teacher_vectors.py or align_vectors.py, with vectors of the backbone's hidden size. The loss
@@ -40,6 +40,8 @@ INSTRUCTIONS = sorted({text for text in SHIPPED if not text.startswith("Classify
 # K of a batch is one of these: 5 is what the root model takes where nobody asks for another number, 20 is the most that
 # it is evaluated at.
 STEPS = (1, 5, 5, 20)
+# A batch of more tokens takes 5 at most: each step keeps a copy of its KV cache for the way back.
+MOST_TOKENS_FOR_ALL_STEPS = 2048
 
 
 def distillation_loss(embeddings: Tensor, vectors: Tensor) -> Tensor:
@@ -50,6 +52,12 @@ def distillation_loss(embeddings: Tensor, vectors: Tensor) -> Tensor:
         vectors: (B, d), the teacher's, unit norm.
     """
     return 1 - (embeddings.float() * vectors.float()).sum(-1).mean()
+
+
+def draw_steps(inputs: dict[str, Tensor]) -> int:
+    """K for a batch."""
+    fits = inputs["input_ids"].numel() <= MOST_TOKENS_FOR_ALL_STEPS
+    return random.choice(STEPS if fits else STEPS[:-1])
 
 
 class TeacherCollator:
@@ -86,7 +94,7 @@ class DistillingTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Tensor:
         vectors = inputs.pop("vectors")
-        return distillation_loss(model(**inputs, k=random.choice(STEPS)).embeddings, vectors)
+        return distillation_loss(model(**inputs, k=draw_steps(inputs)).embeddings, vectors)
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,7 +104,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--logit_temperature", type=float, default=2.0, help="T of the soft tokens, for a new model")
     parser.add_argument("--num_steps", type=int, default=5, help="K at inference, for a new model")
-    parser.add_argument("--batch_size", type=int, default=48, help="texts a step")
+    parser.add_argument("--batch_size", type=int, default=32, help="texts a step")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--max_length", type=int, default=128, help="longest text in tokens")
     parser.add_argument("--max_steps", type=int, required=True)

@@ -35,7 +35,7 @@ texts=(
 
 [ -f "$runs/distilled/model.safetensors" ] ||
     python recipes/root_model/distil.py --model_name_or_path "$runs/backbone" --vectors "$runs/aligned" \
-        --max_steps 1200 --output_dir "$runs/distilled"
+        --max_steps 2000 --output_dir "$runs/distilled"
 
 [ -f "$runs/pairs.jsonl" ] ||
     python recipes/choose_pairs.py --data "$data" --output "$runs/pairs.jsonl" --pairs 12800 --longest 1200

@@ -9,7 +9,6 @@ batch of its own, so that what the contrastive pairs don't teach is not forgotte
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from functools import partial
 from itertools import chain, repeat
@@ -19,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from distil import STEPS, distillation_loss, teacher_loader
+from distil import distillation_loss, draw_steps, teacher_loader
 from gircse.training.trainer import GircseTrainer
 from teacher_vectors import TeacherTexts
 from train_gircse import main as train
@@ -38,8 +37,7 @@ class TeacherTrainer(GircseTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         batch = {name: tensor.to(self.args.device) for name, tensor in next(self.teacher_batches).items()}
         vectors = batch.pop("vectors")
-        k = random.choice(STEPS)
-        distillation = distillation_loss(model(**batch, k=k).embeddings, vectors)
+        distillation = distillation_loss(model(**batch, k=draw_steps(batch)).embeddings, vectors)
         return super().compute_loss(model, inputs, *args, **kwargs) + self.teacher_weight * distillation
 
 
