@@ -34,11 +34,16 @@ class TeacherTrainer(GircseTrainer):
         loader = teacher_loader(texts, processor, batch_size, self.data_collator.max_length, self.args.seed)
         self.teacher_batches = chain.from_iterable(repeat(loader))  # epoch after epoch
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Two backward passes, so that the activations of one loss are gone before the other's are made."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
         batch = {name: tensor.to(self.args.device) for name, tensor in next(self.teacher_batches).items()}
         vectors = batch.pop("vectors")
-        distillation = distillation_loss(model(**batch, k=draw_steps(batch)).embeddings, vectors)
-        return super().compute_loss(model, inputs, *args, **kwargs) + self.teacher_weight * distillation
+        with self.compute_loss_context_manager():
+            distillation = distillation_loss(model(**batch, k=draw_steps(batch)).embeddings, vectors)
+        weighted = self.teacher_weight * distillation / self.args.gradient_accumulation_steps
+        self.accelerator.backward(weighted)
+        return loss + weighted.detach()
 
 
 def main() -> None:
