@@ -289,10 +289,19 @@ def test_revision_of_a_folder_is_its_content(model_folder, tmp_path):
 
 
 def test_published_scores_are_of_the_published_weights():
-    if not (ROOT / "model.safetensors").exists():
-        pytest.skip("the repo root holds no model.safetensors, so there is no published model")
     results = json.loads((ROOT / "results" / "root.json").read_text(encoding="utf-8"))
     assert results["revision"] == subjects.content_hash(ROOT)
+
+
+def test_shards_count_once_an_index_names_them(model_folder, tmp_path):
+    copy = shutil.copytree(model_folder, tmp_path / "copy")
+    before = subjects.content_hash(copy)
+    (copy / "model-00001-of-00002.safetensors").write_bytes(b"one")
+    assert subjects.content_hash(copy) == before
+    (copy / "model.safetensors.index.json").write_text("{}")
+    named = subjects.content_hash(copy)
+    (copy / "model-00001-of-00002.safetensors").write_bytes(b"two")
+    assert len({before, named, subjects.content_hash(copy)}) == 3
 
 
 def test_revision_of_an_adapter_only_folder_is_its_adapter_too(model_folder, tmp_path):

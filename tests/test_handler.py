@@ -119,8 +119,6 @@ def test_dimensions_are_another_name(handler):
 
 
 def test_the_root_model_answers():
-    if not (ROOT / "model.safetensors").exists():
-        pytest.skip("the repo root holds no model.safetensors, so there is no published model to serve")
     handler, _ = make_handler(ROOT)
     model = AutoModel.from_pretrained(ROOT, trust_remote_code=True, torch_dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)

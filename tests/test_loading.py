@@ -245,8 +245,6 @@ def root_child(job_file: str) -> None:
 
 @pytest.fixture(scope="module")
 def root_report(tmp_path_factory) -> dict:
-    if not (ROOT / "model.safetensors").exists():
-        pytest.skip("the repo root holds no model.safetensors, so there is no published model to load")
     rows = [json.loads(line) for line in (ROOT / "sample_pairs.jsonl").read_text().splitlines()]
     rows = rows[:: len(rows) // 16][:16]
     texts = [row["query"] for row in rows] + [row["pos"][0] for row in rows]

@@ -20,9 +20,6 @@ BATCH = {"input_ids": torch.tensor([[5, 17, 60, 33, 8], [7, 7, 42, 9, 77]]), "at
 DECODER = "language_model.model"
 PARTS = [f"{DECODER}.embed_tokens", f"{DECODER}.norm", f"{DECODER}.rotary_emb", "language_model.lm_head"]
 PARTS += [f"{DECODER}.layers.{index}" for index in range(3)]
-needs_root = pytest.mark.skipif(
-    not (ROOT / "model.safetensors").exists(), reason="the repo root holds no model.safetensors"
-)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,6 @@ def check(model, processor, exact: torch.Tensor, least: float = 0.99) -> float:
 # Pipelines ----------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_pipeline_gives_the_embedding(processor):
     """The root's tokenizer adds nothing of its own, and its processor no suffix."""
     embed = pipeline("feature-extraction", model=str(ROOT), trust_remote_code=True, device="cpu")
@@ -66,7 +62,6 @@ def test_pipeline_gives_the_embedding(processor):
     assert torch.tensor(embed("rain")).shape == (1, 384)
 
 
-@needs_root
 def test_pipeline_with_the_processor_takes_instructions(processor):
     """Which the README shows: the prompt, the suffix and the truncation of this model."""
     embed = pipeline("feature-extraction", model=str(ROOT), tokenizer=processor, trust_remote_code=True, device="cpu")
@@ -91,7 +86,6 @@ def test_config_names_a_tokenizer_class(gircse, tmp_path):
 # Offload ------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 @pytest.mark.parametrize("settings", [{}, {"max_memory": {"cpu": "60MB"}}])
 def test_root_model_under_device_map_auto(processor, exact, tmp_path, settings):
     model = load_root(device_map="auto", offload_folder=str(tmp_path), torch_dtype=torch.float32, **settings)
@@ -135,7 +129,6 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-@needs_root
 @pytest.mark.skipif(not installed("torchao"), reason="torchao is not installed")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_root_model_in_int8_by_torchao(processor, exact, dtype):
@@ -173,7 +166,6 @@ def test_tied_weights_stay_tied_when_quantized(make_model, tmp_path, kind):
     assert model.get_input_embeddings().weight.dtype == torch.float32
 
 
-@needs_root
 @pytest.mark.skipif(not installed("bitsandbytes"), reason="bitsandbytes is not installed")
 @pytest.mark.skipif(OLD and not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("settings", [{"load_in_8bit": True}, {"load_in_4bit": True}])
@@ -187,7 +179,6 @@ def test_root_model_by_bitsandbytes(processor, exact, settings):
 # dtype --------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 @pytest.mark.parametrize("argument", DTYPE_ARGUMENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_root_model_in_any_dtype(processor, exact, argument, dtype):
@@ -196,7 +187,6 @@ def test_root_model_in_any_dtype(processor, exact, argument, dtype):
     check(model, processor, exact)
 
 
-@needs_root
 @pytest.mark.parametrize("argument", DTYPE_ARGUMENTS[: 1 if OLD else 2])  # which is the pipeline's own
 def test_pipeline_honours_dtype(argument):
     embed = pipeline(

@@ -247,7 +247,8 @@ def file_of(model: str, name: str) -> Path | None:
 
 
 def content_hash(folder: Path) -> str:
-    """12 digits that change with the weights or a setting of a model's folder."""
+    """12 digits that change with the weights or a setting of a model's folder. Shards that no index names don't
+    count, as nothing loads them."""
     listed = folder / "modules.json"
     modules = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
     folders = {folder} | {folder / module["path"] for module in modules}
@@ -256,6 +257,8 @@ def content_hash(folder: Path) -> str:
     if settings.get("model_type") == "gircse" and settings.get("adapter"):
         folders.add(folder / settings["adapter"])
     paths = {p for f in folders if f.is_dir() for p in f.iterdir() if p.suffix in (".safetensors", ".bin", ".json")}
+    indexed = {path.parent for path in paths if path.name.endswith(".index.json")}
+    paths -= {path for path in paths if "-of-" in path.name and path.parent not in indexed}
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.relative_to(folder).parts):  # in the same order on any system
         digest.update(path.relative_to(folder).as_posix().encode())
