@@ -8,7 +8,7 @@ versions=("$@")
 # The last entry is what pip installs by default, on the newest Python that torch is built for.
 [ ${#versions[@]} -gt 0 ] || versions=("4.51.3" "4.57.*" "5.0.*" "5.23.*" "5.24.*" "*@python3.13")
 tests=(
-    modeling backbones prefill speed processing losses
+    modeling backbones laser prefill speed processing losses
     loading loading_dtype round_trip remote_code merged_adapters adapters hub
     handler serving sentence_transformers sentence_saving
     rows pairs pairs_hub bad_rows data collator
