@@ -162,6 +162,19 @@ def root_by_task(models: dict[str, dict]) -> str:
     return table(["task", "metric", *(f"k = {k}" for k in STEPS), "MiniLM"], lines)
 
 
+def lengths() -> str:
+    """What a backbone without some of its layers makes of the same short training."""
+    head = ["layers left out", "layers", "held-out accuracy, k = 1 / 5 / 20"]
+    head.append("STS-Benchmark, development, k = 1 / 5 / 20")
+    lines = []
+    for row in read(RESULTS / "lengths.json"):
+        cells = [
+            " / ".join(f"{row[name][str(k)]:.1f}" for k in (1, 5, 20)) for name in ("held_out_accuracy", "sts_dev")
+        ]
+        lines.append([row["left_out"].replace(" ", " to "), str(row["layers"]), *cells])
+    return table(head, lines)
+
+
 def stable_start() -> str:
     """Gradients of an untrained backbone."""
     head = ["prompt", "T", "share of d<sub>k</sub>'s gradient", "losses L<sub>1</sub> to L<sub>5</sub>"]
@@ -304,6 +317,7 @@ def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str,
             "comparison_by_task": comparison_by_task(runs, samples),
             "unequal_steps": unequal_steps(),
         },
+        "docs/root_model.md": {"lengths": lengths()},
         "docs/training.md": {
             "stable_start": stable_start(),
             "stable_runs": stable_runs(),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the root model: a shorter backbone, the teacher's vectors, distillation, GIRCSE training.
+# Makes the root model: the teacher's vectors, distillation, GIRCSE training.
 # Usage: recipes/root_model/make.sh BACKBONE DATA RUNS [TEACHER]
 #   BACKBONE SmolLM2-135M-Instruct: HuggingFaceTB/SmolLM2-135M-Instruct or its folder
 #   DATA     a folder with text/, train/ and eval/ (recipes/DATA.md; recipes/check_data.py checks one)
@@ -16,9 +16,6 @@ data=$(realpath "$2") runs=$(realpath -m "$3") teacher=${4:-sentence-transformer
 cd "$(dirname "$0")/../.."
 mkdir -p "$runs"
 
-[ -f "$runs/backbone/model.safetensors" ] ||
-    python recipes/root_model/shorten.py "$backbone" "$runs/backbone" --leave_out 18 28
-
 # The MEDI triplets state no licence: they stay out of weights that are published.
 mapfile -t files < <(ls "$data"/text/*.txt.gz "$data"/train/*.jsonl.gz | grep -v nli_medi_1000)
 texts=(
@@ -30,11 +27,11 @@ texts=(
         --output_dir "$runs/teacher"
 
 [ -f "$runs/aligned/vectors.npy" ] ||
-    python recipes/root_model/align_vectors.py --model_name_or_path "$runs/backbone" --vectors "$runs/teacher" \
+    python recipes/root_model/align_vectors.py --model_name_or_path "$backbone" --vectors "$runs/teacher" \
         --output_dir "$runs/aligned"
 
 [ -f "$runs/distilled/model.safetensors" ] ||
-    python recipes/root_model/distil.py --model_name_or_path "$runs/backbone" --vectors "$runs/aligned" \
+    python recipes/root_model/distil.py --model_name_or_path "$backbone" --vectors "$runs/aligned" \
         --max_steps 2000 --output_dir "$runs/distilled"
 
 [ -f "$runs/pairs.jsonl" ] ||
