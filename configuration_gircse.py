@@ -57,16 +57,7 @@ class GircseConfig(PretrainedConfig):
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
-        if attention == "bidirectional" and step_token != "none":
-            raise ValueError(
-                f"attention='bidirectional' needs step_token='none', not {step_token!r}: with generated tokens the "
-                "earlier states would depend on the later ones; use attention='causal'"
-            )
-        if pooling == "mean_with_prompt" and step_token not in ("soft", "hard"):
-            raise ValueError(
-                f"pooling='mean_with_prompt' needs step_token='soft' or 'hard', not {step_token!r}, which generates "
-                "nothing; use pooling='mean'"
-            )
+        _check_together(step_token, attention, pooling)
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"num_steps={num_steps!r} must be an int >= 1")
         if not isinstance(logit_temperature, (int, float)) or not 0 < logit_temperature < float("inf"):
@@ -110,6 +101,20 @@ class GircseConfig(PretrainedConfig):
         """d, the dimension of the embeddings; trainers and serving stacks look it up by this name."""
         # OPT-350m projects its states to the size of its token embeddings.
         return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size
+
+
+def _check_together(step_token: str, attention: str, pooling: str) -> None:
+    """Raises a ValueError for values of the axes that don't go together."""
+    if attention == "bidirectional" and step_token != "none":
+        raise ValueError(
+            f"attention='bidirectional' needs step_token='none', not {step_token!r}: with generated tokens the "
+            "earlier states would depend on the later ones; use attention='causal'"
+        )
+    if pooling == "mean_with_prompt" and step_token not in ("soft", "hard"):
+        raise ValueError(
+            f"pooling='mean_with_prompt' needs step_token='soft' or 'hard', not {step_token!r}, which generates "
+            "nothing; use pooling='mean'"
+        )
 
 
 def dtype_name() -> str:
