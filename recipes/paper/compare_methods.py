@@ -66,8 +66,8 @@ VARIANTS = {
     "gircse_two": ("gircse", TWO),
     "causal_eos_two": ("causal_eos", TWO),
 }
-# The same for all. Texts of 80 characters have up to 64 tokens with their prompt; the rest is for speed on two CPU
-# cores: gradients of eager attention, for one, take a third of the time of those of SDPA there.
+# The same for all. Texts of 80 characters have up to 64 tokens with their prompt; bfloat16 and eager attention are for
+# speed on CPU cores with bfloat16 instructions (benchmarks/attention.py).
 SHARED = f"""--tuning full --max_length 64 --held_out {HELD_OUT} --per_device_train_batch_size {BATCH} --bf16
     --attn_implementation eager --save_steps 150 --save_total_limit 1 --logging_steps 10 --report_to none
     --symmetric_sources {SYMMETRIC}"""

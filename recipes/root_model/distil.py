@@ -137,7 +137,7 @@ def main() -> None:
     args = parse_args()
     set_seed(args.seed)
     axes = {"logit_temperature": args.logit_temperature, "num_steps": args.num_steps}
-    # Gradients of eager attention take a third of the time of those of SDPA on a CPU (docs/training.md).
+    # On a CPU, the way back through eager attention is faster than through SDPA (benchmarks/attention.py).
     model, processor = load(args.model_name_or_path, attn_implementation="eager", **axes)
     texts = TeacherTexts(args.vectors)
     if texts.vectors.shape[1] != model.config.hidden_size:
