@@ -35,6 +35,13 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
         ("time", "time over plain", "{:.2f}x"),
         ("difference", "gradient difference", "{:.1e}"),
     ],
+    "attention": [
+        ("N", "N", "{}"),
+        ("dtype", "dtype", "{}"),
+        ("sdpa_s", "SDPA, s", "{:.2f}"),
+        ("eager_time", "eager, time over SDPA", "{:.2f}x"),
+        ("eager_memory", "eager, memory over SDPA", "{:.2f}x"),
+    ],
     "corpus": [
         ("route", "route", "{}"),
         ("k", "k", "{}"),
