@@ -150,17 +150,19 @@ def held_out_accuracy(folder: Path) -> dict[str, float]:
     return {name.removeprefix(key): round(100 * value, 2) for name, value in last.items() if name.startswith(key)}
 
 
-def try_rate(method: str, rate: float, args: argparse.Namespace) -> dict[str, float]:
-    """Scores of a short run."""
-    folder = args.runs / f"{method}-rate{rate}"
-    run = Run(folder.name, method, 0, METHODS[method], "5")
+def short_run(run: Run, rate: float, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """What choices are made by, each by k: held-out accuracy, and STS-Benchmark's development split."""
+    folder = args.runs / run.name
     train(run, rate, TUNING_STEPS, args, folder)
     evaluate(folder, args, "sts_stsbenchmark_dev", run.k, sample=750)
-    accuracy = held_out_accuracy(folder)
-    return {
-        "held_out_accuracy": accuracy.get("5", accuracy.get("1")),
-        "sts_dev": next(iter(scores(folder)[0]["scores"].values())),
-    }
+    return {"held_out_accuracy": held_out_accuracy(folder), "sts_dev": scores(folder)[0]["scores"]}
+
+
+def try_rate(method: str, rate: float, args: argparse.Namespace) -> dict[str, float]:
+    """The scores of a short run at the trained k."""
+    found = short_run(Run(f"{method}-rate{rate}", method, 0, METHODS[method], "5"), rate, args)
+    accuracy = found["held_out_accuracy"]
+    return {"held_out_accuracy": accuracy.get("5", accuracy.get("1")), "sts_dev": next(iter(found["sts_dev"].values()))}
 
 
 def choose_rates(args: argparse.Namespace, each: Callable[[Callable, Iterable], Iterable]) -> dict[str, float]:

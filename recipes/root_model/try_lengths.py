@@ -36,11 +36,9 @@ def try_length(left_out: str, args: argparse.Namespace) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         command = ["python", "recipes/root_model/shorten.py", str(whole), str(args.backbone), "--leave_out"]
         compare.call([*command, *left_out.split()], folder / "run.log", args.threads)
-    compare.train(run, args.rate, compare.TUNING_STEPS, args, folder)
-    compare.evaluate(folder, args, "sts_stsbenchmark_dev", run.k, sample=750)
+    found = compare.short_run(run, args.rate, args)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    row = {"left_out": left_out, "layers": config["text_config"]["num_hidden_layers"]}
-    row |= {"held_out_accuracy": compare.held_out_accuracy(folder), "sts_dev": compare.scores(folder)[0]["scores"]}
+    row = {"left_out": left_out, "layers": config["text_config"]["num_hidden_layers"], **found}
     print(row, flush=True)
     return row
 
