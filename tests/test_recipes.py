@@ -129,9 +129,9 @@ def test_pairs_are_drawn_evenly_from_sources_and_short(tmp_path):
     write("d.jsonl.gz", "long", 9, length=99)
     write(choose_pairs.UNLICENSED, "unlicensed", 9)
 
-    def drawn(count: int, longest: int = 20, seed: int = 0) -> list[dict]:
+    def drawn(count: int, *more: str, longest: int = 20, seed: int = 0) -> list[dict]:
         where = ("--data", tmp_path, "--output", tmp_path / "pairs.jsonl")
-        recipe("choose_pairs", *where, "--pairs", count, "--longest", longest, "--seed", seed)
+        recipe("choose_pairs", *where, "--pairs", count, "--longest", longest, "--seed", seed, *more)
         return [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
 
     rows = drawn(13)
@@ -139,8 +139,31 @@ def test_pairs_are_drawn_evenly_from_sources_and_short(tmp_path):
     assert len({(row["source"], row["query"]) for row in rows}) == 13
     assert drawn(13) == rows and drawn(13, seed=1) != rows
     assert len(drawn(30, longest=99)) == 30
+    assert drawn(13, "--twice", "few") == rows + rows[:3]
     with pytest.raises(AssertionError, match="pairs=22, but there are 21 of that length"):
         drawn(22)
+
+
+def test_classes_are_told_by_the_pairs():
+    def pair(query: str, pos: str, neg: str = "x") -> dict:
+        return {"query": query, "pos": [pos], "neg": [neg]}
+
+    sources = {
+        "banking77": [pair("a", "b"), pair("c", "d"), pair("b", "e"), pair("f", "d")],
+        "clinc150_intent": [pair("on", "on!"), pair("off", "off!"), pair("rain", "rain!")],
+        "clinc150_domain": [pair("on", "off", "rain"), pair("rain", "sun", "on")],
+        "cad_imdb_sentiment": [pair("good", "fine", "bad"), pair("bad", "poor", "good"), pair("poor", "dull", "rich")],
+        "stsb": [pair("a", "b")],
+    }
+    labelled = choose_pairs.label(sources)
+    labels = {name: [row.get("label") for row in rows] for name, rows in labelled.items()}
+    assert labels["banking77"] == [f"banking77 {number}" for number in (0, 1, 0, 1)]
+    assert labels["clinc150_intent"] == [f"clinc150_intent {number}" for number in (0, 1, 2)]
+    assert labels["clinc150_domain"] == ["clinc150_domain 0", "clinc150_domain 1"]
+    good, bad, poor = labels["cad_imdb_sentiment"]
+    assert bad == poor != good
+    assert labels["stsb"] == [None]
+    assert [{**row, "label": 0} for row in labelled["banking77"]] == [{**r, "label": 0} for r in sources["banking77"]]
 
 
 @torch.no_grad()

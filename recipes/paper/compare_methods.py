@@ -19,7 +19,9 @@ held-out accuracy and STS-Benchmark's development split; then follow, with the s
 One JSON a run: the commands, what was trained, and evaluate_gircse.py's scores on samples of all tasks. What was done
 before is not repeated: runs whose JSON is there, models that were saved, tasks that were evaluated; a training that was
 interrupted goes on from its last checkpoint. `--jobs 2` has two run at once, with half of the cores each; `--only NAME`
-chooses among the runs.
+chooses among the runs. On a GPU, which one run of so small a model leaves idle most of the time:
+
+    ... --jobs 8 --training "--attn_implementation sdpa --save_strategy no"
 """
 
 from __future__ import annotations
@@ -35,9 +37,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from choose_pairs import SYMMETRIC
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS, HELD_OUT, BATCH = 10_496, 256, 16
@@ -66,12 +65,11 @@ VARIANTS = {
     "gircse_two": ("gircse", TWO),
     "causal_eos_two": ("causal_eos", TWO),
 }
-# The same for all. Texts of 80 characters have up to 64 tokens with their prompt; bfloat16 and eager attention are for
-# speed on CPU cores with bfloat16 instructions (benchmarks/attention.py).
+# The same for all, before --training. Texts of 80 characters have up to 64 tokens with their prompt; bfloat16 and eager
+# attention are for speed on CPU cores with bfloat16 instructions (benchmarks/attention.py).
 SHARED = f"""--tuning full --max_length 64 --held_out {HELD_OUT} --per_device_train_batch_size {BATCH} --bf16
-    --attn_implementation eager --save_steps 150 --save_total_limit 1 --logging_steps 10 --report_to none
-    --symmetric_sources {SYMMETRIC}"""
-EVALUATION = "--max_length 128 --batch_size 64 --dtype bfloat16"  # to fit two CPU cores; not tuned
+    --attn_implementation eager --save_steps 150 --save_total_limit 1 --logging_steps 10 --report_to none"""
+EVALUATION = "--max_length 128 --batch_size 256 --dtype bfloat16"  # to fit two CPU cores; not tuned
 
 
 @dataclass
@@ -104,8 +102,10 @@ def call(command: list[str], log: Path, threads: int) -> None:
 
 
 def write_pairs(args: argparse.Namespace) -> None:
-    chosen = ["--data", str(args.data), "--pairs", str(PAIRS), "--longest", "80"]
-    chosen += ["--output", str(args.runs / "pairs.jsonl")]
+    output = args.runs / "pairs.jsonl"
+    if output.exists():
+        return
+    chosen = ["--data", str(args.data), "--pairs", str(PAIRS), "--longest", "80", "--output", str(output)]
     call(["python", "recipes/choose_pairs.py", *chosen], args.runs / "pairs.log", args.threads)
 
 
@@ -114,6 +114,7 @@ def train(run: Run, rate: float, steps: int, args: argparse.Namespace, folder: P
     command = ["python", "recipes/paper/train_objective.py", "--model_name_or_path", str(args.backbone)]
     command += ["--train_data", str(args.runs / "pairs.jsonl"), "--output_dir", str(folder), *SHARED.split()]
     command += ["--max_steps", str(steps), "--seed", str(run.seed), "--learning_rate", str(rate), *run.settings.split()]
+    command += args.training.split()
     if not (folder / "model.safetensors").exists():
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints = [*folder.glob("checkpoint-*/trainer_state.json")]
@@ -225,6 +226,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--sample", type=int, default=500, help="rows of each task that is evaluated")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--training", default="", help="more arguments of train_gircse.py, for all runs, as one string")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     os.chdir(ROOT)

@@ -39,10 +39,8 @@ SHIPPED = json.loads(Path(__file__).with_name("instructions.json").read_text(enc
 INSTRUCTIONS = sorted({text for text in SHIPPED if not text.startswith("Classify")})
 # K of a batch is one of these: 5 is what the root model takes where nobody asks for another number. Evaluations go to
 # 20, but a batch with 20 steps takes three times as long as one with 5, and 20 are nearly as good as 5 after training
-# with 5 alone (results/lengths.json).
-STEPS = (1, 5, 5, 10)
-# A batch of more tokens takes 5 at most: each step keeps a copy of its KV cache for the way back.
-MOST_TOKENS_FOR_ALL_STEPS = 2048
+# with 5 alone (results/lengths.json). One step alone is left to ICR, which trains every one.
+STEPS = (3, 5, 5, 10)
 
 
 def distillation_loss(embeddings: Tensor, vectors: Tensor) -> Tensor:
@@ -55,10 +53,10 @@ def distillation_loss(embeddings: Tensor, vectors: Tensor) -> Tensor:
     return 1 - (embeddings.float() * vectors.float()).sum(-1).mean()
 
 
-def draw_steps(inputs: dict[str, Tensor]) -> int:
-    """K for a batch."""
-    fits = inputs["input_ids"].numel() <= MOST_TOKENS_FOR_ALL_STEPS
-    return random.choice(STEPS if fits else STEPS[:-1])
+def draw_steps(inputs: dict[str, Tensor], most_tokens: int) -> int:
+    """K for a batch; of more than `most_tokens` it is 5 at most, since each step keeps a copy of its KV cache for the
+    way back."""
+    return random.choice(STEPS if inputs["input_ids"].numel() <= most_tokens else STEPS[:-1])
 
 
 class TeacherCollator:
@@ -83,9 +81,9 @@ def teacher_loader(texts: TeacherTexts, processor: Any, batch_size: int, max_len
 
 
 class DistillingTrainer(Trainer):
-    def __init__(self, *args: Any, loader: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loader: Any, most_tokens: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loader = loader
+        self.loader, self.most_tokens = loader, most_tokens
 
     def get_train_dataloader(self) -> Any:
         return self.accelerator.prepare(self.loader)
@@ -95,7 +93,13 @@ class DistillingTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Tensor:
         vectors = inputs.pop("vectors")
-        return distillation_loss(model(**inputs, k=draw_steps(inputs)).embeddings, vectors)
+        return distillation_loss(model(**inputs, k=draw_steps(inputs, self.most_tokens)).embeddings, vectors)
+
+
+def add_memory_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--most_tokens", type=int, default=2048, help="of a batch with 10 steps, padding included, as memory allows"
+    )
 
 
 def parse_args() -> argparse.Namespace:
@@ -108,6 +112,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="texts a step")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--max_length", type=int, default=128, help="longest text in tokens")
+    add_memory_argument(parser)
+    parser.add_argument("--attn_implementation", help="eager is faster than SDPA on a CPU (benchmarks/attention.py)")
     parser.add_argument("--max_steps", type=int, required=True)
     parser.add_argument("--save_steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -137,15 +143,15 @@ def main() -> None:
     args = parse_args()
     set_seed(args.seed)
     axes = {"logit_temperature": args.logit_temperature, "num_steps": args.num_steps}
-    # On a CPU, the way back through eager attention is faster than through SDPA (benchmarks/attention.py).
-    model, processor = load(args.model_name_or_path, attn_implementation="eager", **axes)
+    model, processor = load(args.model_name_or_path, attn_implementation=args.attn_implementation, **axes)
     texts = TeacherTexts(args.vectors)
     if texts.vectors.shape[1] != model.config.hidden_size:
         raise ValueError(
             f"vectors of {texts.vectors.shape[1]} dimensions, but the model has {model.config.hidden_size}"
         )
     loader = teacher_loader(texts, processor, args.batch_size, args.max_length, args.seed)
-    trainer = DistillingTrainer(model, training_arguments(args), train_dataset=texts, loader=loader)
+    feeding = {"train_dataset": texts, "loader": loader, "most_tokens": args.most_tokens}
+    trainer = DistillingTrainer(model, training_arguments(args), **feeding)
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     export(model, processor, args.output_dir)

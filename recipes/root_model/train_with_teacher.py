@@ -18,20 +18,22 @@ from typing import Any
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from distil import distillation_loss, draw_steps, teacher_loader
+from distil import add_memory_argument, distillation_loss, draw_steps, teacher_loader
 from gircse.training.trainer import GircseTrainer
 from teacher_vectors import TeacherTexts
 from train_gircse import main as train
 
 
 class TeacherTrainer(GircseTrainer):
-    """ICR, and `weight` times distillation on batches of `batch_size` texts of the folder `vectors`."""
+    """ICR, and distillation as `teaching` says: its weight, batch size, and most tokens of a batch with 10 steps."""
 
-    def __init__(self, *args: Any, vectors: str, weight: float, batch_size: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teaching: argparse.Namespace, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        texts, processor = TeacherTexts(vectors), self.processing_class
-        self.teacher_weight = weight
-        loader = teacher_loader(texts, processor, batch_size, self.data_collator.max_length, self.args.seed)
+        texts, processor = TeacherTexts(teaching.vectors), self.processing_class
+        self.teacher_weight, self.most_tokens = teaching.teacher_weight, teaching.most_tokens
+        loader = teacher_loader(
+            texts, processor, teaching.teacher_batch_size, self.data_collator.max_length, self.args.seed
+        )
         self.teacher_batches = chain.from_iterable(repeat(loader))  # epoch after epoch
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -40,7 +42,7 @@ class TeacherTrainer(GircseTrainer):
         batch = {name: tensor.to(self.args.device) for name, tensor in next(self.teacher_batches).items()}
         vectors = batch.pop("vectors")
         with self.compute_loss_context_manager():
-            distillation = distillation_loss(model(**batch, k=draw_steps(batch)).embeddings, vectors)
+            distillation = distillation_loss(model(**batch, k=draw_steps(batch, self.most_tokens)).embeddings, vectors)
         weighted = self.teacher_weight * distillation / self.args.gradient_accumulation_steps
         self.accelerator.backward(weighted)
         return loss + weighted.detach()
@@ -51,9 +53,9 @@ def main() -> None:
     parser.add_argument("--vectors", required=True, help="folder of align_vectors.py")
     parser.add_argument("--teacher_weight", type=float, default=1.0)
     parser.add_argument("--teacher_batch_size", type=int, default=64)
-    args, rest = parser.parse_known_args()
-    make = partial(TeacherTrainer, vectors=args.vectors, weight=args.teacher_weight, batch_size=args.teacher_batch_size)
-    train(rest, make)
+    add_memory_argument(parser)
+    teaching, rest = parser.parse_known_args()
+    train(rest, partial(TeacherTrainer, teaching=teaching))
 
 
 if __name__ == "__main__":
