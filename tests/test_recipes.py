@@ -28,6 +28,7 @@ import choose_pairs
 import compare_methods
 import distil
 import experiments
+import graphs
 import report_results
 import shorten
 import train_gircse
@@ -164,6 +165,29 @@ def test_classes_are_told_by_the_pairs():
     assert bad == poor != good
     assert labels["stsb"] == [None]
     assert [{**row, "label": 0} for row in labelled["banking77"]] == [{**r, "label": 0} for r in sources["banking77"]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_loop_of_the_graphs_is_the_models(make_model, side):
+    """Values and gradients, after padding to fixed lengths and rows."""
+    model = make_model("qwen2-tied", logit_temperature=2.0).train()
+    model.language_model.config._attn_implementation = "eager"
+    ids, mask = torch.arange(3, 21).reshape(3, 6), torch.ones(3, 6, dtype=torch.long)
+    mask[0, :2], mask[1, :3] = 0, 0
+    if side == "right":
+        ids, mask = ids.flip(1), mask.flip(1)
+    expected = model(ids, mask, k=3).step_embeddings
+    weights = torch.randn_like(expected)
+    parameters = [*model.parameters()]
+    gradients = torch.autograd.grad((expected * weights).sum(), parameters)
+    loop = graphs.GraphedLoop(model, (4, 16, 8))
+    found = loop(ids, mask, k=3, rows=5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    for ours, theirs in zip(torch.autograd.grad((found * weights).sum(), parameters), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+    assert list(loop.graphs) == [(5, 8, 3)]
+    with pytest.raises(ValueError, match=r"a text has 6 tokens, more than the last of lengths=\[4\]"):
+        graphs.GraphedLoop(model, [4])(ids, mask, k=3, rows=5)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gircse.loading import load
 from gircse.training.publishing import export
+from graphs import GraphedLoop
 from teacher_vectors import TeacherTexts
 
 SIMILAR = "Retrieve semantically similar text."
@@ -39,8 +40,8 @@ SHIPPED = json.loads(Path(__file__).with_name("instructions.json").read_text(enc
 INSTRUCTIONS = sorted({text for text in SHIPPED if not text.startswith("Classify")})
 # K of a batch is one of these: 5 is what the root model takes where nobody asks for another number. Evaluations go to
 # 20, but a batch with 20 steps takes three times as long as one with 5, and 20 are nearly as good as 5 after training
-# with 5 alone (results/lengths.json). One step alone is left to ICR, which trains every one.
-STEPS = (3, 5, 5, 10)
+# with 5 alone (results/lengths.json). Fewer are left to ICR, which trains every one.
+STEPS = (5, 5, 5, 10)
 
 
 def distillation_loss(embeddings: Tensor, vectors: Tensor) -> Tensor:
@@ -57,6 +58,14 @@ def draw_steps(inputs: dict[str, Tensor], most_tokens: int) -> int:
     """K for a batch; of more than `most_tokens` it is 5 at most, since each step keeps a copy of its KV cache for the
     way back."""
     return random.choice(STEPS if inputs["input_ids"].numel() <= most_tokens else STEPS[:-1])
+
+
+def embed(model: Any, inputs: dict[str, Tensor], args: argparse.Namespace, loop: GraphedLoop | None) -> Tensor:
+    """z_K, (B, d), after a number of steps drawn for the batch; by graphs if there is a loop of them."""
+    k = draw_steps(inputs, args.most_tokens)
+    if loop is None:
+        return model(**inputs, k=k).embeddings
+    return loop(**inputs, k=k, rows=args.batch_size)[:, -1]
 
 
 class TeacherCollator:
@@ -77,13 +86,17 @@ def teacher_loader(texts: TeacherTexts, processor: Any, batch_size: int, max_len
     order = torch.Generator().manual_seed(seed)
     sampler = LengthGroupedSampler(batch_size, lengths=list(map(len, texts.texts)), generator=order)
     collator = TeacherCollator(processor, max_length)
-    return torch.utils.data.DataLoader(texts, batch_size, sampler=sampler, collate_fn=collator, drop_last=True)
+    workers = 2 if torch.cuda.is_available() else 0  # a GPU would wait for the tokenizer
+    return torch.utils.data.DataLoader(
+        texts, batch_size, sampler=sampler, collate_fn=collator, drop_last=True, num_workers=workers
+    )
 
 
 class DistillingTrainer(Trainer):
-    def __init__(self, *args: Any, loader: Any, most_tokens: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loader: Any, settings: argparse.Namespace, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loader, self.most_tokens = loader, most_tokens
+        self.loader, self.settings = loader, settings
+        self.loop = GraphedLoop(self.model, settings.graph_lengths) if settings.graph_lengths else None
 
     def get_train_dataloader(self) -> Any:
         return self.accelerator.prepare(self.loader)
@@ -93,26 +106,27 @@ class DistillingTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Tensor:
         vectors = inputs.pop("vectors")
-        return distillation_loss(model(**inputs, k=draw_steps(inputs, self.most_tokens)).embeddings, vectors)
+        return distillation_loss(embed(model, inputs, self.settings, self.loop), vectors)
 
 
-def add_memory_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--most_tokens", type=int, default=2048, help="of a batch with 10 steps, padding included, as memory allows"
-    )
+def add_arguments(parser: argparse.ArgumentParser, batch_size: str) -> None:
+    """Those of the teacher's batches; `batch_size` names the option for their size."""
+    add = parser.add_argument
+    add("--vectors", required=True, help="folder of teacher_vectors.py or align_vectors.py")
+    add(batch_size, dest="batch_size", type=int, default=32, help="texts a step that the teacher knows")
+    add("--most_tokens", type=int, default=2048, help="of a batch with 10 steps, padding included, as memory allows")
+    add("--graph_lengths", type=int, nargs="*", help="on a GPU: lengths of texts for which CUDA graphs are made (none)")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="a causal LM or a GIRCSE model")
-    parser.add_argument("--vectors", required=True, help="folder of teacher_vectors.py")
+    add_arguments(parser, "--batch_size")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--logit_temperature", type=float, default=2.0, help="T of the soft tokens, for a new model")
     parser.add_argument("--num_steps", type=int, default=5, help="K at inference, for a new model")
-    parser.add_argument("--batch_size", type=int, default=32, help="texts a step")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--max_length", type=int, default=128, help="longest text in tokens")
-    add_memory_argument(parser)
     parser.add_argument("--attn_implementation", help="eager is faster than SDPA on a CPU (benchmarks/attention.py)")
     parser.add_argument("--max_steps", type=int, required=True)
     parser.add_argument("--save_steps", type=int, default=100)
@@ -150,8 +164,7 @@ def main() -> None:
             f"vectors of {texts.vectors.shape[1]} dimensions, but the model has {model.config.hidden_size}"
         )
     loader = teacher_loader(texts, processor, args.batch_size, args.max_length, args.seed)
-    feeding = {"train_dataset": texts, "loader": loader, "most_tokens": args.most_tokens}
-    trainer = DistillingTrainer(model, training_arguments(args), **feeding)
+    trainer = DistillingTrainer(model, training_arguments(args), train_dataset=texts, loader=loader, settings=args)
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     export(model, processor, args.output_dir)

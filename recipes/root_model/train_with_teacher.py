@@ -10,31 +10,46 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from distil import add_memory_argument, distillation_loss, draw_steps, teacher_loader
+from distil import add_arguments, distillation_loss, embed, teacher_loader
 from gircse.training.trainer import GircseTrainer
+from graphs import GraphedLoop
 from teacher_vectors import TeacherTexts
 from train_gircse import main as train
 
 
 class TeacherTrainer(GircseTrainer):
-    """ICR, and distillation as `teaching` says: its weight, batch size, and most tokens of a batch with 10 steps."""
+    """ICR, and distillation as distil.py's arguments say, `teaching`."""
 
     def __init__(self, *args: Any, teaching: argparse.Namespace, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        texts, processor = TeacherTexts(teaching.vectors), self.processing_class
-        self.teacher_weight, self.most_tokens = teaching.teacher_weight, teaching.most_tokens
-        loader = teacher_loader(
-            texts, processor, teaching.teacher_batch_size, self.data_collator.max_length, self.args.seed
-        )
+        texts, processor, self.teaching = TeacherTexts(teaching.vectors), self.processing_class, teaching
+        graphs, longest = teaching.graph_lengths, self.data_collator.max_length
+        loader = teacher_loader(texts, processor, teaching.batch_size, max(graphs or [longest]), self.args.seed)
         self.teacher_batches = chain.from_iterable(repeat(loader))  # epoch after epoch
+        self.teacher_loop = GraphedLoop(self.model, graphs) if graphs else None
+        self.loop = GraphedLoop(self.model, [*teaching.pair_graph_lengths, longest]) if graphs else None
+
+    def _embed_both(self, model: Any, sides: list[dict[str, Tensor]]) -> Sequence[Tensor]:
+        if self.loop is None:
+            return super()._embed_both(model, sides)
+        longest = max(side["input_ids"].shape[1] for side in sides)
+        joint = {
+            name: torch.cat([pad(side[name], (0, longest - side[name].shape[1])) for side in sides])
+            for name in ("input_ids", "attention_mask")
+        }
+        rows = self.args.per_device_train_batch_size * (2 + self.args.num_negatives)
+        return self.loop(**joint, k=self.args.k, rows=rows).split([len(side["input_ids"]) for side in sides])
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Two backward passes, so that the activations of one loss are gone before the other's are made."""
@@ -42,18 +57,18 @@ class TeacherTrainer(GircseTrainer):
         batch = {name: tensor.to(self.args.device) for name, tensor in next(self.teacher_batches).items()}
         vectors = batch.pop("vectors")
         with self.compute_loss_context_manager():
-            distillation = distillation_loss(model(**batch, k=draw_steps(batch, self.most_tokens)).embeddings, vectors)
-        weighted = self.teacher_weight * distillation / self.args.gradient_accumulation_steps
+            distillation = distillation_loss(embed(model, batch, self.teaching, self.teacher_loop), vectors)
+        weighted = self.teaching.teacher_weight * distillation / self.args.gradient_accumulation_steps
         self.accelerator.backward(weighted)
         return loss + weighted.detach()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", required=True, help="folder of align_vectors.py")
+    add_arguments(parser, "--teacher_batch_size")
     parser.add_argument("--teacher_weight", type=float, default=1.0)
-    parser.add_argument("--teacher_batch_size", type=int, default=64)
-    add_memory_argument(parser)
+    more = "of the pairs' texts, beside --max_length, where --graph_lengths asks for graphs"
+    parser.add_argument("--pair_graph_lengths", type=int, nargs="*", default=[], help=more)
     teaching, rest = parser.parse_known_args()
     train(rest, partial(TeacherTrainer, teaching=teaching))
 
