@@ -30,32 +30,49 @@ texts=(
     python recipes/root_model/align_vectors.py --model_name_or_path "$backbone" --vectors "$runs/teacher" \
         --output_dir "$runs/aligned"
 
+# CUDA graphs, since one process launches kernels too slowly to keep a GPU busy with so small a model (graphs.py). Each
+# length has a graph of its own, which keeps its memory: all together, up to 120 GB. For a smaller GPU, smaller batches;
+# without one, leave the lengths out.
+gpu=(--attn_implementation eager --graph_lengths)
+distillation=(
+    --max_steps 700            # what 150 s of an H200 had room for
+    --batch_size 256           # not tuned
+    --learning_rate 4e-4       # for batches of 256; not tuned
+    --max_length 96            # longer texts take memory; the teacher's vector is of the whole text
+    --most_tokens 0            # none with 10 steps, for memory
+    "${gpu[@]}" 40 64 96
+)
 [ -f "$runs/distilled/model.safetensors" ] ||
     python recipes/root_model/distil.py --model_name_or_path "$backbone" --vectors "$runs/aligned" \
-        --max_steps 2000 --output_dir "$runs/distilled"
+        "${distillation[@]}" --output_dir "$runs/distilled"
 
-[ -f "$runs/pairs.jsonl" ] ||
-    python recipes/choose_pairs.py --data "$data" --output "$runs/pairs.jsonl" --pairs 12800 --longest 1200
-
-symmetric=$(python -c 'import sys; sys.path.insert(0, "recipes"); import choose_pairs; print(choose_pairs.SYMMETRIC)')
-training=(
-    --tuning full             # as in distillation; not tuned
-    --temperature 0.05        # tau: the teacher's cosines are on this scale (its own was trained at 0.05)
-    --teacher_weight 20       # beside the sum of 5 steps; not tuned
-    --teacher_batch_size 32   # not tuned
-    --max_length 128          # of the pairs' long documents, what two CPU cores have time for; not tuned
-    --per_device_train_batch_size 32  # not tuned
-    --bf16 --attn_implementation eager  # for speed on a CPU
-    --save_dtype bfloat16     # half the size of the published file
-    --save_steps 50 --save_total_limit 1  # to go on after an interruption
-    --symmetric_sources $symmetric  # both sides are alike: documents get the instruction, too
+pairs=(
+    --pairs 22400 --longest 2000  # of some sources all
+    --label_classes               # so that batches of film reviews are of reviews alone, and their opposites count
+    --twice cad_imdb_sentiment    # the one source that asks for what a teacher of whole meanings doesn't see
 )
-resume=""
-compgen -G "$runs/gircse/checkpoint-*/trainer_state.json" > /dev/null && resume="--resume_from_checkpoint last"
+[ -f "$runs/pairs.jsonl" ] ||
+    python recipes/choose_pairs.py --data "$data" --output "$runs/pairs.jsonl" "${pairs[@]}"
+
+training=(
+    --tuning full              # as in distillation; not tuned
+    --max_steps 330            # what 150 s of an H200 had room for
+    --per_device_train_batch_size 48  # for memory
+    --learning_rate 1e-4       # the best of three for SmolLM2-135M (results/comparison/learning_rates.json)
+    --temperature 0.05         # tau: the teacher's cosines are on this scale (its own was trained at 0.05)
+    --teacher_weight 20        # beside the sum of 5 steps; not tuned
+    --teacher_batch_size 64    # for memory
+    --most_tokens 3072         # with 10 steps: texts of up to 48 tokens
+    --max_length 192           # of the pairs' long documents, for memory
+    --held_out 0               # it is evaluated as a whole
+    --bf16 "${gpu[@]}" 48 96 --pair_graph_lengths 80 --dataloader_num_workers 2
+    --save_dtype bfloat16      # half the size of the published file
+    --save_strategy no         # a run takes minutes
+)
 [ -f "$runs/gircse/model.safetensors" ] ||
     python recipes/root_model/train_with_teacher.py --vectors "$runs/aligned" \
         --model_name_or_path "$runs/distilled" --train_data "$runs/pairs.jsonl" --output_dir "$runs/gircse" \
-        "${training[@]}" $resume
+        "${training[@]}"
 
 echo "The model is in $runs/gircse. To see how it does before anything is overwritten:"
 echo "  python evaluate_gircse.py --model $runs/gircse --tasks local --data $data/eval --sample 500 --max_length 256" \
