@@ -6,6 +6,12 @@ DATA is described in recipes/DATA.md. Of each source, rows are drawn with a fixe
 more than `--longest` characters; one that has too few gives all, and the others make up for it. Sources of few classes
 are then called `classes`, all of them: batches are of one source, and of 16 queries of 7 classes most would share
 theirs with another one, whose document counts as a negative, since rows don't name their class.
+
+With `--label_classes`, rows of the sources that are made of classes get a `label`, by which training leaves such
+negatives out, and these sources keep their names. A row's class is told by the rows: a text is of its positives' class,
+a film review not of its negatives'. `--wordings FILE`, such as recipes/root_model/wordings.json, has other instructions
+for sources: a row gets one of them or keeps its own, drawn at random, so that a model learns what is asked for and not
+a sentence.
 """
 
 from __future__ import annotations
@@ -103,6 +109,10 @@ def choose(sources: dict[str, list[dict]], count: int, seed: int) -> list[dict]:
     return chosen
 
 
+def reword(row: dict, wordings: list[str], rng: random.Random) -> dict:
+    return {**row, "instruction": rng.choice([row["instruction"], *wordings])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -111,9 +121,14 @@ def main() -> None:
     parser.add_argument("--longest", type=int, required=True, help="characters of a text")
     parser.add_argument("--label_classes", action="store_true")
     parser.add_argument("--twice", nargs="*", default=[], help="sources whose chosen rows count twice")
+    parser.add_argument("--wordings", type=Path, help="JSON: source to instructions that mean the same")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     sources = read(args.data / "train", args.longest)
+    if args.wordings:
+        rng = random.Random(args.seed)
+        for name, wordings in json.loads(args.wordings.read_text(encoding="utf-8")).items():
+            sources[name] = [reword(row, wordings, rng) for row in sources.get(name, [])]
     rows = choose(label(sources) if args.label_classes else sources, args.pairs, args.seed)
     rows += [row for row in rows if row["source"] in args.twice]
     args.output.parent.mkdir(parents=True, exist_ok=True)

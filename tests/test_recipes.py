@@ -119,7 +119,8 @@ def test_a_shorter_backbone_is_the_kept_layers_in_their_order():
 
 def test_pairs_are_drawn_evenly_from_sources_and_short(tmp_path):
     def write(name: str, source: str, count: int, length: int = 10) -> None:
-        rows = [{"query": f"{i}" * length, "pos": ["p"], "neg": ["n"], "source": source} for i in range(1, count + 1)]
+        same = {"pos": ["p"], "neg": ["n"], "source": source, "instruction": "i"}
+        rows = [{"query": f"{i}" * length, **same} for i in range(1, count + 1)]
         path = tmp_path / "train" / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
@@ -130,7 +131,7 @@ def test_pairs_are_drawn_evenly_from_sources_and_short(tmp_path):
     write("d.jsonl.gz", "long", 9, length=99)
     write(choose_pairs.UNLICENSED, "unlicensed", 9)
 
-    def drawn(count: int, *more: str, longest: int = 20, seed: int = 0) -> list[dict]:
+    def drawn(count: int, *more: object, longest: int = 20, seed: int = 0) -> list[dict]:
         where = ("--data", tmp_path, "--output", tmp_path / "pairs.jsonl")
         recipe("choose_pairs", *where, "--pairs", count, "--longest", longest, "--seed", seed, *more)
         return [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -141,6 +142,11 @@ def test_pairs_are_drawn_evenly_from_sources_and_short(tmp_path):
     assert drawn(13) == rows and drawn(13, seed=1) != rows
     assert len(drawn(30, longest=99)) == 30
     assert drawn(13, "--twice", "few") == rows + rows[:3]
+    wordings = tmp_path / "wordings.json"
+    wordings.write_text('{"many": ["a", "b"], "absent": ["c"]}')
+    reworded = drawn(13, "--wordings", wordings)
+    assert {row["instruction"] for row in reworded if row["source"] == "many"} == {"i", "a", "b"}
+    assert [{**row, "instruction": "i"} for row in reworded] == rows
     with pytest.raises(AssertionError, match="pairs=22, but there are 21 of that length"):
         drawn(22)
 
