@@ -20,6 +20,7 @@ import argparse
 import gzip
 import json
 import random
+from collections.abc import Collection
 from pathlib import Path
 
 # All but nli_medi_1000, which states no licence: no published weights may be trained on it.
@@ -90,8 +91,8 @@ def label(sources: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return labelled
 
 
-def choose(sources: dict[str, list[dict]], count: int, seed: int) -> list[dict]:
-    """`count` rows, those of the source with the fewest first.
+def choose(sources: dict[str, list[dict]], count: int, seed: int, whole: Collection[str] = ()) -> list[dict]:
+    """`count` rows: all of the sources in `whole`, then those of the source with the fewest first.
 
     Raises:
         ValueError: all sources together have fewer.
@@ -99,8 +100,8 @@ def choose(sources: dict[str, list[dict]], count: int, seed: int) -> list[dict]:
     if sum(map(len, sources.values())) < count:
         raise ValueError(f"pairs={count}, but there are {sum(map(len, sources.values()))} of that length")
     rng, chosen = random.Random(seed), []
-    for done, name in enumerate(sorted(sources, key=lambda name: len(sources[name]))):
-        share = (count - len(chosen)) // (len(sources) - done)
+    for done, name in enumerate(sorted(sources, key=lambda name: (name not in whole, len(sources[name])))):
+        share = len(sources[name]) if name in whole else (count - len(chosen)) // (len(sources) - done)
         rows = rng.sample(sources[name], min(share, len(sources[name])))
         settings = {"symmetric": name in SYMMETRIC}
         if name in OF_FEW_CLASSES and "label" not in rows[0]:
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, required=True)
     parser.add_argument("--longest", type=int, required=True, help="characters of a text")
     parser.add_argument("--label_classes", action="store_true")
+    parser.add_argument("--whole", nargs="*", default=[], help="sources that give all their rows")
     parser.add_argument("--twice", nargs="*", default=[], help="sources whose chosen rows count twice")
     parser.add_argument("--wordings", type=Path, help="JSON: source to instructions that mean the same")
     parser.add_argument("--seed", type=int, default=0)
@@ -129,7 +131,7 @@ def main() -> None:
         rng = random.Random(args.seed)
         for name, wordings in json.loads(args.wordings.read_text(encoding="utf-8")).items():
             sources[name] = [reword(row, wordings, rng) for row in sources.get(name, [])]
-    rows = choose(label(sources) if args.label_classes else sources, args.pairs, args.seed)
+    rows = choose(label(sources) if args.label_classes else sources, args.pairs, args.seed, args.whole)
     rows += [row for row in rows if row["source"] in args.twice]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -142,6 +142,7 @@ def test_pairs_are_drawn_evenly_from_sources_and_short(tmp_path):
     assert drawn(13) == rows and drawn(13, seed=1) != rows
     assert len(drawn(30, longest=99)) == 30
     assert drawn(13, "--twice", "few") == rows + rows[:3]
+    assert [row["source"] for row in drawn(13, "--whole", "many")] == ["many"] * 9 + ["few"] * 2 + ["classes"] * 2
     wordings = tmp_path / "wordings.json"
     wordings.write_text('{"many": ["a", "b"], "absent": ["c"]}')
     reworded = drawn(13, "--wordings", wordings)
