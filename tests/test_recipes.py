@@ -24,7 +24,6 @@ from helpers import make_tokenizer, text_config
 sys.path.extend(str(ROOT / "recipes" / folder) for folder in ("", "root_model", "paper", "figures"))
 import align_vectors
 import check_data
-import choose_pairs
 import compare_methods
 import distil
 import experiments
@@ -115,63 +114,6 @@ def test_a_shorter_backbone_is_the_kept_layers_in_their_order():
     for first, last in ((0, 2), (2, 1), (1, 3)):
         with pytest.raises(ValueError, match=f"leave_out {first} {last}: must be some of layers 0 to 2, not all"):
             shorten.leave_out(model, first, last)
-
-
-def test_pairs_are_drawn_evenly_from_sources_and_short(tmp_path):
-    def write(name: str, source: str, count: int, length: int = 10) -> None:
-        same = {"pos": ["p"], "neg": ["n"], "source": source, "instruction": "i"}
-        rows = [{"query": f"{i}" * length, **same} for i in range(1, count + 1)]
-        path = tmp_path / "train" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-
-    write("a.jsonl.gz", "few", 3)
-    write("b.jsonl.gz", "snips", 9)
-    write("c.jsonl.gz", "many", 9)
-    write("d.jsonl.gz", "long", 9, length=99)
-    write(choose_pairs.UNLICENSED, "unlicensed", 9)
-
-    def drawn(count: int, *more: object, longest: int = 20, seed: int = 0) -> list[dict]:
-        where = ("--data", tmp_path, "--output", tmp_path / "pairs.jsonl")
-        recipe("choose_pairs", *where, "--pairs", count, "--longest", longest, "--seed", seed, *more)
-        return [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-
-    rows = drawn(13)
-    assert [row["source"] for row in rows] == ["few"] * 3 + ["classes"] * 5 + ["many"] * 5
-    assert len({(row["source"], row["query"]) for row in rows}) == 13
-    assert drawn(13) == rows and drawn(13, seed=1) != rows
-    assert len(drawn(30, longest=99)) == 30
-    assert drawn(13, "--twice", "few") == rows + rows[:3]
-    assert [row["source"] for row in drawn(13, "--whole", "many")] == ["many"] * 9 + ["few"] * 2 + ["classes"] * 2
-    wordings = tmp_path / "wordings.json"
-    wordings.write_text('{"many": ["a", "b"], "absent": ["c"]}')
-    reworded = drawn(13, "--wordings", wordings)
-    assert {row["instruction"] for row in reworded if row["source"] == "many"} == {"i", "a", "b"}
-    assert [{**row, "instruction": "i"} for row in reworded] == rows
-    with pytest.raises(AssertionError, match="pairs=22, but there are 21 of that length"):
-        drawn(22)
-
-
-def test_classes_are_told_by_the_pairs():
-    def pair(query: str, pos: str, neg: str = "x") -> dict:
-        return {"query": query, "pos": [pos], "neg": [neg]}
-
-    sources = {
-        "banking77": [pair("a", "b"), pair("c", "d"), pair("b", "e"), pair("f", "d")],
-        "clinc150_intent": [pair("on", "on!"), pair("off", "off!"), pair("rain", "rain!")],
-        "clinc150_domain": [pair("on", "off", "rain"), pair("rain", "sun", "on")],
-        "cad_imdb_sentiment": [pair("good", "fine", "bad"), pair("bad", "poor", "good"), pair("poor", "dull", "rich")],
-        "stsb": [pair("a", "b")],
-    }
-    labelled = choose_pairs.label(sources)
-    labels = {name: [row.get("label") for row in rows] for name, rows in labelled.items()}
-    assert labels["banking77"] == [f"banking77 {number}" for number in (0, 1, 0, 1)]
-    assert labels["clinc150_intent"] == [f"clinc150_intent {number}" for number in (0, 1, 2)]
-    assert labels["clinc150_domain"] == ["clinc150_domain 0", "clinc150_domain 1"]
-    good, bad, poor = labels["cad_imdb_sentiment"]
-    assert bad == poor != good
-    assert labels["stsb"] == [None]
-    assert [{**row, "label": 0} for row in labelled["banking77"]] == [{**r, "label": 0} for r in sources["banking77"]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -311,7 +253,7 @@ def test_pages_hold_the_tables_of_the_results():
     runs = report_results.experiments()
     models = {name: report_results.read(ROOT / f"results/{name}.json") for name in ("root", "minilm")}
     made = report_results.tables(models, runs, min(run["samples"] for run in runs))
-    counts = {"README.md": 1, "docs/results.md": 6, "docs/root_model.md": 1, "docs/training.md": 3, "docs/speed.md": 15}
+    counts = {"README.md": 1, "docs/results.md": 6, "docs/root_model.md": 2, "docs/training.md": 3, "docs/speed.md": 15}
     assert {page: len(tables) for page, tables in made.items()} == counts
     for page, tables in made.items():
         text = (ROOT / page).read_text(encoding="utf-8")
@@ -355,7 +297,8 @@ def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, 
     monkeypatch.setattr(
         compare_methods, "call", lambda command, log, threads: commands.update({log.parent.name: command})
     )
-    args = SimpleNamespace(backbone=Path("SMOLLM2"), data=Path("DATA"), runs=tmp_path, threads=1)
+    places = {"backbone": Path("SMOLLM2"), "data": Path("DATA"), "runs": tmp_path}
+    args = SimpleNamespace(**places, threads=1, training="--logging_steps 7")
     for run in compare_methods.plan():
         compare_methods.train(run, 1e-4, 640, args, tmp_path / run.name)
     results = {path.stem for path in (ROOT / "results/comparison").glob("*-seed*.json")}
@@ -369,6 +312,7 @@ def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, 
         assert rest in ([], ["--objective", name.partition("-")[0]]) and data.max_length == 64
         batch = settings[name].per_device_train_batch_size, settings[name].gradient_accumulation_steps
         assert batch == ((2, 8) if "_two-" in name else (16, 1)) and settings[name].seed == int(name[-1])
+        assert settings[name].logging_steps == 7  # the last one given counts
         tuning = ("lora", 5e-4) if "_lora-" in name else ("full", 1e-4)
         assert (models[name].tuning, settings[name].learning_rate) == tuning
     axes = {name: (model.step_token, model.attention, model.pooling) for name, model in models.items()}

@@ -119,6 +119,16 @@ def comparison_by_task(runs: list[dict], samples: int) -> str:
     return table(["task", *(name for name, _, _ in COMPARED)], lines)
 
 
+def learning_rates() -> str:
+    """What each method's rate is chosen by (recipes/paper/compare_methods.py)."""
+    lines = []
+    for method, rates in read(RESULTS / "comparison" / "learning_rates.json").items():
+        for rate, found in rates.items():
+            row = [f"{float(rate):g}", f"{found['held_out_accuracy']:.1f}", f"{found['sts_dev']:.1f}"]
+            lines.append([NAMES[method], *row])
+    return table(["method", "learning rate", "held-out accuracy", "STS-Benchmark, development"], lines)
+
+
 def unequal_steps() -> str:
     """nDCG@10, mean of the retrieval tasks."""
     columns = ("1 in 1", "5 in 5", "20 in 20", "1 in 5", "1 in 20", "20 in 1")
@@ -317,7 +327,7 @@ def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str,
             "comparison_by_task": comparison_by_task(runs, samples),
             "unequal_steps": unequal_steps(),
         },
-        "docs/root_model.md": {"lengths": lengths()},
+        "docs/root_model.md": {"learning_rates": learning_rates(), "lengths": lengths()},
         "docs/training.md": {
             "stable_start": stable_start(),
             "stable_runs": stable_runs(),
