@@ -15,6 +15,13 @@ for file in "${files[@]/#/$runs/gircse/}" "$runs/gircse/training_curves.png"; do
     [ -f "$file" ] || { echo "$file is missing: run recipes/root_model/make.sh to its end first" >&2; exit 1; }
 done
 cp "${files[@]/#/$runs/gircse/}" .
+# In shards, which upload and resume one by one; it removes the file that was copied, and those of a model before.
+python - <<'END'
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+
+save_torch_state_dict(load_file("model.safetensors"), ".", max_shard_size="100MB")
+END
 cp "$runs/gircse/training_curves.png" assets/training_curves.png
 
 # Results don't tell where the data and the runs lay, so that the commands read the same wherever they were made.
