@@ -176,3 +176,20 @@ def test_objective_settings_reach_the_loss(processor, tmp_path, sub_batch_size):
     others = ({"reduction": "sum"}, {"dims": ()}, {"temperature": 0.02}, {"refinement_weight": 1.0})
     for other in others:  # each of them makes a difference here
         assert abs(loss - icr_loss(queries, documents, mask, **{**expected, **other}).total.item()) > 1e-4, other
+
+
+@pytest.mark.parametrize("sub_batch_size", [None, 2])
+def test_no_training_step_takes_cudnns_attention(processor, tmp_path, monkeypatch, sub_batch_size):
+    """Which makes NaN of gradients on some GPUs; the way back takes the kernels of the way there."""
+    model, found = tiny_model(), []
+    forward = type(model).forward
+
+    def seen(self, *args, **kwargs):
+        found.append((torch.is_grad_enabled(), torch.backends.cuda.cudnn_sdp_enabled()))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", seen)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    make_trainer(model, processor, tmp_path, make_rows(8), max_steps=2, sub_batch_size=sub_batch_size).train()
+    assert (True, False) in found and (True, True) not in found and before
+    assert torch.backends.cuda.cudnn_sdp_enabled()

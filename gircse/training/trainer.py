@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -21,19 +22,17 @@ from .arguments import FULL_RATE, LORA_RATE, GircseTrainingArguments, ModelArgum
 from .callbacks import EpochSetter, LogFile, Watch
 from .card import model_card
 from .data import PairCollator, SourceBatches, TrainingPairs
-from .gradient_cache import (
-    RandomState,
-    place_rows,
-    rows_of,
-    sub_batches,
-    value_with_gradient_of,
-)
+from .gradient_cache import RandomState, place_rows, rows_of, sub_batches, value_with_gradient_of
 from .losses import IcrLoss, candidate_mask, icr_loss
 from .publishing import NOT_PUBLISHED, REPLACED, check_adapter, copy_on_cpu, export
 
 # What a GPU computes in the time in which it reads weights of half precision: about 300 tokens on an H100 (990 TFLOP/s,
 # 3.35 TB/s), and more where launching kernels takes longer than either.
 TOKENS_OF_A_PASS = 256
+
+# All but cuDNN's, which torch takes by default on Hopper GPUs since 2.11: with a mask, few batches in hundreds get NaN
+# gradients there (pytorch/pytorch#196678), and one such batch is the end of the weights.
+ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 logger = logging.get_logger("gircse")
 
@@ -140,6 +139,11 @@ class GircseTrainer(Trainer):
 
     # Loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in `Trainer`, with the kernels of `ATTENTION_KERNELS` for both ways, what is checkpointed included."""
+        with sdpa_kernel(ATTENTION_KERNELS):
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
@@ -158,9 +162,8 @@ class GircseTrainer(Trainer):
         return model(input_ids=side["input_ids"], attention_mask=side["attention_mask"], k=k).step_embeddings
 
     def _embed_both(self, model: nn.Module, sides: list[dict[str, Tensor]]) -> Sequence[Tensor]:
-        """Queries and documents, in one pass of K steps where that saves time. Each pass through the layers reads all
-        weights; but queries are then padded as documents are, unless on a CPU, where the model prefills rows of like
-        length together by itself."""
+        """Queries and documents, in one pass of K steps where that saves time: each pass reads all weights, but queries
+        are padded as documents are (not on a CPU, where the model prefills rows of like length together by itself)."""
         loop = self._base_model().config.step_token in ("soft", "hard") and not self.args.gradient_checkpointing
         longest = max(side["input_ids"].shape[1] for side in sides)
         padding = sum(len(rows) * (longest - rows.shape[1]) for rows in (side["input_ids"] for side in sides))

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
@@ -30,6 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gircse.loading import load
 from gircse.training.publishing import export
+from gircse.training.trainer import ATTENTION_KERNELS
 from graphs import GraphedLoop
 from teacher_vectors import TeacherTexts
 
@@ -64,7 +66,8 @@ def embed(model: Any, inputs: dict[str, Tensor], args: argparse.Namespace, loop:
     """z_K, (B, d), after a number of steps drawn for the batch; by graphs if there is a loop of them."""
     k = draw_steps(inputs, args.most_tokens)
     if loop is None:
-        return model(**inputs, k=k).embeddings
+        with sdpa_kernel(ATTENTION_KERNELS):
+            return model(**inputs, k=k).embeddings
     return loop(**inputs, k=k, rows=args.batch_size)[:, -1]
 
 
