@@ -89,7 +89,7 @@ class EndpointHandler:
             TypeError, ValueError: as in `GircseModel.generate_embedding`.
         """
         parameters = self._parameters(data)
-        prompt = self._prompt(parameters)
+        prompt = choose_prompt(parameters["instruction"], parameters["prompt_name"], self.processor, self.prompts)
         single = isinstance(data["inputs"], str)
         texts = [data["inputs"]] if single else data["inputs"]
         check_texts(texts, prompt)
@@ -127,44 +127,53 @@ class EndpointHandler:
                 raise ValueError(
                     f"{name}={value!r:.80}: a text that is too long is always cut at its end; leave it out"
                 )
-        if "dimensions" in given:
-            given.setdefault("truncate_dim", given.pop("dimensions"))
-        unknown = sorted(given.keys() - PARAMETERS.keys())
+        unknown = sorted(given.keys() - PARAMETERS.keys() - {"dimensions"})
         if unknown:
             raise ValueError(f"{', '.join(unknown):.80}: no such parameter; there are {', '.join(PARAMETERS)}")
-        given = {name: value for name, value in given.items() if value is not None}
-        for name, most in (("k", MAX_K), ("truncate_dim", self.model.config.hidden_size)):
-            if name in given and not (type(given[name]) is int and 1 <= given[name] <= most):
-                raise ValueError(f"{name}={given[name]!r:.80} must be a whole number from 1 to {most}")
-        for name, kind in (("normalize", bool), ("return_steps", bool), ("instruction", str), ("prompt_name", str)):
-            if name in given and not isinstance(given[name], kind):
-                raise ValueError(f"{name}={given[name]!r:.80} must be {'a string' if kind is str else 'true or false'}")
+        given = check_values(given, self.model.config.hidden_size)
+        if "dimensions" in given:
+            given.setdefault("truncate_dim", given.pop("dimensions"))
         return PARAMETERS | given
 
-    def _prompt(self, parameters: dict[str, Any]) -> str:
-        """The literal prefix of all texts."""
-        instruction, name = parameters["instruction"], parameters["prompt_name"]
-        if name is None:
-            return self.processor.prompt_for(instruction)
-        if instruction is not None:
-            raise ValueError("instruction and prompt_name are both given: leave one of them out")
-        if name not in self.prompts:
-            raise ValueError(f"prompt_name={name!r:.80} is not in config_sentence_transformers.json: use instruction")
-        return self.prompts[name]
+
+# What `serve_gircse.py` checks, too.
 
 
-def check_texts(texts: Any, prompt: str) -> None:
+def check_values(given: dict[str, Any], hidden_size: int) -> dict[str, Any]:
+    """What is given and not null; raises a ValueError for a wrong value."""
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, most in (("k", MAX_K), ("truncate_dim", hidden_size), ("dimensions", hidden_size)):
+        if name in given and not (type(given[name]) is int and 1 <= given[name] <= most):
+            raise ValueError(f"{name}={given[name]!r:.80} must be a whole number from 1 to {most}")
+    for name, kind in (("normalize", bool), ("return_steps", bool), ("instruction", str), ("prompt_name", str)):
+        if name in given and not isinstance(given[name], kind):
+            raise ValueError(f"{name}={given[name]!r:.80} must be {'a string' if kind is str else 'true or false'}")
+    return given
+
+
+def choose_prompt(instruction: str | None, name: str | None, processor: Any, prompts: dict[str, str]) -> str:
+    """The literal prefix of all texts, of an instruction or of the prompt of this name."""
+    if name is None:
+        return processor.prompt_for(instruction)
+    if instruction is not None:
+        raise ValueError("instruction and prompt_name are both given: leave one of them out")
+    if name not in prompts:
+        raise ValueError(f"prompt_name={name!r:.80} is not in config_sentence_transformers.json: use instruction")
+    return prompts[name]
+
+
+def check_texts(texts: Any, prompt: str, argument: str = "inputs") -> None:
     """Raises a ValueError unless `texts` is a list of texts within the limits."""
     if not isinstance(texts, list):
-        raise ValueError(f"inputs={texts!r:.80} must be a text or a list of texts")
+        raise ValueError(f"{argument}={texts!r:.80} must be a text or a list of texts")
     if len(texts) > MAX_TEXTS:
-        raise ValueError(f"inputs has {len(texts)} texts, more than {MAX_TEXTS}: send them in several requests")
+        raise ValueError(f"{argument} has {len(texts)} texts, more than {MAX_TEXTS}: send them in several requests")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"inputs[{index}]={text!r:.80} must be a text")
+            raise ValueError(f"{argument}[{index}]={text!r:.80} must be a text")
         if len(prompt) + len(text) > MAX_CHARACTERS:
             raise ValueError(
-                f"inputs[{index}] has {len(prompt) + len(text)} characters, prompt included, more than "
+                f"{argument}[{index}] has {len(prompt) + len(text)} characters, prompt included, more than "
                 f"{MAX_CHARACTERS}: shorten it"
             )
 
@@ -173,6 +182,11 @@ def batches(lengths: list[int], k: int) -> Iterator[list[int]]:
     """Row numbers by batch, longest texts first: batches have little padding, and a too long text fails at once."""
     rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     while rows:
-        count = max(1, min(TEXTS_PER_BATCH, TOKENS_PER_BATCH // (lengths[rows[0]] + k)))
+        count = most_rows(lengths[rows[0]], k)
         yield rows[:count]
         rows = rows[count:]
+
+
+def most_rows(longest: int, k: int, tokens: int | None = None) -> int:
+    """How many texts of at most `longest` tokens a batch of `tokens` may have, by default of `TOKENS_PER_BATCH`."""
+    return max(1, min(TEXTS_PER_BATCH, (tokens or TOKENS_PER_BATCH) // (longest + k)))

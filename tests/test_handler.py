@@ -192,7 +192,7 @@ def test_on_a_gpu_it_runs_in_bfloat16(handler):
         ({"inputs": "a", "use_cache": True}, "use_cache: no such parameter"),
         ({"inputs": "a", "truncate": False}, "truncate=False: a text that is too long is always cut at its end"),
         ({"inputs": "a", "truncation_direction": "left"}, "truncation_direction='left': a text that is too long"),
-        ({"inputs": "a", "dimensions": 33}, "truncate_dim=33 must be a whole number from 1 to 32"),
+        ({"inputs": "a", "dimensions": 33}, "dimensions=33 must be a whole number from 1 to 32"),
         ({"inputs": "a", "k": 0}, "k=0 must be a whole number from 1 to 64"),
         ({"inputs": [], "k": 0}, "k=0 must be a whole number"),
         ({"inputs": "a", "k": 65}, "k=65 must be a whole number from 1 to 64"),
