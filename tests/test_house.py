@@ -31,7 +31,8 @@ PACKAGE_ORDER = """
     gircse.embedding gircse.embedding.shards gircse.embedding.plan gircse.embedding.actors
     gircse.evaluation gircse.evaluation.fields gircse.evaluation.report gircse.evaluation.tasks
     gircse.evaluation.subjects
-    train_gircse embed_gircse evaluate_gircse
+    gircse.serving gircse.serving.protocol gircse.serving.batcher gircse.serving.replica gircse.serving.front
+    train_gircse embed_gircse evaluate_gircse serve_gircse
 """.split()
 
 
@@ -105,7 +106,8 @@ def package_imports(path: Path, module: str) -> set[str]:
 
 
 def test_the_package_imports_one_way():
-    paths = [*(ROOT / "gircse").rglob("*.py"), *(ROOT / f"{name}_gircse.py" for name in ("train", "embed", "evaluate"))]
+    commands = ("train", "embed", "evaluate", "serve")
+    paths = [*(ROOT / "gircse").rglob("*.py"), *(ROOT / f"{name}_gircse.py" for name in commands)]
     modules = {re.sub(r"/__init__|\.py$", "", named(path)).replace("/", "."): path for path in paths}
     modules = {name.removesuffix(".py"): path for name, path in modules.items()}
     assert sorted(modules) == sorted(PACKAGE_ORDER)

@@ -40,6 +40,7 @@ def imported_by(name: str) -> set[str]:
         ("evaluate_gircse.py", "requirements-eval.txt"),
         ("embed_gircse.py", "requirements-embed.txt"),
         ("train_gircse.py", "requirements-train.txt"),
+        ("serve_gircse.py", "requirements-serve.txt"),
     ],
 )
 def test_requirements_have_all_that_a_script_imports(script, needed):

@@ -1,0 +1,102 @@
+"""Batches of the texts that concurrent requests wait for.
+
+While a batch is in the model, texts gather; then those that wait longest go, as many as a batch may have. Ray's
+`serve.batch` would cut batches by the clock, also while the model is busy: of texts that come one by one it makes small
+batches that queue one behind the other, unless each request waits about as long as the model takes for one. It may also
+put a long text behind newer ones each time that it doesn't fit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from handler import most_rows
+
+
+@dataclass
+class Row:
+    """A text on its way: its tokens, the k that it is embedded with (None where nothing is generated), and where the
+    result goes."""
+
+    ids: list[int]
+    k: int | None
+    result: asyncio.Future
+
+
+class Batcher:
+    """Runs rows in batches, one after the other in a thread.
+
+    Args:
+        run: embeds rows of one k; returns one result for each.
+        max_tokens: of a batch: its rows times the longest of them, generated tokens included.
+        wait: seconds that a batch which could have more rows waits for them.
+    """
+
+    def __init__(self, run: Callable[[list[list[int]], int | None], Sequence[Any]], max_tokens: int, wait: float):
+        self.run, self.max_tokens, self.wait = run, max_tokens, wait
+        self.waiting: deque[Row] = deque()
+        # One thread for all batches: torch would start other threads of its own for each new one.
+        self.thread = ThreadPoolExecutor(1)
+        self.task: asyncio.Task | None = None
+
+    async def embed(self, rows: Sequence[list[int]], k: int | None) -> list[Any]:
+        """The results, in the order of `rows`, lists of tokens.
+
+        Raises:
+            Exception: what `run` raises, for all rows of its batch.
+        """
+        loop = asyncio.get_running_loop()
+        made = [Row(ids, k, loop.create_future()) for ids in rows]
+        # The longest first, so that the batches of a long list have little padding.
+        self.waiting.extend(sorted(made, key=lambda row: len(row.ids), reverse=True))
+        if self.task is None or self.task.done():
+            self.task = loop.create_task(self._work())
+        return await asyncio.gather(*(row.result for row in made))
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self.waiting:
+            if self.wait and not self._is_full():
+                await asyncio.sleep(self.wait)
+            batch = self.take()
+            if not batch:
+                continue
+            try:
+                results = await loop.run_in_executor(self.thread, self.run, [row.ids for row in batch], batch[0].k)
+            except Exception as error:
+                for row in batch:
+                    if not row.result.done():
+                        row.result.set_exception(error)
+            else:
+                for row, result in zip(batch, results, strict=True):
+                    if not row.result.done():  # else its request has been cancelled
+                        row.result.set_result(result)
+
+    def _is_full(self) -> bool:
+        first = self.waiting[0]
+        return len(self.waiting) >= most_rows(len(first.ids), first.k or 1, self.max_tokens)
+
+    def take(self) -> list[Row]:
+        """The next batch: the row that waits longest and those after it of its k, up to the first that doesn't fit."""
+        batch: list[Row] = []
+        left: deque[Row] = deque()
+        longest = 0
+        while self.waiting:
+            row = self.waiting.popleft()
+            if row.result.done():  # its request has been cancelled
+                continue
+            if batch and row.k != batch[0].k:
+                left.append(row)
+                continue
+            longest = max(longest, len(row.ids))
+            if len(batch) >= (most_rows(longest, row.k or 1, self.max_tokens) if batch else 1):
+                left.append(row)
+                break
+            batch.append(row)
+        self.waiting.extendleft(reversed(left))
+        return batch

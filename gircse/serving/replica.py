@@ -1,0 +1,104 @@
+"""A replica: the model, loaded once, and requests answered in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import HF_MODULES_CACHE, cached_file
+
+from ..loading import load
+from .batcher import Batcher
+from .protocol import UnknownModelError, read, write, write_error
+
+PROMPTS = "config_sentence_transformers.json"
+
+logger = logging.getLogger("ray.serve")  # which ends up in the replica's log
+
+
+class Replica:
+    """A model that answers requests.
+
+    Args:
+        model: Hub id or folder of a GIRCSE model. The code is this repo's own.
+        name: under which clients ask for it.
+        dtype: of the weights, a name such as "bfloat16".
+        device: "cuda" or "cpu".
+        k: generated tokens where a request doesn't say; None for the config's number.
+        max_batch_tokens, batch_wait: of a [`Batcher`].
+
+    Raises:
+        ValueError: as in `gircse.loading.load`, or if the model can't do `k` steps.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        name: str,
+        dtype: str,
+        device: str,
+        k: int | None,
+        max_batch_tokens: int,
+        batch_wait: float,
+    ) -> None:
+        Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+        # transformers copies the model's code there when it loads it; another process of this node must not import half
+        # a file.
+        with FileLock(Path(HF_MODULES_CACHE) / "embed_gircse.lock"):
+            self.model, self.processor = load(model, dtype=dtype)
+        self.model.to(device).eval()
+        file = cached_file(model, PROMPTS, _raise_exceptions_for_missing_entries=False)
+        self.prompts = json.loads(Path(file).read_text(encoding="utf-8")).get("prompts", {}) if file else {}
+        self.name, config = name, self.model.config
+        self.k = k or (None if config.step_token == "none" else config.num_steps)
+        self.batcher = Batcher(self.run, max_batch_tokens, batch_wait)
+        # Requests are read, and answers written, in a thread of their own, so that a long one holds nobody up; in one,
+        # as two at a time may not use a tokenizer.
+        self.clerk = ThreadPoolExecutor(1)
+        self.run(self.tokens(["warm up"], "", self.k), self.k)  # raises for a k that the model can't do
+
+    async def __call__(self, body: Any) -> tuple[int, bytes]:
+        """Status and JSON of the answer to a request's JSON."""
+        loop = asyncio.get_running_loop()
+        try:
+            rows, k, size, form = await loop.run_in_executor(self.clerk, self.read, body)
+            embeddings = await self.batcher.embed(rows, k)
+            return 200, await loop.run_in_executor(self.clerk, self.write, embeddings, size, form, sum(map(len, rows)))
+        except UnknownModelError as error:
+            return 404, write_error(404, str(error))
+        except (TypeError, ValueError) as error:  # checks of the request, and the model's of k
+            return 400, write_error(400, str(error))
+        except Exception:  # what happened is for those who run the server
+            logger.exception("a request failed")
+            return 500, write_error(500, "the server failed to embed this; its log says why")
+
+    def read(self, body: Any) -> tuple[list[list[int]], int | None, int, str]:
+        """The tokens of each text, k, how many dimensions the vectors have, and the answer's encoding."""
+        texts, prompt, given = read(body, self.name, self.model.config.hidden_size, self.processor, self.prompts)
+        k = given.get("k", self.k)
+        size = given.get("dimensions", self.model.config.hidden_size)
+        return self.tokens(texts, prompt, k), k, size, given.get("encoding_format", "float")
+
+    def tokens(self, texts: list[str], prompt: str, k: int | None) -> list[list[int]]:
+        most = self.model.text_limit(self.processor.max_length, k)
+        return self.processor(texts, prompt=prompt, max_length=most, padding=False, return_tensors=None)["input_ids"]
+
+    def run(self, rows: list[list[int]], k: int | None) -> Tensor:
+        """(B, d) float32 on the CPU, not normalized, of B lists of tokens."""
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # whatever stands where the mask is 0
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+        device = self.model.device
+        return self.model.generate_embedding(ids.to(device), mask.to(device), k=k, normalize=False).cpu()
+
+    def write(self, embeddings: list[Tensor], size: int, form: str, tokens: int) -> bytes:
+        vectors = F.normalize(torch.stack(embeddings)[:, :size], dim=-1).tolist() if embeddings else []
+        return write(vectors, self.name, tokens, form)

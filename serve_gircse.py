@@ -1,0 +1,203 @@
+"""A server of OpenAI's embeddings API on Ray Serve: replicas on GPUs or CPUs, concurrent requests in batches.
+
+    python serve_gircse.py --k 5
+    curl localhost:8000/v1/embeddings -H "Content-Type: application/json" -d '{"input": "how do I renew my card"}'
+
+A request on its way:
+
+    Front      (this process) HTTP, a bounded queue, errors that clients try again after
+    Ray Serve  gives it to the replica with less to do, and starts and stops replicas by how much there is
+    Replica    checks it and makes tokens of its texts
+    Batcher    puts them into a batch with those of other requests, under a budget of tokens
+
+Control-C or SIGTERM ends it: no new requests are taken, and those that are in work are answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import uvicorn
+from ray import serve
+
+from gircse import ROOT
+from gircse.command_line import lenient_console
+from gircse.loading import is_gircse, is_hub_id
+from gircse.serving.front import Front
+from gircse.serving.replica import Replica
+from handler import MAX_K, TEXTS_PER_BATCH, TOKENS_PER_BATCH
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Requests that a replica has at a time, so that the next batch is there when one ends; and how many there are for each
+# replica before another one is started.
+MOST_REQUESTS, BUSY_REQUESTS = 2 * TEXTS_PER_BATCH, 32
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    description, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default=str(ROOT), help="GIRCSE model, Hub id or folder; by default the one of this repo")
+    add("--name", help="of the model in requests; by default its Hub id or its folder's name, and gircse for this repo")
+    add("--k", type=_count, help="generated tokens where a request doesn't say; by default the config's number")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one (default: 127.0.0.1)")
+    add("--port", type=int, default=8000, help="0 is any that is free (default: 8000)")
+    add("--dtype", choices=DTYPES, help="of the weights; by default bfloat16 on GPUs and float32 on CPUs")
+    add("--num_gpus", type=float, help="GPUs of each replica, also a part of one; by default 1 where there are any")
+    add("--num_cpus", type=_count, help="CPU cores of each replica; by default 1 beside a GPU, else all are shared out")
+    add("--min_replicas", type=_count, default=1, help="that run at all times (default: 1)")
+    add("--max_replicas", type=_count, help="that run when there is much to do; by default as many as --min_replicas")
+    batch = f"tokens of a batch, generated ones included: rows times the longest (default: {TOKENS_PER_BATCH})"
+    add("--max_batch_tokens", type=_count, default=TOKENS_PER_BATCH, help=batch)
+    add("--batch_wait_ms", type=float, default=5, help="that a batch with room left waits for more (default: 5)")
+    queue = "texts that wait or are in work, in all replicas; beyond it the answer is 429 (default: 4096)"
+    add("--max_queue", type=_count, default=4096, help=queue)
+    add("--timeout", type=float, default=300, help="seconds after which a request is given up (default: 300)")
+    options = parser.parse_args(argv)
+    options.max_replicas = options.max_replicas or options.min_replicas
+    return options
+
+
+def _count(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number above 0")
+    return int(value)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises a ValueError for arguments that don't go together or a model that can't be served, before one is loaded;
+    makes the model's folder an absolute path, and gives it a name."""
+    if options.max_replicas < options.min_replicas:
+        raise ValueError(f"max_replicas={options.max_replicas} is less than min_replicas={options.min_replicas}")
+    if options.k is not None and options.k > MAX_K:
+        raise ValueError(f"k={options.k} must be a whole number from 1 to {MAX_K}")
+    if options.batch_wait_ms < 0 or options.timeout <= 0:
+        raise ValueError(f"batch_wait_ms={options.batch_wait_ms:g} and timeout={options.timeout:g} can't be negative")
+    if not is_hub_id(options.model):
+        options.model = str(Path(options.model).expanduser().resolve())
+    if not is_gircse(options.model):
+        raise ValueError(f"model={options.model!r} is no GIRCSE model: train one of it with train_gircse.py")
+    if options.name is None:
+        folder = "gircse" if options.model == str(ROOT) else Path(options.model).name
+        options.name = options.model if is_hub_id(options.model) else folder
+
+
+def size(options: argparse.Namespace) -> tuple[float, int]:
+    """GPUs and CPU cores of each replica.
+
+    Raises:
+        ValueError: if the nodes that are there have no room for `min_replicas`.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [(int(node.get("CPU", 0)), node.get("GPU", 0)) for node in nodes]
+    gpus = float(any(gpu for _, gpu in nodes)) if options.num_gpus is None else options.num_gpus
+
+    def room(cores: int) -> int:
+        return sum(min(cpu // cores, int(gpu // gpus)) if gpus else cpu // cores for cpu, gpu in nodes)
+
+    fair = range(max(cpu for cpu, _ in nodes), 0, -1)  # as many cores as leave room for all replicas
+    cpus = options.num_cpus or (1 if gpus else next((n for n in fair if room(n) >= options.max_replicas), 1))
+    if room(cpus) < options.min_replicas:
+        raise ValueError(
+            f"there is no room for min_replicas={options.min_replicas} of num_gpus={gpus:g} and num_cpus={cpus} each "
+            f"(CPUs and GPUs of the nodes: {nodes}); ask for fewer"
+        )
+    return gpus, cpus
+
+
+def deploy(options: argparse.Namespace, app: str) -> Any:
+    """Starts the replicas; returns the handle that gives requests to them.
+
+    Raises:
+        RuntimeError: if they don't start; the message holds the error of one.
+    """
+    gpus, cpus = size(options)
+    deployment = serve.deployment(
+        Replica,
+        name="Replica",
+        # Nodes find this repo's code where this machine has it.
+        ray_actor_options={
+            "num_gpus": gpus,
+            "num_cpus": cpus,
+            "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}},
+        },
+        autoscaling_config={
+            "min_replicas": options.min_replicas,
+            "initial_replicas": options.min_replicas,
+            "max_replicas": options.max_replicas,
+            "target_ongoing_requests": BUSY_REQUESTS,
+        },
+        max_ongoing_requests=MOST_REQUESTS,
+        graceful_shutdown_wait_loop_s=0.5,
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    settings = {name: getattr(options, name) for name in ("model", "name", "k", "max_batch_tokens")}
+    settings["dtype"] = options.dtype or ("bfloat16" if gpus else "float32")
+    settings |= {"device": "cuda" if gpus else "cpu", "batch_wait": options.batch_wait_ms / 1000}
+    serve.start(proxy_location="Disabled")  # HTTP is the front's
+    print(f"Loading {options.model} in {options.min_replicas} replicas of {cpus} CPU cores, {gpus:g} GPUs", flush=True)
+    return serve.run(deployment.bind(**settings), name=app, route_prefix=None)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The server's socket. Taken before the model is loaded, and not yet listening."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"host={host!r}, port={port} can't be listened on ({error}): choose another") from error
+    return bound
+
+
+def run(options: argparse.Namespace, bound: socket.socket) -> None:
+    """Serves until a signal comes."""
+    app = f"gircse-{options.port}"
+    handle = deploy(options, app)
+
+    async def embed(body: Any) -> tuple[int, bytes]:
+        return await handle.remote(body)
+
+    def running() -> int:
+        found = serve.status().applications[app].deployments["Replica"].replica_states
+        return sum(count for state, count in found.items() if state == "RUNNING")
+
+    front = Front(embed, running, options.max_queue, options.timeout)
+    host, port = bound.getsockname()[:2]
+    print(f"Serving {options.name} on http://{host}:{port}/v1, end with Control-C", flush=True)
+    server = uvicorn.Server(uvicorn.Config(front.app, log_level="warning", access_log=False))
+    try:
+        server.run(sockets=[bound])  # returns when all that was begun is answered
+    finally:
+        serve.delete(app)  # on a cluster the replicas would stay
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    lenient_console()
+    options = parse(argv)
+    check(options)
+    with bind(options.host, options.port) as bound:
+        ray.init(include_dashboard=False)  # joins the cluster of RAY_ADDRESS, or else starts one here
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn ends well, then leaves the signal to this
+        try:
+            run(options, bound)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            ray.shutdown()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report usage to its makers
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
