@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from helpers import (
@@ -82,6 +82,19 @@ def make_plain(tmp_path):
 def exported(gircse, tmp_path_factory) -> Path:
     """A tiny model with the root's tokenizer and a suffix, exported as training does. Tests leave it as it is."""
     return export_tiny(gircse, tmp_path_factory.mktemp("exported") / "tiny", suffix=" In short:")
+
+
+@pytest.fixture(scope="session")
+def embed(exported):
+    """What `AutoModel` gives, text by text: (B, d), or (B, k, d)."""
+    model = AutoModel.from_pretrained(exported, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(exported, trust_remote_code=True)
+
+    def embed(texts: list[str], instruction: str | None = None, **settings) -> torch.Tensor:
+        rows = [model.generate_embedding(**processor(text, instruction=instruction), **settings) for text in texts]
+        return torch.cat(rows)
+
+    return embed
 
 
 # Training. What needs datasets and accelerate is imported in the fixtures: the tests of loading do without.

@@ -34,19 +34,6 @@ def handler(served):
     return served[0]
 
 
-@pytest.fixture(scope="module")
-def embed(exported):
-    """What `AutoModel` gives, text by text: (B, d), or (B, k, d)."""
-    model = AutoModel.from_pretrained(exported, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(exported, trust_remote_code=True)
-
-    def embed(texts: list[str], instruction: str | None = None, **settings) -> torch.Tensor:
-        rows = [model.generate_embedding(**processor(text, instruction=instruction), **settings) for text in texts]
-        return torch.cat(rows)
-
-    return embed
-
-
 def cosine(answer: list, expected: torch.Tensor) -> float:
     answer = torch.tensor(answer)
     assert answer.shape == expected.shape

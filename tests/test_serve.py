@@ -1,0 +1,426 @@
+"""The server's parts: what a request may be, batches of concurrent requests, the bounded queue, the command."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import struct
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+for package in ("ray.serve", "starlette", "uvicorn"):
+    pytest.importorskip(package, reason=f"{package} is in requirements-serve.txt")
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+import serve_gircse
+from gircse.serving import protocol
+from gircse.serving.batcher import Batcher
+from gircse.serving.front import Front
+from gircse.serving.replica import Replica
+from serve_helpers import STS, TEXTS, closest
+
+SETTINGS = {"dtype": "float32", "device": "cpu", "k": None, "max_batch_tokens": 16_384, "batch_wait": 0.01}
+
+
+@pytest.fixture(scope="module")
+def replica(exported):
+    return Replica(str(exported), "tiny", **SETTINGS)
+
+
+def together(replica: Replica, *bodies: dict) -> list[tuple[int, dict]]:
+    """The answers to requests that come at the same time."""
+
+    async def ask() -> list[tuple[int, bytes]]:
+        return await asyncio.gather(*(replica(body) for body in bodies))
+
+    return [(status, json.loads(answer)) for status, answer in asyncio.run(ask())]
+
+
+def vectors(answer: dict) -> torch.Tensor:
+    assert [item["index"] for item in answer["data"]] == list(range(len(answer["data"])))
+    return torch.tensor([item["embedding"] for item in answer["data"]])
+
+
+# Requests and answers -----------------------------------------------------------------------------------------------
+
+
+def test_vectors_are_those_of_generate_embedding(replica, embed):
+    """Of requests that differ in k, prompt and dimensions, all at once."""
+    answers = together(
+        replica,
+        {"input": TEXTS},
+        {"input": TEXTS, "k": 1, "model": "tiny", "user": "me"},
+        {"input": TEXTS, "k": 7, "instruction": STS},
+        {"input": TEXTS, "prompt_name": "STS12", "k": None},
+        {"input": "rain", "dimensions": 8, "k": 7},
+        {"input": "", "encoding_format": "float"},
+    )
+    assert [status for status, _ in answers] == [200] * 6
+    found = [vectors(answer) for _, answer in answers]
+    assert closest(found[0], embed(TEXTS)) > 0.9999
+    assert closest(found[1], embed(TEXTS, k=1)) > 0.9999
+    assert closest(found[2], embed(TEXTS, STS, k=7)) > 0.9999
+    assert closest(found[3], embed(TEXTS, STS)) > 0.9999
+    assert closest(found[4], F.normalize(embed(["rain"], k=7, normalize=False)[:, :8], dim=-1)) > 0.9999
+    assert closest(found[5], embed([""])) > 0.9999
+    for rows in found:
+        torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)), rtol=1e-5, atol=1e-5)
+    assert closest(found[0], embed(TEXTS, k=7)) < 0.9999 and closest(found[2], embed(TEXTS, k=7)) < 0.9999
+
+
+def test_the_answer_is_openais(replica):
+    (_, plain), (_, coded), (_, none) = together(
+        replica, {"input": TEXTS}, {"input": TEXTS, "encoding_format": "base64"}, {"input": []}
+    )
+    tokens = sum(len(row) for row in replica.tokens(TEXTS, "", None))
+    assert plain["object"] == "list" and plain["model"] == "tiny"
+    assert plain["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+    assert {item["object"] for item in plain["data"]} == {"embedding"}
+    read = [struct.unpack("<32f", base64.b64decode(item["embedding"])) for item in coded["data"]]
+    torch.testing.assert_close(torch.tensor(read), vectors(plain))
+    assert none["data"] == [] and none["usage"]["total_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    "body, param, said",
+    [
+        ([], "input", "input is missing: send"),
+        ({}, "input", "input is missing: send"),
+        ({"input": 3}, "input", "input=3 must be a text or a list of texts"),
+        ({"input": ["a", None]}, "input", "input[1]=None must be a text"),
+        ({"input": [5, 17]}, "input", "input[0]=5 is token ids"),
+        ({"input": [[5, 17], [3]]}, "input", "input[0]=[5, 17] is token ids"),
+        ({"input": ["a"] * 1025}, "input", "input has 1025 texts, more than 1024: send them in several requests"),
+        ({"input": ["a" * 20_001]}, "input", "input[0] has 20001 characters, prompt included, more than 20000"),
+        ({"input": "a", "K": 3}, None, "K: no such parameter; there are input, model, dimensions"),
+        ({"input": "a", "k": 65}, "k", "k=65 must be a whole number from 1 to 64"),
+        ({"input": "a", "dimensions": 33}, "dimensions", "dimensions=33 must be a whole number from 1 to 32"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format", "encoding_format='int8' must be 'float' or"),
+        ({"input": "a", "user": 3}, "user", "user=3 must be a string"),
+        ({"input": "a", "model": 3}, "model", "model=3 must be a string"),
+        ({"input": "a", "instruction": ["b"]}, "instruction", "instruction=['b'] must be a string"),
+        ({"input": "a", "prompt_name": "STS99"}, "prompt_name", "prompt_name='STS99' is not in"),
+        ({"input": "a", "prompt_name": "STS12", "instruction": "b"}, "instruction", "instruction and prompt_name"),
+        ({"input": "\ud800"}, None, "text[0] is '\\ud800' and holds half a character"),
+    ],
+)
+def test_wrong_requests_are_refused(replica, body, param, said):
+    [(status, answer)] = together(replica, body)
+    error = answer["error"]
+    assert status == 400 and error["type"] == "invalid_request_error" and error["param"] == param
+    assert re.match(re.escape(said), error["message"]) and len(error["message"]) < 200
+
+
+def test_another_model_is_not_found(replica):
+    [(status, answer)] = together(replica, {"input": "a", "model": "text-embedding-3-small"})
+    assert status == 404 and answer["error"]["code"] == "model_not_found" and answer["error"]["param"] == "model"
+    assert answer["error"]["message"] == "model='text-embedding-3-small' is not served here: ask for 'tiny'"
+
+
+def test_a_failure_hides_what_happened(replica, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(replica.batcher, "run", fail)
+    [(status, answer)] = together(replica, {"input": "a"})
+    assert status == 500 and answer["error"]["type"] == "server_error"
+    assert "secret" not in str(answer) and "Traceback" not in str(answer)
+
+
+def test_a_k_that_the_model_cannot_do(gircse, replica, exported, monkeypatch):
+    """No learned tokens for it, say: the model's own error, for this request alone."""
+    monkeypatch.setattr(replica.model.config, "step_token", "learned")
+    [(status, answer)] = together(replica, {"input": "a", "k": 4})
+    assert status == 400 and answer["error"]["message"].startswith("k=4 exceeds the 3 learned tokens")
+    assert answer["error"]["param"] == "k"
+
+
+# Batches ------------------------------------------------------------------------------------------------------------
+
+
+class Model:
+    """Stands for one: each row's answer is itself; keeps what it was given. Batches wait while it is `busy`."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[list[int], int | None]] = []
+        self.free = threading.Event()
+        self.free.set()
+
+    def __call__(self, rows: list[list[int]], k: int | None) -> list:
+        self.free.wait(10)
+        self.batches.append(([len(row) for row in rows], k))
+        if any(row == [666] for row in rows):
+            raise RuntimeError("no")
+        return [(row, k) for row in rows]
+
+
+def test_texts_gather_while_the_model_is_busy():
+    model = Model()
+
+    async def ask():
+        batcher = Batcher(model, max_tokens=100, wait=0)
+        model.free.clear()
+        first = asyncio.create_task(batcher.embed([[1]], 5))
+        await asyncio.sleep(0.05)
+        rest = [asyncio.create_task(batcher.embed([[1] * 5], 5)) for _ in range(7)]
+        await asyncio.sleep(0.05)  # one by one, as by a clock of its own, they would be seven batches
+        model.free.set()
+        return await asyncio.gather(first, *rest)
+
+    assert len(asyncio.run(ask())) == 8
+    assert model.batches == [([1], 5), ([5] * 7, 5)]
+
+
+def test_batches_keep_to_the_budget_and_the_order():
+    model = Model()
+
+    async def ask():
+        batcher = Batcher(model, max_tokens=60, wait=0.05)
+        lists = [[[1] * 3] * 2, [[2] * 10, [3] * 25], [[4] * 3], [[5] * 200]]
+        return await asyncio.gather(*(batcher.embed(rows, k) for rows, k in zip(lists, (5, 5, 7, 5), strict=True)))
+
+    found = asyncio.run(ask())
+    assert found == [[([1] * 3, 5)] * 2, [([2] * 10, 5), ([3] * 25, 5)], [([4] * 3, 7)], [([5] * 200, 5)]]
+    # Two of 3 + 5 tokens, then 25 + 5 would make 90 with them; k = 7 goes by itself, and 200 tokens exceed the budget.
+    assert model.batches == [([3, 3], 5), ([25, 10], 5), ([3], 7), ([200], 5)]
+
+
+def test_the_oldest_text_is_always_in_the_next_batch():
+    model = Model()
+
+    async def ask():
+        batcher = Batcher(model, max_tokens=60, wait=0)
+        model.free.clear()
+        tasks = [asyncio.create_task(batcher.embed([[0]], 5))]
+        await asyncio.sleep(0.05)
+        # One that fills a batch, among small ones that would fit before it.
+        tasks += [asyncio.create_task(batcher.embed([[0] * size], 5)) for size in (2, 50, 3, 4)]
+        await asyncio.sleep(0.05)
+        model.free.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(ask())
+    assert model.batches == [([1], 5), ([2], 5), ([50], 5), ([3, 4], 5)]
+
+
+def test_an_error_is_its_batchs_alone_and_cancelled_texts_are_left_out():
+    model = Model()
+
+    async def ask():
+        batcher = Batcher(model, max_tokens=100, wait=0.05)
+        gone = asyncio.create_task(batcher.embed([[1], [2]], 5))
+        others = [asyncio.create_task(batcher.embed(rows, k)) for rows, k in (([[3]], 5), ([[666]], 2), ([[4]], 5))]
+        await asyncio.sleep(0)
+        gone.cancel()
+        found = await asyncio.gather(gone, *others, return_exceptions=True)
+        return [*found, await batcher.embed([[5]], 5)]
+
+    gone, three, failed, four, after = asyncio.run(ask())
+    assert isinstance(gone, asyncio.CancelledError) and isinstance(failed, RuntimeError)
+    assert (three, four, after) == ([([3], 5)], [([4], 5)], [([5], 5)])
+    assert model.batches == [([1, 1], 5), ([1], 2), ([1], 5)]
+
+
+def test_concurrent_requests_share_a_batch(replica, monkeypatch):
+    shapes = []
+    hook = replica.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple((*args, *kwargs.values())[0].shape)), with_kwargs=True
+    )
+    together(replica, *({"input": text, "instruction": text or None, "dimensions": 8} for text in TEXTS * 3))
+    hook.remove()
+    assert [rows for rows, _ in shapes] == [15]
+
+
+# The front ----------------------------------------------------------------------------------------------------------
+
+
+def http(front: Front, method: str, path: str, body: bytes = b"") -> Callable:
+    """A request, by ASGI: status, headers and what the JSON holds."""
+
+    async def ask() -> tuple[int, dict, dict]:
+        sent = []
+
+        async def receive() -> dict:
+            return {"type": "http.request", "body": body}
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b""}
+        await front.app(scope, receive, send)
+        headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        return sent[0]["status"], headers, json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
+
+    return ask
+
+
+def post(front: Front, body) -> Callable:
+    return http(front, "POST", "/v1/embeddings", body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
+async def echo(body) -> tuple[int, bytes]:
+    return 200, json.dumps(body).encode()
+
+
+def front_of(embed=echo, running=1, max_queue=10, timeout=5.0) -> Front:
+    return Front(embed, lambda: running, max_queue, timeout)
+
+
+def test_the_queue_is_bounded():
+    async def ask():
+        opened, count = asyncio.Event(), [0]
+
+        async def embed(body):
+            count[0] += 1
+            await opened.wait()
+            return await echo(body)
+
+        front = front_of(embed)
+        first = asyncio.create_task(post(front, {"input": ["a"] * 50})())  # more than the queue, but alone
+        await asyncio.sleep(0.01)
+        assert (await post(front, {"input": "a"})())[0] == 429
+        opened.set()
+        assert (await first)[0] == 200
+        opened.clear()
+        some = [asyncio.create_task(post(front, {"input": ["a"] * 4})()) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        status, headers, answer = await post(front, {"input": ["a"] * 3})()
+        last = asyncio.create_task(post(front, {"input": ["a"] * 2})())
+        await asyncio.sleep(0.01)
+        opened.set()
+        assert [found[0] for found in await asyncio.gather(*some, last)] == [200] * 3
+        assert front.texts == 0 and count == [4]
+        return status, headers, answer
+
+    status, headers, answer = asyncio.run(ask())
+    assert status == 429 and headers["retry-after"] == "1"
+    assert answer["error"]["code"] == "rate_limit_exceeded" and answer["error"]["type"] == "rate_limit_error"
+    assert answer["error"]["message"] == "8 texts wait, and the queue holds 10: try again"
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (RayActorError(), 503),
+        (BackPressureError(num_queued_requests=1, max_queued_requests=1), 503),
+        (RayTaskError("f", "Traceback: secret", RuntimeError("secret")), 500),
+        (KeyError("secret"), 500),
+    ],
+)
+def test_errors_that_a_client_tries_again_after(error, status):
+    async def fail(body):
+        raise error
+
+    front = front_of(fail)
+    found, headers, answer = asyncio.run(post(front, {"input": "a"})())
+    assert found == status and answer["error"]["type"] == "server_error"
+    assert ("retry-after" in headers) == (status == 503)
+    assert "secret" not in str(answer) and "Traceback" not in str(answer) and front.texts == 0
+
+
+def test_a_request_does_not_wait_for_ever():
+    async def never(body):
+        await asyncio.Event().wait()
+
+    front = front_of(never, timeout=0.05)
+    status, headers, answer = asyncio.run(post(front, {"input": "a"})())
+    assert status == 503 and headers["retry-after"] == "1" and front.texts == 0
+    assert answer["error"]["message"].startswith("not embedded within 0.05 seconds: try again")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_what_is_not_json(body):
+    status, _, answer = asyncio.run(post(front_of(), body)())
+    assert status == 400 and answer["error"]["message"].startswith("the request is not JSON (")
+
+
+def test_a_request_of_too_many_bytes(monkeypatch):
+    monkeypatch.setattr("gircse.serving.front.MAX_BYTES", 100)
+    status, _, answer = asyncio.run(post(front_of(), {"input": "a" * 100})())
+    assert status == 413 and answer["error"]["message"].startswith("the request has more than 100 bytes: send fewer")
+
+
+def test_health_and_other_places():
+    assert asyncio.run(http(front_of(), "GET", "/health")())[::2] == (200, {"status": "ok"})
+    status, headers, _ = asyncio.run(http(front_of(running=0), "GET", "/health")())
+    assert status == 503 and headers["retry-after"] == "1"
+    for method, path, expected in (("GET", "/v1/embeddings", 405), ("POST", "/v1/chat/completions", 404)):
+        status, _, answer = asyncio.run(http(front_of(), method, path)())
+        assert status == expected
+        assert answer["error"]["message"].startswith(f"there is no {method} {path} here, only POST /v1/embeddings")
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+def options(*argv: str) -> SimpleNamespace:
+    found = serve_gircse.parse(argv)
+    serve_gircse.check(found)
+    return found
+
+
+def test_names_and_defaults(exported, monkeypatch):
+    monkeypatch.chdir(exported.parent)
+    assert options("--model", str(exported)).name == "tiny" == options("--model", "./tiny").name
+    assert options("--model", "./tiny").model == str(exported)
+    assert options("--model", str(exported), "--name", "mine", "--min_replicas", "3").max_replicas == 3
+    assert protocol.PARAMETERS[:5] == ("input", "model", "dimensions", "encoding_format", "user")  # OpenAI's
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ("--min_replicas 3 --max_replicas 2", "max_replicas=2 is less than min_replicas=3"),
+        ("--k 65", "k=65 must be a whole number from 1 to 64"),
+        ("--timeout 0", "batch_wait_ms=5 and timeout=0 can't be negative"),
+    ],
+)
+def test_arguments_that_do_not_go_together(exported, more, said):
+    with pytest.raises(ValueError, match=said):
+        options("--model", str(exported), *more.split())
+
+
+def test_other_models_are_refused_before_anything_starts(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(ValueError, match="is no GIRCSE model"):
+        options("--model", str(tmp_path))
+    with serve_gircse.bind("127.0.0.1", 0) as bound, pytest.raises(ValueError, match="can't be listened on"):
+        bound.listen()
+        serve_gircse.bind("127.0.0.1", bound.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    "nodes, argv, expected",
+    [
+        ([(8, 0)], "", (0, 8)),
+        ([(8, 0)], "--max_replicas 3", (0, 2)),
+        ([(8, 0), (8, 0)], "--max_replicas 3", (0, 4)),
+        ([(8, 0)], "--max_replicas 99", (0, 1)),
+        ([(8, 0)], "--num_cpus 3 --min_replicas 2", (0, 3)),
+        ([(16, 4)], "--max_replicas 4", (1, 1)),
+        ([(16, 4)], "--num_gpus 0", (0, 16)),
+        ([(16, 1)], "--num_gpus 0.5 --min_replicas 2", (0.5, 1)),
+        ([(16, 1)], "--min_replicas 2", None),
+        ([(2, 0)], "--num_gpus 1", None),
+        ([(2, 0)], "--num_cpus 3", None),
+    ],
+)
+def test_what_each_replica_gets(monkeypatch, nodes, argv, expected):
+    found = [{"Alive": True, "Resources": {"CPU": float(cpu), "GPU": float(gpu)}} for cpu, gpu in nodes]
+    found += [{"Alive": False, "Resources": {"CPU": 64.0}}]
+    monkeypatch.setattr("ray.nodes", lambda: found)
+    arguments = serve_gircse.parse(argv.split())
+    if expected is None:
+        with pytest.raises(ValueError, match="there is no room for min_replicas="):
+            serve_gircse.size(arguments)
+    else:
+        assert serve_gircse.size(arguments) == expected
