@@ -30,7 +30,7 @@ def closest(found: torch.Tensor, expected: torch.Tensor) -> float:
 def running(model: Path, folder: Path, *more: str) -> Iterator[SimpleNamespace]:
     """A server as a process of its own: its address, and the process."""
     log = folder / "server.log"
-    command = [sys.executable, str(ROOT / "serve_gircse.py"), "--model", str(model), "--name", "tiny", "--port", "0"]
+    command = [sys.executable, str(ROOT / "serve_gircse.py"), "--model", str(model), "--port", "0"]
     variables = environment(folder, OMP_NUM_THREADS="1", HF_MODULES_CACHE=str(folder / "modules"))
     variables.pop("RAY_ADDRESS", None)
     with log.open("w") as file:

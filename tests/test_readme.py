@@ -1,17 +1,20 @@
 """README.md and docs/: Python blocks run as they are written, links lead somewhere, and the card is short.
 
 The blocks of a page run one after the other in one process, in a copy of the repo and offline. Those of a page that
-names repos on the Hub run against `loopback_hub.LoopbackHub`, which has small ones of these names.
+names repos on the Hub run against `loopback_hub.LoopbackHub`, which has small ones of these names; those that ask a
+server run against one, with the root model.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,8 @@ from loopback_hub import LoopbackHub, run, settings
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
 # Where files of the copy would be in the way, or large.
 NOT_COPIED = shutil.ignore_patterns(".git", "runs", "gircse-*", "__pycache__")
+
+SERVER = "http://localhost:8000"
 
 # The backbone, the trained adapter and somebody's own one that docs/training.md loads.
 STAND_INS = """
@@ -82,6 +87,14 @@ def hub(tmp_path_factory):
         yield hub
 
 
+@pytest.fixture(scope="module")
+def server(copy, tmp_path_factory) -> Iterator[str]:
+    from serve_helpers import running
+
+    with running(copy, tmp_path_factory.mktemp("server"), "--name", "gircse", "--k", "1") as found:
+        yield found.url
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(text_of(page))])
 def test_python_blocks_run(page, copy, tmp_path, request):
@@ -94,6 +107,12 @@ def test_python_blocks_run(page, copy, tmp_path, request):
             code = [block for block in code if "load_adapter(" not in block]
     else:
         variables = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    if any(SERVER in block for block in code):
+        if all(importlib.util.find_spec(package) for package in ("openai", "ray", "uvicorn")):
+            url = request.getfixturevalue("server")
+            code = [block.replace(SERVER, url) for block in code]
+        else:
+            code = [block for block in code if SERVER not in block]
     script = copy / f"{Path(page).stem}_blocks.py"
     script.write_text("\n".join(code), encoding="utf-8")  # later ones use what earlier ones made
     environment = {**os.environ, "PYTHONPATH": "", **variables}
