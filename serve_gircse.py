@@ -187,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     check(options)
     with bind(options.host, options.port) as bound:
-        ray.init(include_dashboard=False)  # joins the cluster of RAY_ADDRESS, or else starts one here
+        # Without RAY_ADDRESS one is started here, and not one joined that this machine may have had at some time.
+        ray.init(os.environ.get("RAY_ADDRESS") or "local", include_dashboard=False)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn ends well, then leaves the signal to this
         try:
             run(options, bound)

@@ -398,6 +398,21 @@ def test_other_models_are_refused_before_anything_starts(tmp_path):
         serve_gircse.bind("127.0.0.1", bound.getsockname()[1])
 
 
+@pytest.mark.parametrize("given, joined", [(None, "local"), ("auto", "auto"), ("10.0.0.1:6379", "10.0.0.1:6379")])
+def test_a_cluster_is_joined_only_when_it_is_named(exported, monkeypatch, given, joined):
+    """Ray by itself would look for one that `ray start` has left here, dead or alive."""
+    calls = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if given:
+        monkeypatch.setenv("RAY_ADDRESS", given)
+    monkeypatch.setattr("ray.init", lambda address, **settings: calls.append(address))
+    monkeypatch.setattr("ray.shutdown", lambda: calls.append("shutdown"))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(serve_gircse, "run", lambda options, bound: calls.append(bound.getsockname()[0]))
+    serve_gircse.main(["--model", str(exported), "--port", "0"])
+    assert calls == [joined, "127.0.0.1", "shutdown"]
+
+
 @pytest.mark.parametrize(
     "nodes, argv, expected",
     [

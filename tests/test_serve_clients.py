@@ -113,12 +113,12 @@ def test_a_full_queue_is_said(server):
     texts, refused = ["rain"] * 1000, []
 
     def ask(number: int) -> int:
-        request = urllib.request.Request(f"{server.url}/v1/embeddings", json.dumps({"input": texts, "k": 40}).encode())
+        request = urllib.request.Request(f"{server.url}/v1/embeddings", json.dumps({"input": texts, "k": 20}).encode())
         try:
             urllib.request.urlopen(request).close()
         except urllib.error.HTTPError as error:
             refused.append((error.code, error.headers["Retry-After"]))
-        return len(own.embeddings.create(model="tiny", input=texts, extra_body={"k": 40}).data)
+        return len(own.embeddings.create(model="tiny", input=texts, extra_body={"k": 20}).data)
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, range(4))) == [1000] * 4
