@@ -230,6 +230,24 @@ def test_an_error_is_its_batchs_alone_and_cancelled_texts_are_left_out():
     assert model.batches == [([1, 1], 5), ([1], 2), ([1], 5)]
 
 
+def test_the_rest_of_a_list_is_dropped_with_its_first_error():
+    model = Model()
+
+    async def ask():
+        batcher = Batcher(model, max_tokens=6, wait=0)  # a text a batch
+        model.free.clear()
+        failing = asyncio.create_task(batcher.embed([[666], [1], [2]], 5))
+        await asyncio.sleep(0.05)
+        after = asyncio.create_task(batcher.embed([[3]], 5))
+        await asyncio.sleep(0.05)
+        model.free.set()
+        return await asyncio.gather(failing, after, return_exceptions=True)
+
+    failed, after = asyncio.run(ask())
+    assert isinstance(failed, RuntimeError) and after == [([3], 5)]
+    assert len(model.batches) <= 3  # the second may have begun
+
+
 def test_concurrent_requests_share_a_batch(replica, monkeypatch):
     shapes = []
     hook = replica.model.register_forward_pre_hook(

@@ -56,7 +56,11 @@ class Batcher:
         self.waiting.extend(sorted(made, key=lambda row: len(row.ids), reverse=True))
         if self.task is None or self.task.done():
             self.task = loop.create_task(self._work())
-        return await asyncio.gather(*(row.result for row in made))
+        try:
+            return await asyncio.gather(*(row.result for row in made))
+        finally:  # where one failed, or the request was cancelled, nobody wants the others
+            for row in made:
+                row.result.cancel()
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -74,7 +78,7 @@ class Batcher:
                         row.result.set_exception(error)
             else:
                 for row, result in zip(batch, results, strict=True):
-                    if not row.result.done():  # else its request has been cancelled
+                    if not row.result.done():
                         row.result.set_result(result)
 
     def _is_full(self) -> bool:
@@ -88,13 +92,13 @@ class Batcher:
         longest = 0
         while self.waiting:
             row = self.waiting.popleft()
-            if row.result.done():  # its request has been cancelled
+            if row.result.done():  # nobody waits for it any more
                 continue
             if batch and row.k != batch[0].k:
                 left.append(row)
                 continue
             longest = max(longest, len(row.ids))
-            if len(batch) >= (most_rows(longest, row.k or 1, self.max_tokens) if batch else 1):
+            if len(batch) >= most_rows(longest, row.k or 1, self.max_tokens):
                 left.append(row)
                 break
             batch.append(row)
