@@ -16,6 +16,8 @@ Control-C or SIGTERM ends it: no new requests are taken, and those that are in w
 from __future__ import annotations
 
 import argparse
+import asyncio
+import math
 import os
 import signal
 import socket
@@ -166,7 +168,12 @@ def run(options: argparse.Namespace, bound: socket.socket) -> None:
     handle = deploy(options, app)
 
     async def embed(body: Any) -> tuple[int, bytes]:
-        return await handle.remote(body)
+        response = handle.remote(body)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()  # else the replica would go on
+            raise
 
     def running() -> int:
         found = serve.status().applications[app].deployments["Replica"].replica_states

@@ -261,14 +261,20 @@ def test_concurrent_requests_share_a_batch(replica, monkeypatch):
 # The front ----------------------------------------------------------------------------------------------------------
 
 
-def http(front: Front, method: str, path: str, body: bytes = b"") -> Callable:
-    """A request, by ASGI: status, headers and what the JSON holds."""
+def http(
+    front: Front, method: str, path: str, body: bytes = b"", stays: float | None = None, more: bool = False
+) -> Callable:
+    """A request, by ASGI: status, headers and what the JSON holds. The client leaves after `stays` seconds; with `more`
+    it has not sent its whole body by then."""
 
     async def ask() -> tuple[int, dict, dict]:
-        sent = []
+        sent, parts = [], [{"type": "http.request", "body": body, "more_body": more}]
 
         async def receive() -> dict:
-            return {"type": "http.request", "body": body}
+            if parts:
+                return parts.pop()
+            await (asyncio.Event().wait() if stays is None else asyncio.sleep(stays))
+            return {"type": "http.disconnect"}
 
         async def send(message: dict) -> None:
             sent.append(message)
@@ -276,7 +282,8 @@ def http(front: Front, method: str, path: str, body: bytes = b"") -> Callable:
         scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b""}
         await front.app(scope, receive, send)
         headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-        return sent[0]["status"], headers, json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
+        content = b"".join(message.get("body", b"") for message in sent[1:])
+        return sent[0]["status"], headers, json.loads(content or b"null")
 
     return ask
 
@@ -346,13 +353,36 @@ def test_errors_that_a_client_tries_again_after(error, status):
 
 
 def test_a_request_does_not_wait_for_ever():
+    ended = []
+
     async def never(body):
-        await asyncio.Event().wait()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(body)
 
     front = front_of(never, timeout=0.05)
     status, headers, answer = asyncio.run(post(front, {"input": "a"})())
     assert status == 503 and headers["retry-after"] == "1" and front.texts == 0
     assert answer["error"]["message"].startswith("not embedded within 0.05 seconds: try again")
+    assert ended == [{"input": "a"}]  # given up in the replica, too
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_nothing_is_done_for_a_client_that_has_left(more):
+    ended = []
+
+    async def never(body):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(body)
+
+    front = front_of(never)
+    body = b'{"input": "a"}'
+    answer = asyncio.run(asyncio.wait_for(http(front, "POST", "/v1/embeddings", body, 0.05, more)(), 2))
+    assert answer[2] is None and front.texts == 0
+    assert ended == ([] if more else [{"input": "a"}])
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000])
@@ -365,6 +395,14 @@ def test_a_request_of_too_many_bytes(monkeypatch):
     monkeypatch.setattr("gircse.serving.front.MAX_BYTES", 100)
     status, _, answer = asyncio.run(post(front_of(), {"input": "a" * 100})())
     assert status == 413 and answer["error"]["message"].startswith("the request has more than 100 bytes: send fewer")
+
+
+def test_health_while_ray_does_not_answer():
+    def lost():
+        raise RayActorError()
+
+    status, headers, _ = asyncio.run(http(Front(echo, lost, 10, 5.0), "GET", "/health")())
+    assert status == 503 and headers["retry-after"] == "1"
 
 
 def test_health_and_other_places():

@@ -126,6 +126,26 @@ def test_a_full_queue_is_said(server):
 
 
 @pytest.mark.slow
+def test_replicas_do_not_work_for_clients_that_have_left(server):
+    own, hasty = (client(server, max_retries=0, timeout=timeout) for timeout in (300, 1))
+    texts = [" ".join(TEXTS * 4)] * 1000
+
+    def seconds(own: openai.OpenAI, texts: str | list[str]) -> float:
+        began = time.monotonic()
+        own.embeddings.create(model="tiny", input=texts, extra_body={"k": 64})
+        return time.monotonic() - began
+
+    def leave(_: int) -> None:
+        with pytest.raises(openai.APITimeoutError):
+            seconds(hasty, texts)
+
+    whole = seconds(own, texts)
+    with ThreadPoolExecutor(2) as pool:  # one for each replica
+        list(pool.map(leave, range(2)))
+    assert seconds(own, "rain") < whole / 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_shutdown_finishes_what_it_has_begun(exported, tmp_path, end):
     with running(exported, tmp_path, "--num_cpus", "1") as server, ThreadPoolExecutor(1) as pool:

@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -22,6 +22,7 @@ from .protocol import write_error
 
 MAX_BYTES = 4 * MAX_TEXTS * MAX_CHARACTERS  # of a request
 RETRY_SECONDS = 1
+GONE = Response()  # for a client that has left: nobody reads it
 
 logger = logging.getLogger("gircse.serving")
 
@@ -30,7 +31,8 @@ class Front:
     """Passes requests on to replicas.
 
     Args:
-        embed: the replicas: what a request's JSON holds -> status and JSON of the answer.
+        embed: the replicas: what a request's JSON holds -> status and JSON of the answer. Cancelled when the answer is
+            no longer wanted.
         running: how many replicas there are.
         max_queue: texts that may wait or be in work, in all replicas.
         timeout: seconds after which a request is given up.
@@ -49,13 +51,18 @@ class Front:
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: no_such_place})
 
     async def health(self, request: Request) -> Response:
-        if await asyncio.to_thread(self.running):
-            return reply(200, json.dumps({"status": "ok"}).encode())
+        try:
+            if await asyncio.to_thread(self.running):
+                return reply(200, json.dumps({"status": "ok"}).encode())
+        except (RayError, RayServeException):
+            logger.warning("Ray does not say which replicas run", exc_info=True)
         return failure(503, "no replica of the model is running: one is being started, so try again")
 
     async def embeddings(self, request: Request) -> Response:
         try:
             body = await read_json(request)
+        except ClientDisconnect:
+            return GONE
         except OverflowError as error:
             return failure(413, str(error))
         except (ValueError, RecursionError) as error:
@@ -67,7 +74,9 @@ class Front:
             return failure(429, f"{self.texts} texts wait, and the queue holds {self.max_queue}: try again")
         self.texts += count
         try:
-            return reply(*await asyncio.wait_for(self.embed(body), self.timeout))
+            return reply(*await self._answer(request, body))
+        except ClientDisconnect:
+            return GONE
         except TimeoutError:
             return failure(503, f"not embedded within {self.timeout:g} seconds: try again, or send fewer texts")
         except Exception as error:
@@ -78,6 +87,29 @@ class Front:
             return failure(500, "the server failed to embed this; its log says why")
         finally:
             self.texts -= count
+
+    async def _answer(self, request: Request, body: Any) -> tuple[int, bytes]:
+        """What the replicas answer.
+
+        Raises:
+            TimeoutError: after `timeout` seconds.
+            ClientDisconnect: once the client has left: it may ask anew, and what it asked first would be done for
+                nobody.
+        """
+        work, gone = asyncio.ensure_future(self.embed(body)), asyncio.ensure_future(disconnected(request))
+        try:
+            await asyncio.wait((work, gone), timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            raise ClientDisconnect if gone.done() else TimeoutError
+        finally:
+            work.cancel()
+            gone.cancel()
+
+
+async def disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def read_json(request: Request) -> Any:
