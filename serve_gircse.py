@@ -83,10 +83,15 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"max_replicas={options.max_replicas} is less than min_replicas={options.min_replicas}")
     if options.k is not None and options.k > MAX_K:
         raise ValueError(f"k={options.k} must be a whole number from 1 to {MAX_K}")
-    if options.batch_wait_ms < 0 or options.timeout <= 0:
-        raise ValueError(f"batch_wait_ms={options.batch_wait_ms:g} and timeout={options.timeout:g} can't be negative")
+    if not 0 <= options.batch_wait_ms < math.inf:
+        raise ValueError(f"batch_wait_ms={options.batch_wait_ms:g} must be a number of milliseconds, 0 for none")
+    if not 0 < options.timeout < math.inf:
+        raise ValueError(f"timeout={options.timeout:g} must be a number of seconds above 0")
     if not is_hub_id(options.model):
-        options.model = str(Path(options.model).expanduser().resolve())
+        folder = Path(options.model).expanduser().resolve()
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model={options.model!r} has no config.json: give a GIRCSE model's folder or Hub id")
+        options.model = str(folder)
     if not is_gircse(options.model):
         raise ValueError(f"model={options.model!r} is no GIRCSE model: train one of it with train_gircse.py")
     if options.name is None:

@@ -437,7 +437,10 @@ def test_names_and_defaults(exported, monkeypatch):
     [
         ("--min_replicas 3 --max_replicas 2", "max_replicas=2 is less than min_replicas=3"),
         ("--k 65", "k=65 must be a whole number from 1 to 64"),
-        ("--timeout 0", "batch_wait_ms=5 and timeout=0 can't be negative"),
+        ("--timeout 0", "timeout=0 must be a number of seconds above 0"),
+        ("--timeout nan", "timeout=nan must be a number of seconds above 0"),
+        ("--batch_wait_ms -1", "batch_wait_ms=-1 must be a number of milliseconds, 0 for none"),
+        ("--batch_wait_ms inf", "batch_wait_ms=inf must be a number of milliseconds, 0 for none"),
     ],
 )
 def test_arguments_that_do_not_go_together(exported, more, said):
@@ -449,6 +452,8 @@ def test_other_models_are_refused_before_anything_starts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(ValueError, match="is no GIRCSE model"):
         options("--model", str(tmp_path))
+    with pytest.raises(ValueError, match="model='/no/such' has no config.json: give a GIRCSE model's folder or Hub id"):
+        options("--model", "/no/such")
     with serve_gircse.bind("127.0.0.1", 0) as bound, pytest.raises(ValueError, match="can't be listened on"):
         bound.listen()
         serve_gircse.bind("127.0.0.1", bound.getsockname()[1])
