@@ -126,6 +126,7 @@ def deploy(options: argparse.Namespace, app: str) -> Any:
     """Starts the replicas; returns the handle that gives requests to them.
 
     Raises:
+        ValueError: as in [`size`].
         RuntimeError: if they don't start; the message holds the error of one.
     """
     gpus, cpus = size(options)
@@ -153,7 +154,11 @@ def deploy(options: argparse.Namespace, app: str) -> Any:
     settings |= {"device": "cuda" if gpus else "cpu", "batch_wait": options.batch_wait_ms / 1000}
     serve.start(proxy_location="Disabled")  # HTTP is the front's
     print(f"Loading {options.model} in {options.min_replicas} replicas of {cpus} CPU cores, {gpus:g} GPUs", flush=True)
-    return serve.run(deployment.bind(**settings), name=app, route_prefix=None)
+    try:
+        return serve.run(deployment.bind(**settings), name=app, route_prefix=None)
+    except BaseException:
+        serve.delete(app)  # a cluster would go on trying
+        raise
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -474,6 +474,23 @@ def test_a_cluster_is_joined_only_when_it_is_named(exported, monkeypatch, given,
     assert calls == [joined, "127.0.0.1", "shutdown"]
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_replicas_that_do_not_start_do_not_stay(monkeypatch, error):
+    """On a cluster they would, and try again for ever."""
+    deleted = []
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr("ray.serve.start", lambda **_: None)
+    monkeypatch.setattr("ray.serve.run", fail)
+    monkeypatch.setattr("ray.serve.delete", deleted.append)
+    with pytest.raises(error):
+        serve_gircse.deploy(serve_gircse.parse([]), "app")
+    assert deleted == ["app"]
+
+
 @pytest.mark.parametrize(
     "nodes, argv, expected",
     [
