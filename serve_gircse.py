@@ -146,6 +146,8 @@ def deploy(options: argparse.Namespace, app: str) -> Any:
             "target_ongoing_requests": BUSY_REQUESTS,
         },
         max_ongoing_requests=MOST_REQUESTS,
+        # One that is no longer needed answers what it has before it ends.
+        graceful_shutdown_timeout_s=options.timeout,
         graceful_shutdown_wait_loop_s=0.5,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
@@ -174,7 +176,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 def run(options: argparse.Namespace, bound: socket.socket) -> None:
     """Serves until a signal comes."""
-    app = f"gircse-{options.port}"
+    host, port = bound.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    app = f"gircse-{socket.gethostname()}-{port}"  # another server on the same cluster has another one
     handle = deploy(options, app)
 
     async def embed(body: Any) -> tuple[int, bytes]:
@@ -190,9 +194,12 @@ def run(options: argparse.Namespace, bound: socket.socket) -> None:
         return sum(count for state, count in found.items() if state == "RUNNING")
 
     front = Front(embed, running, options.max_queue, options.timeout)
-    host, port = bound.getsockname()[:2]
-    print(f"Serving {options.name} on http://{host}:{port}/v1, end with Control-C", flush=True)
-    server = uvicorn.Server(uvicorn.Config(front.app, log_level="warning", access_log=False))
+    # At the end, a client that is slow to send its request is not waited for longer than for an answer.
+    patience = math.ceil(options.timeout)
+    config = uvicorn.Config(front.app, log_level="warning", access_log=False, timeout_graceful_shutdown=patience)
+    server = uvicorn.Server(config)
+    bound.listen()  # from the next line on, clients may connect
+    print(f"Serving {options.name} on http://{address}/v1, end with Control-C", flush=True)
     try:
         server.run(sockets=[bound])  # returns when all that was begun is answered
     finally:
