@@ -14,7 +14,6 @@ import asyncio
 import http.client
 import json
 import math
-import os
 import re
 import socket
 import statistics
@@ -57,7 +56,7 @@ def serve_handler(model: str, port: int) -> None:
 def started(command: list[str], log: Path, port: int | None) -> Iterator[int]:
     """A server as a process; gives its port, or that which it prints, once it listens."""
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ})
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
         while True:
             if process.poll() is not None:

@@ -61,8 +61,8 @@ class Replica:
         self.name, config = name, self.model.config
         self.k = k or (None if config.step_token == "none" else config.num_steps)
         self.batcher = Batcher(self.run, max_batch_tokens, batch_wait)
-        # Requests are read, and answers written, in a thread of their own, so that a long one holds nobody up; in one,
-        # as two at a time may not use a tokenizer.
+        # Requests are read, and answers written, beside the event loop, so that new ones come in meanwhile; in one
+        # thread, as two at a time may not use a tokenizer.
         self.clerk = ThreadPoolExecutor(1)
         self.run(self.tokens(["warm up"], "", self.k), self.k)  # raises for a k that the model can't do
 
