@@ -127,7 +127,7 @@ def deploy(options: argparse.Namespace, app: str) -> Any:
 
     Raises:
         ValueError: as in [`size`].
-        RuntimeError: if they don't start; the message holds the error of one.
+        RuntimeError: if they don't start; Ray has printed the error of one.
     """
     gpus, cpus = size(options)
     deployment = serve.deployment(
