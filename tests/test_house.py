@@ -32,7 +32,8 @@ PACKAGE_ORDER = """
     gircse.evaluation gircse.evaluation.fields gircse.evaluation.report gircse.evaluation.tasks
     gircse.evaluation.subjects
     gircse.serving gircse.serving.protocol gircse.serving.batcher gircse.serving.replica gircse.serving.front
-    train_gircse embed_gircse evaluate_gircse serve_gircse
+    gircse.onnx gircse.onnx.graph gircse.onnx.formats gircse.onnx.folder
+    train_gircse embed_gircse evaluate_gircse serve_gircse export_gircse
 """.split()
 
 
@@ -106,7 +107,7 @@ def package_imports(path: Path, module: str) -> set[str]:
 
 
 def test_the_package_imports_one_way():
-    commands = ("train", "embed", "evaluate", "serve")
+    commands = ("train", "embed", "evaluate", "serve", "export")
     paths = [*(ROOT / "gircse").rglob("*.py"), *(ROOT / f"{name}_gircse.py" for name in commands)]
     modules = {re.sub(r"/__init__|\.py$", "", named(path)).replace("/", "."): path for path in paths}
     modules = {name.removesuffix(".py"): path for name, path in modules.items()}

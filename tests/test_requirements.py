@@ -41,6 +41,7 @@ def imported_by(name: str) -> set[str]:
         ("embed_gircse.py", "requirements-embed.txt"),
         ("train_gircse.py", "requirements-train.txt"),
         ("serve_gircse.py", "requirements-serve.txt"),
+        ("export_gircse.py", "requirements-onnx.txt"),
     ],
 )
 def test_requirements_have_all_that_a_script_imports(script, needed):

@@ -20,8 +20,9 @@ from ..loading import commit_of, is_hub_id, saving_problem, sentence_transformer
 from .arguments import BAD_ROWS, GircseTrainingArguments
 
 # What is copied to a trained model's folder; `save_pretrained` writes the other code files.
-CODE_FILES = [*(f"{name}_gircse.py" for name in ("train", "evaluate", "embed", "serve")), "sample_pairs.jsonl"]
-CODE_FILES += ["requirements.txt", *(f"requirements-{use}.txt" for use in ("train", "eval", "embed", "serve"))]
+COMMANDS, USES = ("train", "evaluate", "embed", "serve", "export"), ("train", "eval", "embed", "serve", "onnx")
+CODE_FILES = [*(f"{name}_gircse.py" for name in COMMANDS), "sample_pairs.jsonl"]
+CODE_FILES += ["requirements.txt", *(f"requirements-{use}.txt" for use in USES)]
 CODE_FILES += ["sentence_gircse.py", "modules.json", "handler.py"]
 CODE_FILES += [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "gircse").rglob("*.py"))]
 CODE_FILES += [f"configs/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zero3")]

@@ -1,0 +1,1 @@
+"""ONNX files of the step loop, and the folder that onnxruntime and transformers.js load."""

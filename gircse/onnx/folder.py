@@ -1,0 +1,174 @@
+"""The folder that onnxruntime and transformers.js load: the ONNX files, tokenizer, configuration and prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+
+from ..loading import sentence_transformers_settings
+from .formats import save, to_float16, to_int8
+from .graph import INPUTS, OPSET, StepGraph, check_opset, quiet, room, trace, unfit
+
+FLOAT32, FLOAT16, INT8 = FILES = ("model.onnx", "model_fp16.onnx", "model_quantized.onnx")
+# At a lower cosine to PyTorch's vectors, the file in float32 computes something else.
+LOWEST = 0.9999
+WRITTEN = ("config.json", "config_sentence_transformers.json", "tokenizer.json", "tokenizer_config.json")
+TEXTS = ["rain", "A red fox runs over the bridge.", "", "How do I renew the card that was stolen from me last week?"]
+# The longest text that is compared has the most tokens of a text, or this many. Eager attention takes their square.
+LONGEST_COMPARED = 1024
+
+
+def export_onnx(
+    model: Any, processor: Any, output_dir: str | Path, k: int | None = None, opset: int = OPSET
+) -> dict[str, float]:
+    """Writes the folder, and compares each file with the model.
+
+    Args:
+        model: a `GircseModel` in float32 on the CPU, in eager attention.
+        processor: its `GircseProcessor`.
+        output_dir: a new folder, or that of an earlier export.
+        k: the number of steps, `config.num_steps` by default; None with `step_token="none"`.
+        opset: version of ONNX's operators.
+
+    Returns:
+        For each file the lowest cosine to the model's own vectors; NaN if float16 overflows: that file is removed.
+
+    Raises:
+        ValueError: for a `k` or an `opset` out of range, a folder that holds something else, a tokenizer without a
+            `tokenizer.json`, or a backbone that can't be exported.
+    """
+    check_opset(opset)
+    folder = Path(output_dir)
+    check_folder(folder)
+    steps = room(model, "inputs_gircse").check_k(model, k)
+    suffix = processor.tokenizer(processor.suffix, add_special_tokens=False)["input_ids"] if processor.suffix else []
+    limit = model.text_limit(processor.max_length, steps) - len(suffix)
+    if limit < 1:
+        raise ValueError(f"k={steps} and the suffix leave no position for a text: choose a smaller k")
+    graph = StepGraph(model.eval(), steps, suffix, int(processor("")["input_ids"][0, -1]))
+    exported, exact = trace(graph, opset)
+    exported.metadata_props["k"] = str(steps)
+    remove_files(folder)
+    write_tokenizer(processor, folder, limit)
+    first, half, int8 = (folder / "onnx" / name for name in FILES)
+    save(exported, first)
+    to_float16(first, half, exact)
+    to_int8(first, int8, table_of(graph, exported))
+    write_settings(model, processor, folder, steps)
+    return compare(model, processor, folder, k, limit)
+
+
+def table_of(graph: StepGraph, exported: ir.Model) -> str:
+    """The name that the token embeddings have in the file; tied ones may have that of the head."""
+    table = graph.model.get_input_embeddings().weight
+    names = [name for name, weight in graph.named_parameters(remove_duplicate=False) if weight is table]
+    return next(name for name in names if name in exported.graph.initializers)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises a ValueError for a folder that can't be written to, or has files that are not of an earlier export."""
+    try:
+        (folder / "onnx").mkdir(parents=True, exist_ok=True)
+        others = [path.name for path in folder.iterdir() if path.name not in (*WRITTEN, "onnx", ".gitattributes")]
+    except OSError as error:
+        raise ValueError(f"output_dir={str(folder)!r} can't be written to ({error}); choose another") from error
+    if others:
+        raise ValueError(f"output_dir={str(folder)!r} holds {others[0]!r}, which is not of an export; choose another")
+
+
+def remove_files(folder: Path) -> None:
+    """Of an earlier export, whose weights may have been in more files."""
+    for name in FILES:
+        for path in (folder / "onnx").glob(f"{name}*"):
+            path.unlink()
+
+
+def write_tokenizer(processor: Any, folder: Path, limit: int) -> None:
+    """Writes a tokenizer that gives any client the ids of the processor, but for the suffix, which the graph appends: a
+    client may cut a text after its tokenizer has put something behind it. Nothing is added to a text, and what goes
+    beyond `limit` tokens is cut at the end."""
+    processor.tokenizer.save_pretrained(folder)
+    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not path.exists():
+        name = type(processor.tokenizer).__name__
+        raise ValueError(f"{name} has no tokenizer.json, which other clients read: use a model with a fast tokenizer")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    pad = processor.pad_token_id
+    pad_token = processor.tokenizer.convert_ids_to_tokens(pad)
+    content["post_processor"] = None
+    content["truncation"] = {"direction": "Right", "max_length": limit, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": "BatchLongest",
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": pad,
+        "pad_type_id": 0,
+        "pad_token": pad_token,
+    }
+    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    given = json.loads(settings.read_text(encoding="utf-8"))
+    tokens = {name: given[name] for name in ("bos_token", "eos_token", "unk_token") if given.get(name)}
+    kept = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": limit, "pad_token": pad_token}
+    kept |= {"padding_side": "right", "truncation_side": "right", "clean_up_tokenization_spaces": False}
+    write_json(settings, {**tokens, **kept, "model_input_names": list(INPUTS)})
+
+
+def write_settings(model: Any, processor: Any, folder: Path, k: int) -> None:
+    """`config.json`, of a kind that transformers.js passes on to onnxruntime as it is, and the prompts."""
+    config = model.config
+    settings = {name: getattr(config, name) for name in ("step_token", "attention", "pooling", "logit_temperature")}
+    settings |= {"model_type": "gircse", "architectures": ["GircseModel"], "num_steps": k}
+    settings |= {"hidden_size": config.hidden_size, "vocab_size": model.get_input_embeddings().num_embeddings}
+    if external := [path.name for path in sorted((folder / "onnx").glob("*.onnx_data"))]:
+        settings["transformers.js_config"] = {
+            "use_external_data_format": {name.removesuffix("_data"): True for name in external}
+        }
+    write_json(folder / "config.json", settings)
+    write_json(folder / "config_sentence_transformers.json", sentence_transformers_settings(processor))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def compare(model: Any, processor: Any, folder: Path, k: int | None, limit: int) -> dict[str, float]:
+    """The lowest cosine of each file to the model, over texts of unlike lengths with and without a prompt.
+
+    Raises:
+        ValueError: if that of the file in float32 is below `LOWEST`.
+    """
+    window = getattr(model.config.text_config, "sliding_window", None) or 0
+    longest = min(limit, max(LONGEST_COMPARED, window + 8))
+    prompt = processor.prompt_for("Retrieve semantically similar text.")
+    texts = [*TEXTS, *(prompt + text for text in TEXTS), " of it" * (limit if longest == limit else longest // 2)]
+    with quiet():  # the last text is truncated on purpose
+        expected = torch.cat([model.generate_embedding(**processor(text), k=k) for text in texts])
+    tokenizer, found = Tokenizer.from_file(str(folder / "tokenizer.json")), {}
+    for name in FILES:
+        path = folder / "onnx" / name
+        session = onnxruntime.InferenceSession(path)
+        vectors = np.concatenate([embed(session, tokenizer, part) for part in (texts[:-1], texts[-1:])])
+        found[name] = float(F.cosine_similarity(expected, torch.from_numpy(vectors)).min())
+        if name == FLOAT32 and not found[name] >= LOWEST:
+            remove_files(folder)
+            raise unfit(model, f"its vectors have cosines down to {found[name]:.6f} to those of PyTorch")
+        if not np.isfinite(found[name]):
+            for file in path.parent.glob(f"{name}*"):
+                file.unlink()
+    return found
+
+
+def embed(session: onnxruntime.InferenceSession, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """(B, d) float32, the texts in one batch."""
+    rows = tokenizer.encode_batch(texts)
+    ids, mask = [row.ids for row in rows], [row.attention_mask for row in rows]
+    feed = {name: np.array(value, dtype=np.int64) for name, value in zip(INPUTS, (ids, mask), strict=True)}
+    return session.run(None, feed)[0][:, 0]

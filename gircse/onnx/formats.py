@@ -1,0 +1,96 @@
+"""`model.onnx` in float32, and from it the files in float16 and int8, by onnxruntime's own converters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+from .graph import quiet
+
+# A protobuf holds 2 GB. Weights of more bytes than this go to a file of their own beside it.
+MOST_IN_ONE_FILE = 1_900_000_000
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Writes a graph; weights above [`MOST_IN_ONE_FILE`] beside it, under the name that transformers.js looks for."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    ir.save(model, path, external_data=f"{path.name}_data" if size > MOST_IN_ONE_FILE else None)
+
+
+def to_float16(source: Path, path: Path, exact: list[str]) -> None:
+    """Converts a file, but for inputs, outputs, softmax, and the nodes named in `exact`, which stay in float32."""
+    with quiet():
+        half = convert_float_to_float16(
+            onnx.load(source),
+            keep_io_types=True,
+            disable_shape_infer=True,  # the exporter wrote all types, and inference takes no model above 2 GB
+            op_block_list=[*DEFAULT_OP_BLOCK_LIST, "Softmax"],
+            node_block_list=exact,
+        )
+    model = ir.from_proto(half)
+    keep_float32(model)
+    save(model, path)
+
+
+def keep_float32(model: ir.Model) -> None:
+    """Between two nodes in float32 the converter goes through float16, where a sum of squares overflows: these pairs
+    of casts go."""
+    for node in model.graph:
+        before = node.inputs[0].producer() if node.op_type == "Cast" else None
+        if before is None or before.op_type != "Cast" or node.attributes["to"].as_int() != ir.DataType.FLOAT:
+            continue
+        source = before.inputs[0]
+        if before.attributes["to"].as_int() == ir.DataType.FLOAT16 and source.dtype == ir.DataType.FLOAT:
+            node.replace_input_with(0, source)
+            if not node.outputs[0].is_graph_output():
+                node.outputs[0].replace_all_uses_with(source)
+    RemoveUnusedNodesPass()(model)
+
+
+def to_int8(source: Path, path: Path, table: str) -> None:
+    """Quantises the decoder's weights, the LM head and the token embeddings to int8, and activations as they come.
+
+    The mix s E of a soft token stays a product of floats, of the int8 table's values: in steps of a batch's largest
+    probability, a flat distribution beside a peaked one would become zero.
+
+    Args:
+        table: the name of the token embeddings.
+    """
+    nodes = onnx.load(source, load_external_data=False).graph.node
+    tied = any(node.op_type == "Gemm" and table in node.input for node in nodes)
+    kept = [node.name for node in nodes if node.op_type == "MatMul" and table in node.input]
+    kept += [node.name for node in nodes if node.op_type == "Gather" and (tied or table not in node.input)]
+    external = source.with_name(f"{source.name}_data").exists()
+    raw = path.with_name(f"raw_{path.name}")
+    with quiet():
+        quantize_dynamic(
+            source,
+            raw,
+            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+            per_channel=True,
+            weight_type=QuantType.QUInt8,  # with QInt8, sums overflow on CPUs without VNNI
+            nodes_to_exclude=kept,
+            use_external_data_format=external,
+        )
+    model = ir.from_proto(onnx.load(raw))
+    for file in path.parent.glob(f"{raw.name}*"):
+        file.unlink()
+    if tied:  # else the quantised lookup has made the table int8, and the quantiser reads it so for the mix
+        read_head(model, table)
+    save(model, path)
+
+
+def read_head(model: ir.Model, table: str) -> None:
+    """What reads a tied table in float32 reads the int8 one of the head instead, so that one is stored."""
+    weights = model.graph.initializers
+    parts = [weights[f"{table}_Transposed_{part}"] for part in ("quantized", "scale", "zero_point")]
+    values = ir.node("DequantizeLinear", parts, attributes={"axis": 1})  # each token has its scale
+    rows = ir.node("Transpose", [values.outputs[0]], attributes={"perm": [1, 0]})
+    model.graph.insert_before(model.graph[0], [values, rows])
+    weights[table].replace_all_uses_with(rows.outputs[0])
+    del weights[table]
