@@ -101,6 +101,8 @@ def test_python_blocks_run(page, copy, tmp_path, request):
     code = blocks(text_of(page))
     if any("torchao" in block for block in code):
         pytest.importorskip("torchao")
+    if any("onnxruntime" in block for block in code):
+        pytest.importorskip("onnxruntime")
     if names_the_hub(code):
         variables = settings(request.getfixturevalue("hub"), tmp_path / "home", HF_TOKEN="")
         if not loads_beside_others():  # with this transformers and peft

@@ -47,13 +47,13 @@ class StepGraph(nn.Module):
         self.model, self.k = model, k
         self.empty_id = None if suffix_ids else empty_id
         self.register_buffer("suffix_ids", torch.tensor([suffix_ids], dtype=torch.long), persistent=False)
-        self.cache_name = model._find_way(torch.device("cpu")).cache
-        if self.cache_name is None and model.config.step_token in ("soft", "hard"):
-            raise unfit(model, "it has no KV cache that the steps inside the graph could go on from")
         config = model.language_model.config
         self.kinds = set(getattr(config, "layer_types", None) or ())
         if unknown := sorted(self.kinds - KINDS):
             raise unfit(model, f"how far its layers of the kind {', '.join(unknown)} see is not known")
+        self.cache_name = model._find_way(torch.device("cpu")).cache
+        if self.cache_name is None and model.config.step_token in ("soft", "hard"):
+            raise unfit(model, "it has no KV cache that the steps inside the graph could go on from")
         slides = "sliding_attention" in self.kinds or not self.kinds and getattr(config, "use_sliding_window", True)
         self.window = getattr(config, "sliding_window", None) if slides else None
 
