@@ -239,6 +239,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match=r"holds 'model.safetensors', which is not of an export; choose another"):
         check_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     with pytest.raises(ValueError, match="can't be written to"):
         check_folder(tmp_path / "model.safetensors" / "out")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from .graph import INPUTS, OPSET, StepGraph, check_opset, quiet, room, trace, un
 FLOAT32, FLOAT16, INT8 = FILES = ("model.onnx", "model_fp16.onnx", "model_quantized.onnx")
 # At a lower cosine to PyTorch's vectors, the file in float32 computes something else.
 LOWEST = 0.9999
-WRITTEN = ("config.json", "config_sentence_transformers.json", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+WRITTEN = ("config.json", "config_sentence_transformers.json", *TOKENIZER)
 TEXTS = ["rain", "A red fox runs over the bridge.", "", "How do I renew the card that was stolen from me last week?"]
 # The longest text that is compared has the most tokens of a text, or this many. Eager attention takes their square.
 LONGEST_COMPARED = 1024
@@ -76,8 +78,10 @@ def table_of(graph: StepGraph, exported: ir.Model) -> str:
 def check_folder(folder: Path) -> None:
     """Raises a ValueError for a folder that can't be written to, or has files that are not of an earlier export."""
     try:
-        (folder / "onnx").mkdir(parents=True, exist_ok=True)
-        others = [path.name for path in folder.iterdir() if path.name not in (*WRITTEN, "onnx", ".gitattributes")]
+        folder.mkdir(parents=True, exist_ok=True)
+        others = sorted({path.name for path in folder.iterdir()} - {*WRITTEN, "onnx", "README.md", ".gitattributes"})
+        if not others:
+            (folder / "onnx").mkdir(exist_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir={str(folder)!r} can't be written to ({error}); choose another") from error
     if others:
@@ -95,12 +99,14 @@ def write_tokenizer(processor: Any, folder: Path, limit: int) -> None:
     """Writes a tokenizer that gives any client the ids of the processor, but for the suffix, which the graph appends: a
     client may cut a text after its tokenizer has put something behind it. Nothing is added to a text, and what goes
     beyond `limit` tokens is cut at the end."""
-    processor.tokenizer.save_pretrained(folder)
-    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    if not path.exists():
-        name = type(processor.tokenizer).__name__
-        raise ValueError(f"{name} has no tokenizer.json, which other clients read: use a model with a fast tokenizer")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as saved:
+        processor.tokenizer.save_pretrained(saved)
+        if not Path(saved, "tokenizer.json").exists():
+            name = type(processor.tokenizer).__name__
+            raise ValueError(
+                f"{name} has no tokenizer.json, which other clients read: use a model with a fast tokenizer"
+            )
+        content, given = (json.loads(Path(saved, name).read_text(encoding="utf-8")) for name in TOKENIZER)
     pad = processor.pad_token_id
     pad_token = processor.tokenizer.convert_ids_to_tokens(pad)
     content["post_processor"] = None
@@ -113,12 +119,11 @@ def write_tokenizer(processor: Any, folder: Path, limit: int) -> None:
         "pad_type_id": 0,
         "pad_token": pad_token,
     }
-    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-    given = json.loads(settings.read_text(encoding="utf-8"))
+    (folder / TOKENIZER[0]).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
     tokens = {name: given[name] for name in ("bos_token", "eos_token", "unk_token") if given.get(name)}
     kept = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": limit, "pad_token": pad_token}
     kept |= {"padding_side": "right", "truncation_side": "right", "clean_up_tokenization_spaces": False}
-    write_json(settings, {**tokens, **kept, "model_input_names": list(INPUTS)})
+    write_json(folder / TOKENIZER[1], {**tokens, **kept, "model_input_names": list(INPUTS)})
 
 
 def write_settings(model: Any, processor: Any, folder: Path, k: int) -> None:
