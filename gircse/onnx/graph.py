@@ -55,6 +55,8 @@ class StepGraph(nn.Module):
         if self.cache_name is None and model.config.step_token in ("soft", "hard"):
             raise unfit(model, "it has no KV cache that the steps inside the graph could go on from")
         slides = "sliding_attention" in self.kinds or not self.kinds and getattr(config, "use_sliding_window", True)
+        # A mask of both directions is the same for all layers in PyTorch, too: see `single_pass_gircse`.
+        slides = slides and model.config.attention == "causal"
         self.window = getattr(config, "sliding_window", None) if slides else None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
