@@ -227,6 +227,8 @@ def test_bad_arguments_are_refused(gircse, tmp_path):
         export_onnx(model, processor, tmp_path / "out", k=128)
     with pytest.raises(ValueError, match="leave no position for a text: choose a smaller k"):
         export_onnx(model, make_processor(suffix=SUFFIX), tmp_path / "out", k=127)
+    with pytest.raises(ValueError, match=r"model is in torch.bfloat16 on cpu: load it in float32 on the CPU"):
+        export_onnx(tiny(gircse, "qwen2").to(torch.bfloat16), processor, tmp_path / "out")
     plain = tiny(gircse, "qwen2", step_token="none")
     with pytest.raises(ValueError, match="k=3 has no meaning with step_token='none'"):
         export_onnx(plain, processor, tmp_path / "out", k=3)
@@ -242,6 +244,20 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     with pytest.raises(ValueError, match="can't be written to"):
         check_folder(tmp_path / "model.safetensors" / "out")
+
+
+def test_a_clone_of_a_hub_repo_may_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "README.md").touch()
+    check_folder(tmp_path)
+    assert {path.name for path in tmp_path.rglob("*")} == {".git", "README.md", "onnx"}
+
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "touch", refuse)  # of a folder that exists, only writing tells
+    with pytest.raises(ValueError, match="can't be written to"):
+        check_folder(tmp_path)
 
 
 def test_backbones_are_refused_by_name(gircse):
@@ -280,7 +296,8 @@ def test_vectors_that_differ_are_refused(gircse, tmp_path, monkeypatch):
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "model.onnx").touch()
     processor = make_processor()
-    folder_module.write_tokenizer(processor, tmp_path, 60)
+    model = tiny(gircse, "qwen2", {"max_position_embeddings": 40})  # fewer than the processor's max_length
+    folder_module.write_tokenizer(processor, tmp_path, 39)
     with pytest.raises(ValueError, match="Qwen2ForCausalLM can't be exported to ONNX: its vectors have cosines"):
-        folder_module.compare(tiny(gircse, "qwen2"), processor, tmp_path, 1, 60)
+        folder_module.compare(model, processor, tmp_path, 1, 39)
     assert not (tmp_path / "onnx" / "model.onnx").exists()

@@ -23,6 +23,7 @@ FLOAT32, FLOAT16, INT8 = FILES = ("model.onnx", "model_fp16.onnx", "model_quanti
 LOWEST = 0.9999
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 WRITTEN = ("config.json", "config_sentence_transformers.json", *TOKENIZER)
+OF_A_HUB_REPO = ("README.md", ".gitattributes", ".git")  # may be there: an export is published from a clone
 TEXTS = ["rain", "A red fox runs over the bridge.", "", "How do I renew the card that was stolen from me last week?"]
 # The longest text that is compared has the most tokens of a text, or this many. Eager attention takes their square.
 LONGEST_COMPARED = 1024
@@ -44,28 +45,31 @@ def export_onnx(
         For each file the lowest cosine to the model's own vectors; NaN if float16 overflows: that file is removed.
 
     Raises:
-        ValueError: for a `k` or an `opset` out of range, a folder that holds something else, a tokenizer without a
-            `tokenizer.json`, or a backbone that can't be exported.
+        ValueError: for a `k` or an `opset` out of range, a model of another dtype or device, a folder that holds
+            something else, a tokenizer without a `tokenizer.json`, or a backbone that can't be exported.
     """
     check_opset(opset)
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        raise ValueError(f"model is in {model.dtype} on {model.device}: load it in float32 on the CPU")
     folder = Path(output_dir)
     check_folder(folder)
     steps = room(model, "inputs_gircse").check_k(model, k)
     suffix = processor.tokenizer(processor.suffix, add_special_tokens=False)["input_ids"] if processor.suffix else []
-    limit = model.text_limit(processor.max_length, steps) - len(suffix)
-    if limit < 1:
+    most = model.text_limit(processor.max_length, steps)
+    if most <= len(suffix):
         raise ValueError(f"k={steps} and the suffix leave no position for a text: choose a smaller k")
     graph = StepGraph(model.eval(), steps, suffix, int(processor("")["input_ids"][0, -1]))
     exported, exact = trace(graph, opset)
     exported.metadata_props["k"] = str(steps)
     remove_files(folder)
-    write_tokenizer(processor, folder, limit)
+    write_tokenizer(processor, folder, most - len(suffix))
     first, half, int8 = (folder / "onnx" / name for name in FILES)
     save(exported, first)
     to_float16(first, half, exact)
     to_int8(first, int8, table_of(graph, exported))
-    write_settings(model, processor, folder, steps)
-    return compare(model, processor, folder, k, limit)
+    found = compare(model, processor, folder, k, most)
+    write_settings(model, processor, folder, steps)  # they name the files that are left
+    return found
 
 
 def table_of(graph: StepGraph, exported: ir.Model) -> str:
@@ -79,9 +83,12 @@ def check_folder(folder: Path) -> None:
     """Raises a ValueError for a folder that can't be written to, or has files that are not of an earlier export."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        others = sorted({path.name for path in folder.iterdir()} - {*WRITTEN, "onnx", "README.md", ".gitattributes"})
+        others = sorted({path.name for path in folder.iterdir()} - {*WRITTEN, "onnx", *OF_A_HUB_REPO})
         if not others:
             (folder / "onnx").mkdir(exist_ok=True)
+            probe = folder / "onnx" / ".write_test"
+            probe.touch()
+            probe.unlink()
     except OSError as error:
         raise ValueError(f"output_dir={str(folder)!r} can't be written to ({error}); choose another") from error
     if others:
@@ -144,18 +151,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def compare(model: Any, processor: Any, folder: Path, k: int | None, limit: int) -> dict[str, float]:
-    """The lowest cosine of each file to the model, over texts of unlike lengths with and without a prompt.
+def compare(model: Any, processor: Any, folder: Path, k: int | None, most: int) -> dict[str, float]:
+    """The lowest cosine of each file to the model, over texts of unlike lengths with and without a prompt, suffix
+    included of at most `most` tokens.
 
     Raises:
         ValueError: if that of the file in float32 is below `LOWEST`.
     """
     window = getattr(model.config.text_config, "sliding_window", None) or 0
-    longest = min(limit, max(LONGEST_COMPARED, window + 8))
+    longest = min(most, max(LONGEST_COMPARED, window + 8))
     prompt = processor.prompt_for("Retrieve semantically similar text.")
-    texts = [*TEXTS, *(prompt + text for text in TEXTS), " of it" * (limit if longest == limit else longest // 2)]
+    texts = [*TEXTS, *(prompt + text for text in TEXTS), " of it" * (most if longest == most else longest // 2)]
     with quiet():  # the last text is truncated on purpose
-        expected = torch.cat([model.generate_embedding(**processor(text), k=k) for text in texts])
+        inputs = [processor(text, max_length=most) for text in texts]  # k may leave less room than the processor's own
+        expected = torch.cat([model.generate_embedding(**each, k=k) for each in inputs])
     tokenizer, found = Tokenizer.from_file(str(folder / "tokenizer.json")), {}
     for name in FILES:
         path = folder / "onnx" / name
