@@ -103,6 +103,7 @@ def test_python_blocks_run(page, copy, tmp_path, request):
         pytest.importorskip("torchao")
     if any("onnxruntime" in block for block in code):
         pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")  # the page's first block exports
     if names_the_hub(code):
         variables = settings(request.getfixturevalue("hub"), tmp_path / "home", HF_TOKEN="")
         if not loads_beside_others():  # with this transformers and peft
