@@ -216,8 +216,8 @@ def test_the_way_back_through_soft_tokens(made, tmp_path):
         for share in ("1", "0.999999", "0")
     )
     assert plain[0]["loss"] == pytest.approx(none[0]["loss"], rel=1e-5)
-    assert plain[0]["grad_norm"] == pytest.approx(same[0]["grad_norm"], rel=1e-4)
-    assert plain[0]["grad_norm"] != pytest.approx(none[0]["grad_norm"], rel=1e-4)
+    assert plain[0]["grad_norm"] == pytest.approx(same[0]["grad_norm"], rel=1e-6)
+    assert plain[0]["grad_norm"] != pytest.approx(none[0]["grad_norm"], rel=2e-5)
     learned = train("paper/train_objective", made, tmp_path / "learned", "--learn_temperature", *settings)
     assert learned[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5) and learned[1]["temperature"] != 1
     config = json.loads((tmp_path / "learned" / "config.json").read_text(encoding="utf-8"))
