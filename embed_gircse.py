@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import gircse
 from gircse import ROOT
-from gircse.command_line import lenient_console, progress
+from gircse.command_line import lenient_console, parser_of, progress
 from gircse.embedding.actors import Embedder, Tally, size_pool
 from gircse.embedding.plan import list_shards, make_plan
 from gircse.embedding.shards import BAD_ROWS, is_abandoned, report
@@ -44,10 +44,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help=f"files or quoted glob patterns: {', '.join(ENDINGS)}")
     add("--text_column", default="text", help="column or JSON field that holds the text (default: text)")

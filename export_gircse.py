@@ -14,17 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gircse import ROOT
-from gircse.command_line import lenient_console
+from gircse.command_line import lenient_console, parser_of
 from gircse.loading import load
 from gircse.onnx.folder import check_folder, export_onnx
 from gircse.onnx.graph import OPSET, check_opset
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--model", default=str(ROOT), help="GIRCSE model, Hub id or folder; by default the one of this repo")
     add("--output_dir", type=Path, required=True, help="a new folder, or that of an earlier export")

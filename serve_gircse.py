@@ -31,7 +31,7 @@ import uvicorn
 from ray import serve
 
 from gircse import ROOT
-from gircse.command_line import lenient_console
+from gircse.command_line import lenient_console, parser_of
 from gircse.loading import is_gircse, is_hub_id
 from gircse.serving.front import Front
 from gircse.serving.replica import Replica
@@ -44,10 +44,7 @@ MOST_REQUESTS, BUSY_REQUESTS = 2 * TEXTS_PER_BATCH, 32
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--model", default=str(ROOT), help="GIRCSE model, Hub id or folder; by default the one of this repo")
     add("--name", help="of the model in requests; by default its Hub id or its folder's name, and gircse for this repo")

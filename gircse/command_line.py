@@ -26,6 +26,14 @@ def lenient_console() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def parser_of(documentation: str | None) -> argparse.ArgumentParser:
+    """A command's parser, without arguments yet: its help has the first line of the module's documentation before them,
+    and the rest as it is after them."""
+    description, _, rest = (documentation or "").partition("\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, epilog=rest, formatter_class=formatter)
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Escapes plain per cent signs in help texts, such as those of some of transformers' arguments, which argparse
     would take for formats."""
