@@ -9,9 +9,7 @@ theirs with another one, whose document counts as a negative, since rows don't n
 
 With `--label_classes`, rows of the sources that are made of classes get a `label`, by which training leaves such
 negatives out, and these sources keep their names. A row's class is told by the rows: a text is of its positives' class,
-a film review not of its negatives'. `--wordings FILE`, such as recipes/root_model/wordings.json, has other instructions
-for sources: a row gets one of them or keeps its own, drawn at random, so that a model learns what is asked for and not
-a sentence.
+a film review not of its negatives'.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import argparse
 import gzip
 import json
 import random
-from collections.abc import Collection
 from pathlib import Path
 
 # All but nli_medi_1000, which states no licence: no published weights may be trained on it.
@@ -91,8 +88,8 @@ def label(sources: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return labelled
 
 
-def choose(sources: dict[str, list[dict]], count: int, seed: int, whole: Collection[str] = ()) -> list[dict]:
-    """`count` rows: all of the sources in `whole`, then those of the source with the fewest first.
+def choose(sources: dict[str, list[dict]], count: int, seed: int) -> list[dict]:
+    """`count` rows, those of the source with the fewest first.
 
     Raises:
         ValueError: all sources together have fewer.
@@ -100,18 +97,14 @@ def choose(sources: dict[str, list[dict]], count: int, seed: int, whole: Collect
     if sum(map(len, sources.values())) < count:
         raise ValueError(f"pairs={count}, but there are {sum(map(len, sources.values()))} of that length")
     rng, chosen = random.Random(seed), []
-    for done, name in enumerate(sorted(sources, key=lambda name: (name not in whole, len(sources[name])))):
-        share = len(sources[name]) if name in whole else (count - len(chosen)) // (len(sources) - done)
+    for done, name in enumerate(sorted(sources, key=lambda name: len(sources[name]))):
+        share = (count - len(chosen)) // (len(sources) - done)
         rows = rng.sample(sources[name], min(share, len(sources[name])))
         settings = {"symmetric": name in SYMMETRIC}
         if name in OF_FEW_CLASSES and "label" not in rows[0]:
             settings["source"] = "classes"
         chosen += [{**row, **settings} for row in rows]
     return chosen
-
-
-def reword(row: dict, wordings: list[str], rng: random.Random) -> dict:
-    return {**row, "instruction": rng.choice([row["instruction"], *wordings])}
 
 
 def main() -> None:
@@ -121,17 +114,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, required=True)
     parser.add_argument("--longest", type=int, required=True, help="characters of a text")
     parser.add_argument("--label_classes", action="store_true")
-    parser.add_argument("--whole", nargs="*", default=[], help="sources that give all their rows")
     parser.add_argument("--twice", nargs="*", default=[], help="sources whose chosen rows count twice")
-    parser.add_argument("--wordings", type=Path, help="JSON: source to instructions that mean the same")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     sources = read(args.data / "train", args.longest)
-    if args.wordings:
-        rng = random.Random(args.seed)
-        for name, wordings in json.loads(args.wordings.read_text(encoding="utf-8")).items():
-            sources[name] = [reword(row, wordings, rng) for row in sources.get(name, [])]
-    rows = choose(label(sources) if args.label_classes else sources, args.pairs, args.seed, args.whole)
+    rows = choose(label(sources) if args.label_classes else sources, args.pairs, args.seed)
     rows += [row for row in rows if row["source"] in args.twice]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The draw of training pairs: evenly from sources, with their classes, under other wordings."""
+"""The draw of training pairs: evenly from sources, with their classes."""
 
 from __future__ import annotations
 
@@ -41,12 +41,6 @@ def test_pairs_are_drawn_evenly_from_sources_and_short(tmp_path, monkeypatch):
     assert drawn(13) == rows and drawn(13, seed=1) != rows
     assert len(drawn(30, longest=99)) == 30
     assert drawn(13, "--twice", "few") == rows + rows[:3]
-    assert [row["source"] for row in drawn(13, "--whole", "many")] == ["many"] * 9 + ["few"] * 2 + ["classes"] * 2
-    wordings = tmp_path / "wordings.json"
-    wordings.write_text('{"many": ["a", "b"], "absent": ["c"]}')
-    reworded = drawn(13, "--wordings", wordings)
-    assert {row["instruction"] for row in reworded if row["source"] == "many"} == {"i", "a", "b"}
-    assert [{**row, "instruction": "i"} for row in reworded] == rows
     with pytest.raises(ValueError, match="pairs=22, but there are 21 of that length"):
         drawn(22)
 
