@@ -119,6 +119,25 @@ def room(model, name: str):
     return sys.modules[f"{package}.{name}"]
 
 
+# A procedure of others, written out
+
+
+def laser(model, ids, mask, thinking_steps: int) -> torch.Tensor:
+    """Each row by itself: the mean of h_0 and of the states of T - 1 soft tokens, (B, d), not normalised; every step
+    is a full pass of the causal LM."""
+    lm, rows = model.language_model, []
+    table = lm.get_input_embeddings().weight
+    for row_ids, row_mask in zip(ids, mask, strict=True):
+        sequence, states = table[row_ids[row_mask.bool()]][None], []
+        for _ in range(thinking_steps):
+            output = lm(inputs_embeds=sequence, use_cache=False, output_hidden_states=True)
+            states.append(output.hidden_states[-1][0, -1])
+            soft = torch.softmax(output.logits[:, -1], dim=-1) @ table
+            sequence = torch.cat([sequence, soft[:, None]], dim=1)
+        rows.append(torch.stack(states).mean(0))
+    return torch.stack(rows)
+
+
 # Rows, tokenizers and processors
 
 WORDS = "red blue green tall small old new fast slow warm cold dark bright wet dry loud quiet soft hard round".split()

@@ -20,7 +20,8 @@ from ..loading import commit_of, is_hub_id, saving_problem, sentence_transformer
 from .arguments import BAD_ROWS, GircseTrainingArguments
 
 # What is copied to a trained model's folder; `save_pretrained` writes the other code files.
-COMMANDS, USES = ("train", "evaluate", "embed", "serve", "export"), ("train", "eval", "embed", "serve", "onnx")
+COMMANDS = ("train", "convert", "evaluate", "embed", "serve", "export")
+USES = ("train", "eval", "embed", "serve", "onnx")
 CODE_FILES = [*(f"{name}_gircse.py" for name in COMMANDS), "sample_pairs.jsonl"]
 CODE_FILES += ["requirements.txt", *(f"requirements-{use}.txt" for use in USES)]
 CODE_FILES += ["sentence_gircse.py", "modules.json", "handler.py"]
@@ -56,6 +57,12 @@ def export(
             model = model.to(torch.promote_types(model.dtype, saved)).merge_and_unload()
         model = model.to(saved)
         model.save_pretrained(folder)
+    complete(folder, processor)
+    return model
+
+
+def complete(folder: Path, processor: Any) -> None:
+    """Adds to weights and configuration what else a Hub-ready folder has, but for its card."""
     load_in_float32(folder)
     processor.save_pretrained(folder)
     for name in CODE_FILES:
@@ -64,7 +71,6 @@ def export(
             shutil.copyfile(ROOT / name, folder / name)
     settings = json.dumps(sentence_transformers_settings(processor), indent=2, ensure_ascii=False)
     (folder / "config_sentence_transformers.json").write_text(settings + "\n", encoding="utf-8")
-    return model
 
 
 def load_in_float32(folder: Path) -> None:
@@ -107,10 +113,15 @@ def save_adapter(model: Any, folder: Path, dtype: torch.dtype, adapter_of: str) 
     for path in folder.glob("model*.safetensors*"):  # of an earlier run
         path.unlink()
     base = model.unload()
+    save_configuration(base, folder)
+    return base
+
+
+def save_configuration(base: PreTrainedModel, folder: Path) -> None:
+    """Saves the model's code, and a configuration that tells that an adapter takes the weights' place."""
     base.config.adapter = ADAPTER_FOLDER
     custom_object_save(base, folder, config=base.config)
     base.config.save_pretrained(folder)
-    return base
 
 
 def check_adapter(model: Any, base_models: Sequence[str], publishes: bool) -> None:

@@ -1,0 +1,99 @@
+"""Folders made of weights that were trained elsewhere: LaSER's, and adapters of a plain causal LM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel, AutoProcessor
+
+from convert_gircse import main
+from helpers import laser, loads_beside_others, make_tokenizer, save_adapter
+
+TEXTS = ["a red thing", "cold", ""]
+
+
+def loaded(folder):
+    return (kind.from_pretrained(str(folder), trust_remote_code=True) for kind in (AutoModel, AutoProcessor))
+
+
+@pytest.fixture
+def plain(make_plain):
+    tokenizer = make_tokenizer()
+    language_model, folder = make_plain("qwen3", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    return language_model, folder
+
+
+def test_a_laser_checkpoint_gives_the_vectors_of_its_procedure(plain, tmp_path):
+    arguments = ["--pooling", "mean_with_prompt", "--num_steps", "2", "--max_length", "40", "--save_dtype", "float32"]
+    arguments += ["--prompt_template", r"<user>\nInstruct: {instruction}\nQuery: ", "--suffix", r"</user>\n"]
+    main([plain[1], "--output_dir", str(tmp_path / "made"), *arguments, "--document_prompt", r"<user>\n"])
+    model, processor = loaded(tmp_path / "made")
+    inputs = processor(TEXTS, instruction="Find.")
+    expected = F.normalize(laser(model, inputs["input_ids"], inputs["attention_mask"], 3), dim=-1)
+    torch.testing.assert_close(model.generate_embedding(**inputs), expected, atol=1e-5, rtol=1e-4)
+    assert processor.prompt_for("Find.") == "<user>\nInstruct: Find.\nQuery: "
+    assert (processor.suffix, processor.max_length) == ("</user>\n", 40)
+    settings = json.loads((tmp_path / "made/config_sentence_transformers.json").read_text(encoding="utf-8"))
+    assert settings["prompts"]["document"] == "<user>\n"
+    for ours, theirs in zip(model.language_model.parameters(), plain[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.fixture
+def adapter(plain, tmp_path):
+    return save_adapter(plain[0], tmp_path / "adapter", std=0.3)
+
+
+def test_an_adapter_is_merged(plain, adapter, tmp_path):
+    made = tmp_path / "made"
+    main([plain[1], "--adapter", adapter, "--output_dir", str(made), "--save_dtype", "float32", "--suffix", ""])
+    model, processor = loaded(made)
+    inputs = processor(TEXTS, instruction="Find.")
+    expected = type(model).from_causal_lm(plain[1], adapter=adapter, logit_temperature=1.0)
+    found = model.generate_embedding(**inputs, k=3)
+    torch.testing.assert_close(found, expected.generate_embedding(**inputs, k=3), atol=1e-5, rtol=1e-4)
+    without = type(model).from_causal_lm(plain[1], logit_temperature=1.0)
+    assert F.cosine_similarity(found, without.generate_embedding(**inputs, k=3)).max() < 0.999
+
+
+def test_an_adapter_stays_one(plain, adapter, tmp_path):
+    made = tmp_path / "made"
+    main([plain[1], "--adapter", adapter, "--save_adapter", "--output_dir", str(made), "--suffix", ""])
+    assert not list(made.glob("*.safetensors"))
+    name = "adapter_model.safetensors"
+    assert (made / "adapter" / name).read_bytes() == Path(adapter, name).read_bytes()
+    settings = json.loads((made / "adapter/adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] == str(Path(plain[1]).resolve()) and settings["r"] == 4
+    if not loads_beside_others():
+        pytest.skip("this transformers needs a newer peft to load it")
+    model, processor = loaded(made)
+    inputs = processor(TEXTS, instruction="Find.")
+    expected = type(model).from_causal_lm(plain[1], adapter=adapter, logit_temperature=1.0)
+    found = model.generate_embedding(**inputs, k=3)
+    torch.testing.assert_close(found, expected.generate_embedding(**inputs, k=3), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (["--output_dir", "{full}"], "is there and not an empty folder: choose another"),
+        (["--output_dir", "{new}", "--save_adapter"], "save_adapter needs the adapter that is to be saved"),
+    ],
+)
+def test_what_can_not_be_right_is_refused(plain, tmp_path, arguments, error):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    places = {"full": tmp_path / "full", "new": tmp_path / "new"}
+    with pytest.raises(ValueError, match=error):
+        main([plain[1], *(argument.format(**places) for argument in arguments)])
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"] and not (tmp_path / "new").exists()
+
+
+def test_a_gircse_model_is_refused(exported, tmp_path):
+    with pytest.raises(ValueError, match="is a GIRCSE model already: load it as it is"):
+        main([str(exported), "--output_dir", str(tmp_path / "new")])
