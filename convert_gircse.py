@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 
 from gircse.command_line import lenient_console, parser_of, unescape
 from gircse.loading import is_gircse, load
-from gircse.training.publishing import ADAPTER_FOLDER, complete, export, save_configuration
+from gircse.training.publishing import ADAPTER_FOLDER, complete, export, place_of, save_configuration
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -87,7 +87,7 @@ def copy_adapter(adapter: str, model: str, folder: Path) -> None:
     """Copies an adapter, which then names `model` as what it belongs to, also where it has named another place."""
     found = Path(adapter if Path(adapter).is_dir() else snapshot_download(adapter, allow_patterns=[*ADAPTER_FILES]))
     settings = json.loads((found / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = str(Path(model).resolve()) if Path(model).exists() else model
+    settings["base_model_name_or_path"] = place_of(model)
     folder.mkdir(parents=True)
     (folder / ADAPTER_FILES[0]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(found / ADAPTER_FILES[1], folder / ADAPTER_FILES[1])

@@ -349,7 +349,8 @@ def test_errors_that_a_client_tries_again_after(error, status):
     assert "secret" not in str(answer) and "Traceback" not in str(answer) and front.texts == 0
 
 
-def test_a_request_does_not_wait_for_ever():
+def endless():
+    """A replica that never answers, and the requests that it was told to give up."""
     ended = []
 
     async def never(body):
@@ -358,6 +359,11 @@ def test_a_request_does_not_wait_for_ever():
         finally:
             ended.append(body)
 
+    return never, ended
+
+
+def test_a_request_does_not_wait_for_ever():
+    never, ended = endless()
     front = front_of(never, timeout=0.05)
     status, headers, answer = asyncio.run(post(front, {"input": "a"})())
     assert status == 503 and headers["retry-after"] == "1" and front.texts == 0
@@ -367,14 +373,7 @@ def test_a_request_does_not_wait_for_ever():
 
 @pytest.mark.parametrize("more", [False, True])
 def test_nothing_is_done_for_a_client_that_has_left(more):
-    ended = []
-
-    async def never(body):
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append(body)
-
+    never, ended = endless()
     front = front_of(never)
     body = b'{"input": "a"}'
     answer = asyncio.run(asyncio.wait_for(http(front, "POST", "/v1/embeddings", body, 0.05, more)(), 2))

@@ -15,11 +15,11 @@ state, so that both passes of a sub-batch drop the same units.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RandomState:
@@ -43,6 +43,15 @@ class RandomState:
 def value_with_gradient_of(carrier: Tensor, value: Tensor) -> Tensor:
     """A scalar with the gradient of `carrier` and the value of `value`."""
     return carrier - (carrier - value).detach()
+
+
+def joint_side(sides: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Several sides as one, their rows below each other and padded on the right to the longest."""
+    longest = max(side["input_ids"].shape[1] for side in sides)
+    return {
+        name: torch.cat([nn.functional.pad(side[name], (0, longest - side[name].shape[1])) for side in sides])
+        for name in ("input_ids", "attention_mask")
+    }
 
 
 def rows_of(side: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

@@ -98,9 +98,7 @@ def save_adapter(model: Any, folder: Path, dtype: torch.dtype, adapter_of: str) 
     from peft import get_peft_model_state_dict
 
     base, config = model.get_base_model(), copy.deepcopy(model.active_peft_config)
-    # A folder is named by its absolute path, so that it is found from any working directory.
-    place = str(Path(adapter_of).resolve()) if Path(adapter_of).exists() else adapter_of
-    config.base_model_name_or_path, config.revision = place, commit_of(adapter_of)
+    config.base_model_name_or_path, config.revision = place_of(adapter_of), commit_of(adapter_of)
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     if not isinstance(config.target_modules, str):
         config.target_modules = {plain_name(name) for name in config.target_modules}
@@ -115,6 +113,11 @@ def save_adapter(model: Any, folder: Path, dtype: torch.dtype, adapter_of: str) 
     base = model.unload()
     save_configuration(base, folder)
     return base
+
+
+def place_of(model: str) -> str:
+    """A Hub id as it is, and a folder's absolute path, so that it is found from any working directory."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def save_configuration(base: PreTrainedModel, folder: Path) -> None:

@@ -22,7 +22,7 @@ from .arguments import FULL_RATE, LORA_RATE, GircseTrainingArguments, ModelArgum
 from .callbacks import EpochSetter, LogFile, Watch
 from .card import model_card
 from .data import PairCollator, SourceBatches, TrainingPairs
-from .gradient_cache import RandomState, place_rows, rows_of, sub_batches, value_with_gradient_of
+from .gradient_cache import RandomState, joint_side, place_rows, rows_of, sub_batches, value_with_gradient_of
 from .losses import IcrLoss, candidate_mask, icr_loss
 from .publishing import NOT_PUBLISHED, REPLACED, check_adapter, copy_on_cpu, export
 
@@ -170,11 +170,7 @@ class GircseTrainer(Trainer):
         saves = self.args.device.type == "cpu" or padding <= TOKENS_OF_A_PASS * (self.args.k + 1)
         if not (loop and saves) or self.accelerator.num_processes > 1:
             return [self._embed(model, side) for side in sides]
-        joint = {
-            name: torch.cat([nn.functional.pad(side[name], (0, longest - side[name].shape[1])) for side in sides])
-            for name in ("input_ids", "attention_mask")
-        }
-        return self._embed(model, joint).split([len(side["input_ids"]) for side in sides])
+        return self._embed(model, joint_side(sides)).split([len(side["input_ids"]) for side in sides])
 
     def _base_model(self) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(self.model)

@@ -16,12 +16,11 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from distil import add_arguments, distillation_loss, embed, teacher_loader
+from gircse.training.gradient_cache import joint_side
 from gircse.training.trainer import GircseTrainer
 from graphs import GraphedLoop
 from teacher_vectors import TeacherTexts
@@ -43,13 +42,9 @@ class TeacherTrainer(GircseTrainer):
     def _embed_both(self, model: Any, sides: list[dict[str, Tensor]]) -> Sequence[Tensor]:
         if self.loop is None:
             return super()._embed_both(model, sides)
-        longest = max(side["input_ids"].shape[1] for side in sides)
-        joint = {
-            name: torch.cat([pad(side[name], (0, longest - side[name].shape[1])) for side in sides])
-            for name in ("input_ids", "attention_mask")
-        }
         rows = self.args.per_device_train_batch_size * (2 + self.args.num_negatives)
-        return self.loop(**joint, k=self.args.k, rows=rows).split([len(side["input_ids"]) for side in sides])
+        embeddings = self.loop(**joint_side(sides), k=self.args.k, rows=rows)
+        return embeddings.split([len(side["input_ids"]) for side in sides])
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Two backward passes, so that the activations of one loss are gone before the other's are made."""
