@@ -137,7 +137,8 @@ def write_settings(model: Any, processor: Any, folder: Path, k: int) -> None:
     """`config.json`, of a kind that transformers.js passes on to onnxruntime as it is, and the prompts."""
     config = model.config
     settings = {name: getattr(config, name) for name in ("step_token", "attention", "pooling", "logit_temperature")}
-    settings |= {"model_type": "gircse", "architectures": ["GircseModel"], "num_steps": k}
+    # Not "gircse": once a process has that type's configuration, AutoTokenizer would read this file by it.
+    settings |= {"model_type": "gircse_onnx", "num_steps": k}
     settings |= {"hidden_size": config.hidden_size, "vocab_size": model.get_input_embeddings().num_embeddings}
     if external := [path.name for path in sorted((folder / "onnx").glob("*.onnx_data"))]:
         settings["transformers.js_config"] = {
