@@ -29,6 +29,7 @@ import distil
 import experiments
 import graphs
 import report_results
+import reset_weights
 import shorten
 import train_gircse
 from gircse.loading import load
@@ -232,6 +233,29 @@ def test_a_teacher_adds_its_loss(made, tmp_path):
     assert 0 < line["loss"] - icr < 10  # 10 x (1 - cos) of a distilled model
 
 
+@pytest.mark.slow
+def test_weights_are_reset_and_trained_alone(made, tmp_path):
+    def weights(folder):
+        return load(str(folder))[0].state_dict()
+
+    chosen = "layers[.]1[.](?!input)"
+    recipe(
+        "root_model/reset_weights", made.folder / "distilled", made.folder / "backbone", tmp_path, "--weights", chosen
+    )
+    backbone, trained, reset = map(weights, (made.folder / "backbone", made.folder / "distilled", tmp_path))
+    for name, weight in reset.items():
+        assert torch.equal(weight, (backbone if re.search(chosen, name) else trained)[name]), name
+    assert any(not torch.equal(reset[name], trained[name]) for name in reset)
+    teacher = ("--vectors", str(made.folder / "teacher"), "--steps", "2", "--only", chosen)
+    train("root_model/train_with_teacher", made, tmp_path / "again", *teacher, "--warmup_ratio", "0")
+    moved = {name for name, weight in weights(tmp_path / "again").items() if not torch.equal(weight, trained[name])}
+    assert moved == {name for name in trained if re.search(chosen, name)}
+    with pytest.raises(ValueError, match="--weights 'no such' matches no weight, such as language_model"):
+        reset_weights.reset(
+            torch.nn.ModuleDict({"language_model": torch.nn.Linear(1, 1)}), torch.nn.Module(), "no such"
+        )
+
+
 def test_report_leaves_out_what_settings_were_chosen_on():
     rows = [{"task": task, "group": "STS", "scores": {"1": score}} for task, score in (("a", 10), ("b", 20))]
     rows.append({"task": report_results.CHOSEN_ON, "group": "STS", "scores": {"1": 99}})
@@ -391,7 +415,14 @@ def test_the_page_of_the_data_holds_the_manifests_table():
     assert {task for task in tasks if not any(name.startswith(f"eval/{task}") for name in manifest)} == set()
 
 
-STEPS_OF_THE_ROOT_MODEL = ("shorten", "teacher_vectors", "align_vectors", "distil", "train_with_teacher")
+STEPS_OF_THE_ROOT_MODEL = (
+    "shorten",
+    "teacher_vectors",
+    "align_vectors",
+    "distil",
+    "reset_weights",
+    "train_with_teacher",
+)
 
 
 def test_the_root_models_steps_import_earlier_ones_alone():

@@ -40,9 +40,9 @@ SIMILAR = "Retrieve semantically similar text."
 # text, such as its sentiment, where the teacher's vector holds its whole meaning.
 SHIPPED = json.loads(Path(__file__).with_name("instructions.json").read_text(encoding="utf-8"))["mteb"].values()
 INSTRUCTIONS = sorted({text for text in SHIPPED if not text.startswith("Classify")})
-# K of a batch is one of these: 5 is what the root model takes where nobody asks for another number. Evaluations go to
-# 20, but a batch with 20 steps takes three times as long as one with 5, and 20 are nearly as good as 5 after training
-# with 5 alone (results/lengths.json). Fewer are left to ICR, which trains every one.
+# 5 is what the root model takes where nobody asks for another number. Evaluations go to 20, but a batch with 20 steps
+# takes three times as long as one with 5, and 20 are nearly as good as 5 after training with 5 alone
+# (results/lengths.json). Fewer are left to ICR, which trains every one.
 STEPS = (5, 5, 5, 10)
 
 
@@ -56,15 +56,15 @@ def distillation_loss(embeddings: Tensor, vectors: Tensor) -> Tensor:
     return 1 - (embeddings.float() * vectors.float()).sum(-1).mean()
 
 
-def draw_steps(inputs: dict[str, Tensor], most_tokens: int) -> int:
-    """K for a batch; of more than `most_tokens` it is 5 at most, since each step keeps a copy of its KV cache for the
-    way back."""
-    return random.choice(STEPS if inputs["input_ids"].numel() <= most_tokens else STEPS[:-1])
+def draw_steps(inputs: dict[str, Tensor], steps: Sequence[int], most_tokens: int) -> int:
+    """K for a batch; of more than `most_tokens` it is the smallest, since each step keeps a copy of its KV cache for
+    the way back."""
+    return random.choice(steps) if inputs["input_ids"].numel() <= most_tokens else min(steps)
 
 
 def embed(model: Any, inputs: dict[str, Tensor], args: argparse.Namespace, loop: GraphedLoop | None) -> Tensor:
     """z_K, (B, d), after a number of steps drawn for the batch; by graphs if there is a loop of them."""
-    k = draw_steps(inputs, args.most_tokens)
+    k = draw_steps(inputs, args.steps, args.most_tokens)
     if loop is None:
         with sdpa_kernel(ATTENTION_KERNELS):
             return model(**inputs, k=k).embeddings
@@ -117,7 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser, batch_size: str) -> None:
     add = parser.add_argument
     add("--vectors", required=True, help="folder of teacher_vectors.py or align_vectors.py")
     add(batch_size, dest="batch_size", type=int, default=32, help="texts a step that the teacher knows")
-    add("--most_tokens", type=int, default=2048, help="of a batch with 10 steps, padding included, as memory allows")
+    add("--steps", type=int, nargs="+", default=STEPS, help="K of a batch is drawn from these")
+    most = "of a batch with more than the fewest steps, padding included, as memory allows"
+    add("--most_tokens", type=int, default=2048, help=most)
     add("--graph_lengths", type=int, nargs="*", help="on a GPU: lengths of texts for which CUDA graphs are made (none)")
 
 

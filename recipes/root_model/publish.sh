@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Publishes a model of make.sh: copies it OVER the weights, configuration and tokenizer at the root of the repository,
+# Publishes a model of make.sh, or of heal.sh if there is one: copies it OVER the weights, configuration and tokenizer at the root of the repository,
 # then evaluates the root and its teacher, and writes results/, the tables of the pages and the pictures anew.
 # Usage: recipes/root_model/publish.sh DATA RUNS [TEACHER], as given to make.sh
 # What was overwritten is in git. An evaluation that was interrupted goes on when the command is repeated.
@@ -8,13 +8,14 @@ data=$(realpath "$1") runs=$(realpath -m "$2") minilm=sentence-transformers/all-
 teacher=${3:-$minilm}
 [ -d "$teacher" ] && teacher=$(realpath "$teacher")
 cd "$(dirname "$0")/../.."
+[ -d "$runs/healed" ] && model=$runs/healed || model=$runs/gircse
 
 # The root is the model; the code is here already. All files are looked for before the first one is overwritten.
 files=(config.json model.safetensors processor_config.json tokenizer.json tokenizer_config.json)
-for file in "${files[@]/#/$runs/gircse/}" "$runs/gircse/training_curves.png"; do
+for file in "${files[@]/#/$model/}" "$model/training_curves.png"; do
     [ -f "$file" ] || { echo "$file is missing: run recipes/root_model/make.sh to its end first" >&2; exit 1; }
 done
-cp "${files[@]/#/$runs/gircse/}" .
+cp "${files[@]/#/$model/}" .
 # In shards, which upload and resume one by one; it removes the file that was copied, and those of a model before.
 python - <<'END'
 from huggingface_hub import save_torch_state_dict
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 
 save_torch_state_dict(load_file("model.safetensors"), ".", max_shard_size="100MB")
 END
-cp "$runs/gircse/training_curves.png" assets/training_curves.png
+cp "$model/training_curves.png" assets/training_curves.png
 
 # Results don't tell where the data and the runs lay, so that the commands read the same wherever they were made.
 keep() { sed -e "s#$data/#DATA/#g" -e "s#$runs/#runs/#g" -e "s#$teacher#$minilm#g" "$1" > "$2"; }

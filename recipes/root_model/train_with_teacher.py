@@ -9,6 +9,7 @@ batch of its own, so that what the contrastive pairs don't teach is not forgotte
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -32,6 +33,9 @@ class TeacherTrainer(GircseTrainer):
 
     def __init__(self, *args: Any, teaching: argparse.Namespace, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for name, weight in self.model.named_parameters():
+            if not re.search(teaching.only, name):
+                weight.requires_grad_(False)
         texts, processor, self.teaching = TeacherTexts(teaching.vectors), self.processing_class, teaching
         graphs, longest = teaching.graph_lengths, self.data_collator.max_length
         loader = teacher_loader(texts, processor, teaching.batch_size, max(graphs or [longest]), self.args.seed)
@@ -62,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "--teacher_batch_size")
     parser.add_argument("--teacher_weight", type=float, default=1.0)
+    parser.add_argument("--only", default="", metavar="PATTERN", help="leave weights as they are whose names lack it")
     more = "of the pairs' texts, beside --max_length, where --graph_lengths asks for graphs"
     parser.add_argument("--pair_graph_lengths", type=int, nargs="*", default=[], help=more)
     teaching, rest = parser.parse_known_args()
