@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 mteb = pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
+import huggingface_hub
 import numpy as np
 import torch
+import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from mteb.models import ModelMeta
@@ -37,7 +39,7 @@ from evaluation_helpers import (
 )
 from gircse.evaluation import report, subjects
 from gircse.evaluation.subjects import StepEncoder, Subject, Vectors
-from gircse.evaluation.tasks import INSTRUCTIONS, LocalTriplets, local_tasks
+from gircse.evaluation.tasks import INSTRUCTIONS, LOCAL, LocalTriplets, local_tasks
 from gircse.loading import load
 from helpers import write_rows
 
@@ -310,6 +312,22 @@ def test_report(evaluated, model_folder):
     found = {result.dataset_name: result for result in card.data.eval_results}
     assert {name: result.metric_value for name, result in found.items()} == {n: v["3"] for n, v in table.items()}
     assert found["sts_pairs"].metric_type == "cosine_spearman" and found["sts_pairs"].metric_name.endswith("(k = 3)")
+
+
+def test_scores_for_the_hub(evaluated, monkeypatch):
+    """In its format, of tasks that it knows: each task's main score, at the k of the card."""
+    assert not (evaluated.out / ".eval_results").exists()  # all tasks were of a folder
+    row = {"task": "STS12", "dataset": "mteb/sts12-sts", "revision": "abc", "scores": {"1": 1.5, "3": 2.5}}
+    rows = [row, row | {"scores": {"1": 8, "3": 9}}, row | {"task": "own", "dataset": f"{LOCAL}own"}]
+    found = report.hub_entries(rows, 3)
+    assert list(found) == ["STS12.yaml"]
+    [entry] = huggingface_hub.parse_eval_result_entries(yaml.safe_load(found["STS12.yaml"]))
+    assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == ("mteb/sts12-sts", "STS12", "abc")
+    assert (entry.value, entry.notes, entry.source_name) == (2.5, "k = 3", f"mteb {mteb.__version__}")
+    static = report.hub_entries([row | {"scores": {"None": 4.5}}], None)["STS12.yaml"]
+    assert yaml.safe_load(static)[0]["value"] == 4.5 and "notes" not in yaml.safe_load(static)[0]
+    monkeypatch.setattr(report, "huggingface_hub", SimpleNamespace())  # an older one
+    assert report.hub_entries(rows, 3) == {}
 
 
 def test_registry_entry_of_mteb(evaluated, model_folder, data_folder, embed):

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: table, picture, the card's metadata and an entry for mteb's registry.
+"""What an evaluation leaves behind: table, picture, the card's metadata, the Hub's and mteb's registry's entries.
 
 A row is a task and a metric: `task`, `group`, `type`, `metric`, `scores` (k as a string to score x 100; "None" for a
 model without steps), `dataset`, `revision`, `splits`, `subsets`, `prompts`.
@@ -11,13 +11,17 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import matplotlib
 import mteb
 import numpy as np
 import torch
 import transformers
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from mteb.models import ModelMeta
+
+from .tasks import LOCAL
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -91,6 +95,31 @@ def card_metadata(rows: list[dict[str, Any]], meta: ModelMeta, shown: int | None
     return f"---\n{ModelCardData(model_name=name, eval_results=results).to_yaml()}\n---\n"
 
 
+def hub_entries(rows: list[dict[str, Any]], shown: int | None) -> dict[str, str]:
+    """Names and YAML of the files that belong into a model repo's `.eval_results/`, with the scores at k = `shown`.
+
+    Those of data sets on the Hub, each task's main score; none where huggingface_hub is older than this format (1.4).
+    """
+    if not hasattr(huggingface_hub, "EvalResultEntry"):
+        return {}
+    files = {}
+    for row in rows:
+        if row["dataset"].startswith(LOCAL) or f"{row['task']}.yaml" in files:
+            continue
+        entry = huggingface_hub.EvalResultEntry(
+            dataset_id=row["dataset"],
+            task_id=row["task"],
+            dataset_revision=row["revision"],
+            value=row["scores"][str(shown)],
+            source_url="https://github.com/embeddings-benchmark/mteb",
+            source_name=f"mteb {mteb.__version__}",
+            notes=None if shown is None else f"k = {shown}",
+        )
+        content = huggingface_hub.eval_result_entries_to_yaml([entry])
+        files[f"{row['task']}.yaml"] = yaml.safe_dump(content, sort_keys=False)
+    return files
+
+
 def registry_entry(meta: ModelMeta) -> str:
     """Python source of a `ModelMeta` for mteb's registry."""
     infinite = "from math import inf\n\n" if meta.max_tokens == inf else ""  # as of static embeddings
@@ -107,8 +136,8 @@ def write_report(
     shown: int | None,
     command: str,
 ) -> None:
-    """Writes `results.json`, `results.md`, `card_metadata.yaml`, `model_meta.py` and, if there are several k,
-    `k_curve.png`.
+    """Writes `results.json`, `results.md`, `card_metadata.yaml`, `model_meta.py`, for tasks of the Hub `.eval_results/`
+    and, if there are several k, `k_curve.png`.
 
     Args:
         out: the folder.
@@ -136,5 +165,8 @@ def write_report(
     (out / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "card_metadata.yaml").write_text(card_metadata(rows, meta, shown), encoding="utf-8")
     (out / "model_meta.py").write_text(registry_entry(meta), encoding="utf-8")
+    for name, content in hub_entries(rows, shown).items():
+        (out / ".eval_results").mkdir(exist_ok=True)
+        (out / ".eval_results" / name).write_text(content, encoding="utf-8")
     if len(rows[0]["scores"]) > 1:
         plot(rows, out / "k_curve.png")

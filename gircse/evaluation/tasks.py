@@ -81,6 +81,7 @@ INSTRUCTIONS = {
     "retrieval": "Given a question, retrieve passages that answer the question.",
 }
 FACETS = "instruct_instructions"
+LOCAL = "local/"  # where other tasks have the Hub id of their data set
 
 
 class LocalTask:
@@ -121,7 +122,7 @@ class LocalTask:
         metadata = TaskMetadata(
             name=name,
             description=f"{cls.kind}, from {', '.join(path.name for path in files.values())}",
-            dataset={"path": f"local/{name}", "revision": revision},
+            dataset={"path": f"{LOCAL}{name}", "revision": revision},
             type=cls.kind,
             category="t2c" if cls.kind in ("Classification", "Clustering") else "t2t",
             eval_langs=["eng-Latn"],
