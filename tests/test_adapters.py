@@ -121,6 +121,12 @@ def test_adapter_only_folder_loads_in_the_dtype_asked_for(trained, inputs, gircs
         assert torch.isfinite(embed(model, inputs)).all()
 
 
+def test_sentence_transformers_is_told_who_needs_peft(trained):
+    for name, needed in (("merged", {"torch", "transformers"}), ("adapter_only", {"torch", "transformers", "peft"})):
+        settings = json.loads((trained / name / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+        assert set(settings["requirements"]) == needed
+
+
 def test_adapter_of_a_relative_path_loads_from_anywhere(plain, trained, inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(plain.parent)
     train(Path(plain.name), tmp_path)

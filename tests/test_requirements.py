@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
 
 import pytest
 
+from gircse.training.publishing import NEEDED_BY_ADAPTERS
 from helpers import ROOT, requirements
 
 
@@ -47,3 +49,11 @@ def imported_by(name: str) -> set[str]:
 def test_requirements_have_all_that_a_script_imports(script, needed):
     own = {path.stem for path in ROOT.glob("*.py")} | {"gircse"}
     assert imported_by(script) - own - sys.stdlib_module_names <= installed_by(needed)
+
+
+def test_sentence_transformers_is_told_what_loading_needs():
+    told = json.loads((ROOT / "config_sentence_transformers.json").read_text(encoding="utf-8"))["requirements"]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert set(told) == {"torch", "transformers"} and {name + versions for name, versions in told.items()} <= {*lines}
+    of_adapters = {name + versions for name, versions in NEEDED_BY_ADAPTERS.items()}
+    assert of_adapters <= {*(ROOT / "requirements-train.txt").read_text().splitlines()}

@@ -6,11 +6,12 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer, quantize_embeddings
+from sentence_transformers import SentenceTransformer, quantize_embeddings, util
 from transformers import AutoProcessor
 
 from helpers import DTYPE_ARGUMENTS, ROOT, export_tiny
@@ -152,6 +153,17 @@ def test_trained_folder_has_the_prompts_in_its_own_template(gircse, tmp_path):
     prompts = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))["prompts"]
     assert prompts["STS12"] == "[Retrieve semantically similar text.]" and prompts["document"] == ""
     assert all(prompt[0] + prompt[-1] == "[]" and "Instruct: " not in prompt for prompt in prompts.values() if prompt)
+
+
+@pytest.mark.skipif(not hasattr(util, "check_version_requirements"), reason="older releases don't check them")
+def test_a_library_that_is_too_old_is_named_before_anything_loads(exported, tmp_path):
+    path = shutil.copytree(exported, tmp_path / "model") / "config_sentence_transformers.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    assert set(settings["requirements"]) == {"torch", "transformers"}
+    settings["requirements"]["transformers"] = ">=99"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(ImportError, match="transformers>=99"):
+        SentenceTransformer(str(path.parent), trust_remote_code=True)
 
 
 def test_max_seq_length_cuts_the_text_and_keeps_the_suffix(sentence_model):

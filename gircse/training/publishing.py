@@ -28,6 +28,7 @@ CODE_FILES += ["sentence_gircse.py", "modules.json", "handler.py"]
 CODE_FILES += [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "gircse").rglob("*.py"))]
 CODE_FILES += [f"configs/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zero3")]
 ADAPTER_FOLDER = "adapter"
+NEEDED_BY_ADAPTERS = {"peft": ">=0.15"}
 # Patterns of files that are not uploaded, and of those that an upload deletes from the repo if the folder lacks them.
 NOT_PUBLISHED = ["checkpoint-*", "runs/*", "*.bin", "training_log.jsonl", BAD_ROWS]
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "*adapter_config.json"]
@@ -69,8 +70,11 @@ def complete(folder: Path, processor: Any) -> None:
         if not (folder / name).exists() or not (folder / name).samefile(ROOT / name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
-    settings = json.dumps(sentence_transformers_settings(processor), indent=2, ensure_ascii=False)
-    (folder / "config_sentence_transformers.json").write_text(settings + "\n", encoding="utf-8")
+    settings = sentence_transformers_settings(processor)
+    if json.loads((folder / "config.json").read_text(encoding="utf-8"))["adapter"]:
+        settings["requirements"] = settings.get("requirements", {}) | NEEDED_BY_ADAPTERS
+    content = json.dumps(settings, indent=2, ensure_ascii=False)
+    (folder / "config_sentence_transformers.json").write_text(content + "\n", encoding="utf-8")
 
 
 def load_in_float32(folder: Path) -> None:

@@ -73,6 +73,12 @@ def prompts(paper: dict[str, str], known: set[str], template: str) -> dict[str, 
     return {"document": ""} | {name: template.replace("{instruction}", text) for name, text in instructions.items()}
 
 
+def requirements(packages: tuple[str, ...]) -> dict[str, str]:
+    """What Sentence Transformers checks before it loads a model: versions by package, as in requirements.txt."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return {name: line.removeprefix(name) for name in packages for line in lines if line.startswith(f"{name}>")}
+
+
 def write(name: str, content: Any) -> None:
     (ROOT / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -89,6 +95,7 @@ def main() -> None:
             "prompts": prompts(paper, known, template),
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
+            "requirements": requirements(("torch", "transformers")),
         },
     )
 
