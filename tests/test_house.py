@@ -29,7 +29,7 @@ PACKAGE_ORDER = """
     gircse.training.arguments gircse.training.publishing gircse.training.card gircse.training.accuracy
     gircse.training.callbacks gircse.training.trainer
     gircse.embedding gircse.embedding.shards gircse.embedding.plan gircse.embedding.actors
-    gircse.evaluation gircse.evaluation.fields gircse.evaluation.report gircse.evaluation.tasks
+    gircse.evaluation gircse.evaluation.fields gircse.evaluation.tasks gircse.evaluation.report
     gircse.evaluation.subjects
     gircse.serving gircse.serving.protocol gircse.serving.batcher gircse.serving.replica gircse.serving.front
     gircse.onnx gircse.onnx.graph gircse.onnx.formats gircse.onnx.folder
