@@ -35,6 +35,7 @@ training=(
     --save_dtype bfloat16
     --save_steps 30 --save_total_limit 1
 )
+compgen -G "$runs/healed/checkpoint-*" > /dev/null && training+=(--resume_from_checkpoint last)
 [ -f "$runs/healed/model.safetensors" ] ||
     python recipes/root_model/train_with_teacher.py --vectors "$runs/aligned" \
         --model_name_or_path "$runs/reset" --train_data "$runs/short_pairs.jsonl" --output_dir "$runs/healed" \
