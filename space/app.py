@@ -104,6 +104,13 @@ def embedder(model: Any, processor: Any) -> Callable[[str, str, int], tuple[Figu
 
 
 def page(model: Any, processor: Any) -> gradio.Blocks:
+    """The page.
+
+    Raises:
+        ValueError: the model generates no tokens.
+    """
+    if model.config.step_token not in ("soft", "hard"):
+        raise ValueError(f"step_token={model.config.step_token!r}: this page is for models that generate tokens")
     with gradio.Blocks(title="GIRCSE") as blocks:
         gradio.Markdown(
             "# GIRCSE\nEmbeddings that are generated: each step adds a token, and the mean is the embedding."
@@ -114,7 +121,9 @@ def page(model: Any, processor: Any) -> gradio.Blocks:
                 instruction = gradio.Dropdown(
                     INSTRUCTIONS, value=INSTRUCTIONS[0], label="Instruction (any, or none)", allow_custom_value=True
                 )
-                k = gradio.Slider(1, MOST_STEPS, value=model.config.num_steps, step=1, label="k, generated tokens")
+                k = gradio.Slider(
+                    1, MOST_STEPS, value=min(model.config.num_steps, MOST_STEPS), step=1, label="k, generated tokens"
+                )
                 button = gradio.Button("Embed", variant="primary")
             similarities = gradio.Plot(label="Similarities after k steps")
         over_steps = gradio.Plot(label="Similarity to the first sentence, step by step")
@@ -128,13 +137,14 @@ def page(model: Any, processor: Any) -> gradio.Blocks:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).resolve().parents[1]
-    parser.add_argument(
-        "--model", default=os.environ.get("GIRCSE_MODEL", str(here)), help="Hub id or folder (this repo)"
-    )
+    model = os.environ.get("GIRCSE_MODEL") or (str(here) if (here / "config.json").exists() else None)
+    parser.add_argument("--model", default=model, help="Hub id or folder (this repo)")
     trust = os.environ.get("GIRCSE_TRUST_REMOTE_CODE") == "1"
     parser.add_argument("--trust_remote_code", action="store_true", default=trust, help="run the model's code")
     parser.add_argument("--port", type=int, help="7860, or the next that is free")
     args = parser.parse_args()
+    if args.model is None:
+        parser.error("there is no model beside this page: give --model, or set the variable GIRCSE_MODEL")
     settings = {"trust_remote_code": args.trust_remote_code}
     model = AutoModel.from_pretrained(args.model, **settings).eval()
     page(model, AutoProcessor.from_pretrained(args.model, **settings)).launch(server_port=args.port)

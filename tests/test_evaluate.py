@@ -314,16 +314,23 @@ def test_report(evaluated, model_folder):
     assert found["sts_pairs"].metric_type == "cosine_spearman" and found["sts_pairs"].metric_name.endswith("(k = 3)")
 
 
+@pytest.mark.skipif(not hasattr(huggingface_hub, "EvalResultEntry"), reason="needs huggingface_hub 1.4")
 def test_scores_for_the_hub(evaluated, monkeypatch):
     """In its format, of tasks that it knows: each task's main score, at the k of the card."""
     assert not (evaluated.out / ".eval_results").exists()  # all tasks were of a folder
-    row = {"task": "STS12", "dataset": "mteb/sts12-sts", "revision": "abc", "scores": {"1": 1.5, "3": 2.5}}
+    whole = {"splits": ["test"], "subsets": ["default"], "scores": {"1": 1.5, "3": 2.5}}
+    row = {"task": "STS12", "dataset": "mteb/sts12-sts", "revision": "abc", **whole}
     rows = [row, row | {"scores": {"1": 8, "3": 9}}, row | {"task": "own", "dataset": f"{LOCAL}own"}]
     found = report.hub_entries(rows, 3)
     assert list(found) == ["STS12.yaml"]
     [entry] = huggingface_hub.parse_eval_result_entries(yaml.safe_load(found["STS12.yaml"]))
     assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == ("mteb/sts12-sts", "STS12", "abc")
     assert (entry.value, entry.notes, entry.source_name) == (2.5, "k = 3", f"mteb {mteb.__version__}")
+    english = row | {"task": "STS17", "dataset": "mteb/sts17", "subsets": ["en-en"]}
+    some = english | {"task": "STS22.v2", "subsets": ["en", "de"]}  # the Hub has no name for these together
+    found = report.hub_entries([english, some], 3)
+    assert list(found) == ["STS17.yaml"]
+    assert yaml.safe_load(found["STS17.yaml"])[0]["dataset"]["task_id"] == "STS17_en-en_test"
     static = report.hub_entries([row | {"scores": {"None": 4.5}}], None)["STS12.yaml"]
     assert yaml.safe_load(static)[0]["value"] == 4.5 and "notes" not in yaml.safe_load(static)[0]
     monkeypatch.setattr(report, "huggingface_hub", SimpleNamespace())  # an older one

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
@@ -10,30 +9,24 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
 from helpers import make_tokenizer, text_config
 
 sys.path.extend(str(ROOT / "recipes" / folder) for folder in ("", "root_model", "paper", "figures"))
 import align_vectors
-import check_data
-import compare_methods
 import distil
-import experiments
 import graphs
-import report_results
 import reset_weights
 import shorten
-import train_gircse
+import train_with_teacher
 from gircse.loading import load
-from gircse.training.arguments import ModelArguments
 
 SAMPLE = ROOT / "sample_pairs.jsonl"
 
@@ -250,169 +243,33 @@ def test_weights_are_reset_and_trained_alone(made, tmp_path):
     train("root_model/train_with_teacher", made, tmp_path / "again", *teacher, "--warmup_ratio", "0")
     moved = {name for name, weight in weights(tmp_path / "again").items() if not torch.equal(weight, trained[name])}
     assert moved == {name for name in trained if re.search(chosen, name)}
-    with pytest.raises(ValueError, match="--weights 'no such' matches no weight, such as language_model"):
-        reset_weights.reset(
-            torch.nn.ModuleDict({"language_model": torch.nn.Linear(1, 1)}), torch.nn.Module(), "no such"
-        )
 
 
-def test_report_leaves_out_what_settings_were_chosen_on():
-    rows = [{"task": task, "group": "STS", "scores": {"1": score}} for task, score in (("a", 10), ("b", 20))]
-    rows.append({"task": report_results.CHOSEN_ON, "group": "STS", "scores": {"1": 99}})
-    rows.append({"task": "c", "group": "Clustering", "scores": {"1": 60}})
-    assert report_results.group_means(rows, 1) == {"Clustering": 60, "STS": 15, "All tasks": 30}
-    assert report_results.group_means([{"task": "a", "group": "STS", "scores": {"None": 7}}], 5) == {"STS": 7}
+def test_weights_that_cannot_be_reset_or_trained_are_named():
+    model, other = (torch.nn.ModuleDict({"layers": torch.nn.Linear(2, width)}) for width in (2, 1))
+    with pytest.raises(ValueError, match="--weights 'no such' matches no weight, such as layers.weight"):
+        reset_weights.reset(model, model, "no such")
+    with pytest.raises(ValueError, match=r"layers.weight, \(2, 2\), is not in the backbone"):
+        reset_weights.reset(model, other, "layers")
+    with pytest.raises(ValueError, match="--only 'no such' matches no weight"):
+        train_with_teacher.freeze_others(model, "no such")
 
 
-def test_report_fills_a_table_in_and_again():
-    text = "before\n<!-- table one -->\nold\n<!-- end -->\nafter"
-    once = report_results.fill(text, {"one": "| new |"})
-    assert once == "before\n<!-- table one -->\n| new |\n<!-- end -->\nafter"
-    assert report_results.fill(once, {"one": "| new |"}) == once
-    with pytest.raises(ValueError, match="no place for table 'two'"):
-        report_results.fill(text, {"two": ""})
+@pytest.mark.slow
+def test_training_with_a_teacher_goes_on_as_if_it_had_not_been_interrupted(made, tmp_path):
+    """With the teacher's texts, their instructions and the numbers of steps."""
+    teacher = ("--vectors", str(made.folder / "teacher"), "--steps", "1", "2", "3")
+    settings = (*teacher, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2")
+    straight = train("root_model/train_with_teacher", made, tmp_path, *settings)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    again = train("root_model/train_with_teacher", made, tmp_path, *settings, "--resume_from_checkpoint", "last")
+    assert [line["loss"] for line in again][-2:] == pytest.approx([line["loss"] for line in straight][-2:], rel=1e-5)
 
 
-def test_pages_hold_the_tables_of_the_results():
-    runs = report_results.experiments()
-    models = {name: report_results.read(ROOT / f"results/{name}.json") for name in ("root", "minilm")}
-    made = report_results.tables(models, runs, min(run["samples"] for run in runs))
-    counts = {"README.md": 1, "docs/results.md": 6, "docs/root_model.md": 2, "docs/training.md": 3, "docs/speed.md": 15}
-    assert {page: len(tables) for page, tables in made.items()} == counts
-    for page, tables in made.items():
-        text = (ROOT / page).read_text(encoding="utf-8")
-        assert report_results.fill(text, tables) == text, page
-    card = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report_results.with_model_index(card, models["root"]) == card
-    with pytest.raises(ValueError, match="no place for a model-index"):
-        report_results.with_model_index(card.replace("model-index:", "model-list:"), models["root"])
-
-
-def test_every_run_of_the_experiments_has_a_result_and_settings_that_training_takes(tmp_path, monkeypatch):
-    commands = {}
-    monkeypatch.setattr(experiments, "call", lambda command, log, threads: commands.update({log.parent.name: command}))
-    args = SimpleNamespace(backbone=Path("small"), data=Path("DATA"), threads=1)
-    for run in experiments.plan(20_000, 40_000, 3):
-        experiments.train(run, 3e-4, args, tmp_path / run.name)
-    results = {path.stem for path in (ROOT / "results/experiments").glob("*-seed*.json")}
-    assert results == {*commands, "causal_eos_generating-20000-seed0"}
-
-    parser = HfArgumentParser((ModelArguments, train_gircse.GircseTrainingArguments, train_gircse.DataArguments))
-    models, settings = {}, {}
-    for name, command in commands.items():
-        parsed = parser.parse_args_into_dataclasses(command[2:], return_remaining_strings=True)
-        models[name], settings[name], _, rest = parsed
-        assert rest in ([], ["--objective", name.partition("-")[0]])
-        assert settings[name].mix_sources and settings[name].seed == int(name[-1])
-    axes = {name: (model.step_token, model.attention, model.pooling) for name, model in models.items()}
-    assert axes["causal_eos-20000-seed0"] == ("none", "causal", "last")
-    assert axes["bidirectional_avg-20000-seed0"] == ("none", "bidirectional", "mean")
-    assert axes["causal_avg-20000-seed0"] == ("none", "causal", "mean")
-    for method in ("gircse", "causal_eos", "bidirectional_avg"):
-        names = (f"{method}-20000-seed1", f"{method}_long_warm_up-20000-seed1")
-        assert [settings[name].get_warmup_steps(312) for name in names] == [32, 156]
-        assert axes[names[0]] == axes[names[1]]
-    assert models["gircse_end_token-20000-seed2"].suffix == models["causal_eos-20000-seed0"].suffix != ""
-    assert settings["no_refinement-20000-seed0"].refinement_weight == 0
-
-
-def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, monkeypatch):
-    commands = {}
-    monkeypatch.setattr(
-        compare_methods, "call", lambda command, log, threads: commands.update({log.parent.name: command})
-    )
-    places = {"backbone": Path("SMOLLM2"), "data": Path("DATA"), "runs": tmp_path}
-    args = SimpleNamespace(**places, threads=1, training="--logging_steps 7")
-    for run in compare_methods.plan():
-        compare_methods.train(run, 1e-4, 640, args, tmp_path / run.name)
-    results = {path.stem for path in (ROOT / "results/comparison").glob("*-seed*.json")}
-    assert results <= {*commands, "causal_eos_generating-seed0"}
-
-    parser = HfArgumentParser((ModelArguments, train_gircse.GircseTrainingArguments, train_gircse.DataArguments))
-    models, settings = {}, {}
-    for name, command in commands.items():
-        parsed = parser.parse_args_into_dataclasses(command[2:], return_remaining_strings=True)
-        models[name], settings[name], data, rest = parsed
-        assert rest in ([], ["--objective", name.partition("-")[0]]) and data.max_length == 64
-        batch = settings[name].per_device_train_batch_size, settings[name].gradient_accumulation_steps
-        assert batch == ((2, 8) if "_two-" in name else (16, 1)) and settings[name].seed == int(name[-1])
-        assert settings[name].logging_steps == 7  # the last one given counts
-        tuning = ("lora", 5e-4) if "_lora-" in name else ("full", 1e-4)
-        assert (models[name].tuning, settings[name].learning_rate) == tuning
-    axes = {name: (model.step_token, model.attention, model.pooling) for name, model in models.items()}
-    for name, found in axes.items():
-        eos, both_ways = name.startswith("causal_eos"), name.startswith("bidirectional_avg")
-        pooling, attention = "last" if eos else "mean", "bidirectional" if both_ways else "causal"
-        assert found == ("none" if eos or both_ways else "soft", attention, pooling)
-    assert settings["no_refinement-seed0"].refinement_weight == 0
-
-
-def test_prompts_are_under_mtebs_names_alone():
-    """Both sides alike under one name; a task that mteb lacks under none; types for tasks of one's own."""
-    pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
-    import write_prompts
-
-    paper = {"MSMARCO-Q": "Find.", "Lost": "Seek.", "BIOSESSES": "Compare.", "Same-Q": "Sort.", "Same-C": "Sort."}
-    paper |= {"Both-Q": "Ask.", "Both-C": "Answer."}
-    known = {"MSMARCO", "BIOSSES", "BIOSSES.v2", "Same", "Both", "Unheard"}
-    found = write_prompts.prompts(paper, known, "<{instruction}>")
-    expected = {"document": "", "query": "<Find.>", "MSMARCO-query": "<Find.>", "Same": "<Sort.>"}
-    expected |= {"BIOSSES": "<Compare.>", "BIOSSES.v2": "<Compare.>"}
-    expected |= {"Both-query": "<Ask.>", "Both-document": "<Answer.>"}
-    types = {name: f"<{instruction}>" for name, instruction in write_prompts.TYPES.items()}
-    assert types["STS"] == types["PairClassification"] == "<Retrieve semantically similar text.>"
-    assert types["Classification"] == "<Classify the given text.>" and "Reranking" not in types
-    assert found == expected | types
-
-
-def test_published_prompts_are_those_of_the_recipe():
-    mteb = pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
-    import write_prompts
-
-    def read(name: str) -> dict:
-        return json.loads((ROOT / name).read_text(encoding="utf-8"))
-
-    known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
-    template = read("processor_config.json")["prompt_template"]
-    expected = write_prompts.prompts(read("recipes/root_model/instructions.json")["mteb"], known, template)
-    assert read("config_sentence_transformers.json")["prompts"] == expected
-
-
-def test_a_folder_of_data_is_checked_against_the_manifest(tmp_path):
-    manifest = {}
-    for name, lines in {
-        "text/a.txt.gz": "one\ntwo\n",
-        "train/b.jsonl.gz": "{}\n",
-        "eval/c.jsonl.gz": "{}\n{}\n",
-    }.items():
-        path = tmp_path / name
-        path.parent.mkdir()
-        path.write_bytes(gzip.compress(lines.encode(), mtime=0))
-        manifest[name] = {"rows": lines.count("\n"), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    assert check_data.differences(tmp_path, manifest) == []
-
-    whole = (tmp_path / "text/a.txt.gz").read_bytes()
-    (tmp_path / "text/a.txt.gz").write_bytes(gzip.compress(b"one\n", mtime=0))
-    (tmp_path / "train/b.jsonl.gz").unlink()
-    (tmp_path / "eval/c.jsonl.gz").write_bytes(gzip.compress(b"{}\n[]\n", mtime=0))
-    (tmp_path / "train/more.jsonl.gz").touch()
-    assert check_data.differences(tmp_path, manifest) == [
-        "text/a.txt.gz: 1 rows instead of 2",
-        "train/b.jsonl.gz: missing",
-        "eval/c.jsonl.gz: as many rows, but other bytes",
-        "train/more.jsonl.gz: not in the manifest",
-    ]
-    (tmp_path / "text/a.txt.gz").write_bytes(whole[:-4])
-    assert check_data.differences(tmp_path, manifest)[0] == "text/a.txt.gz: not a whole gzip file"
-
-
-def test_the_page_of_the_data_holds_the_manifests_table():
-    manifest = check_data.read_manifest()
-    assert check_data.table(manifest) in (ROOT / "recipes/DATA.md").read_text(encoding="utf-8")
-    assert all(re.fullmatch("[0-9a-f]{64}", known["sha256"]) and known["rows"] > 0 for known in manifest.values())
-    # what the result of an evaluation was measured on
-    tasks = {row["task"].partition("-")[0] for row in report_results.read(ROOT / "results/root.json")["tasks"]}
-    assert {task for task in tasks if not any(name.startswith(f"eval/{task}") for name in manifest)} == set()
+def test_steps_of_a_teachers_batch():
+    inputs = {"input_ids": torch.zeros(4, 10)}
+    assert {distil.draw_steps(inputs, (2, 5, 9), 40) for _ in range(99)} == {2, 5, 9}
+    assert {distil.draw_steps(inputs, (2, 5, 9), 39) for _ in range(99)} == {2}
 
 
 STEPS_OF_THE_ROOT_MODEL = (
@@ -434,9 +291,11 @@ def test_the_root_models_steps_import_earlier_ones_alone():
 
 def test_publishing_stops_before_it_overwrites_when_a_file_is_missing(tmp_path):
     before = hashlib.sha256((ROOT / "config.json").read_bytes()).hexdigest()
-    (tmp_path / "gircse").mkdir()
-    (tmp_path / "gircse/config.json").write_text("{}")
     command = ["bash", "recipes/root_model/publish.sh", tmp_path, tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "model.safetensors is missing: run recipes/root_model/make.sh" in done.stderr
+    for name in ("gircse", "healed"):  # the second takes the first one's place
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        said = f"{name}/model.safetensors is missing: run the recipe that makes {tmp_path / name} to its end first"
+        assert done.returncode == 1 and said in done.stderr
     assert hashlib.sha256((ROOT / "config.json").read_bytes()).hexdigest() == before

@@ -44,6 +44,7 @@ def imported_by(name: str) -> set[str]:
         ("train_gircse.py", "requirements-train.txt"),
         ("serve_gircse.py", "requirements-serve.txt"),
         ("export_gircse.py", "requirements-onnx.txt"),
+        ("space/app.py", "space/requirements.txt"),
     ],
 )
 def test_requirements_have_all_that_a_script_imports(script, needed):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import sys
 
 import pytest
@@ -58,3 +60,15 @@ def test_the_page_answers_a_client(loaded):
             client.predict("one\n\n", INSTRUCTION, 2, api_name="/embed")
     finally:
         page.close()
+
+
+def test_a_model_that_generates_nothing_is_refused(gircse, make_model):
+    with pytest.raises(ValueError, match="step_token='none': this page is for models that generate tokens"):
+        app.page(make_model("qwen2", step_token="none", pooling="last"), None)
+
+
+def test_the_browsers_page_finds_what_it_asks_for():
+    text = (ROOT / "space/browser/index.html").read_text(encoding="utf-8")
+    assert set(re.findall(r"field\('(\w+)'\)", text)) == set(re.findall(r'id="(\w+)"', text))
+    prompts = json.loads((ROOT / "config_sentence_transformers.json").read_text(encoding="utf-8"))["prompts"]
+    assert {name for name in re.findall(r"prompts\.([A-Z]\w*)", text)} == {"STS"} <= set(prompts)

@@ -17,8 +17,8 @@ import mteb
 import numpy as np
 import torch
 import transformers
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import yaml_dump
 from mteb.models import ModelMeta
 
 from .tasks import LOCAL
@@ -95,10 +95,21 @@ def card_metadata(rows: list[dict[str, Any]], meta: ModelMeta, shown: int | None
     return f"---\n{ModelCardData(model_name=name, eval_results=results).to_yaml()}\n---\n"
 
 
-def hub_entries(rows: list[dict[str, Any]], shown: int | None) -> dict[str, str]:
-    """Names and YAML of the files that belong into a model repo's `.eval_results/`, with the scores at k = `shown`.
+def hub_task(row: dict[str, Any]) -> str | None:
+    """The name of what was evaluated as mteb files it on the Hub: the task, or one split of one of its subsets."""
+    metadata = mteb.get_task(row["task"]).metadata
+    if {*row["subsets"]} == {*metadata.hf_subsets} and {*row["splits"]} == {*metadata.eval_splits}:
+        return row["task"]
+    if len(row["subsets"]) == len(row["splits"]) == 1:
+        return f"{row['task']}_{row['subsets'][0]}_{row['splits'][0]}"
+    return None
 
-    Those of data sets on the Hub, each task's main score; none where huggingface_hub is older than this format (1.4).
+
+def hub_entries(rows: list[dict[str, Any]], shown: int | None) -> dict[str, str]:
+    """Names and YAML of the files that belong in a model repo's `.eval_results/`, with the scores at k = `shown`.
+
+    Those of data sets on the Hub, each task's main score, but for tasks of which some subsets were evaluated; none
+    where huggingface_hub is older than this format (1.4).
     """
     if not hasattr(huggingface_hub, "EvalResultEntry"):
         return {}
@@ -106,9 +117,11 @@ def hub_entries(rows: list[dict[str, Any]], shown: int | None) -> dict[str, str]
     for row in rows:
         if row["dataset"].startswith(LOCAL) or f"{row['task']}.yaml" in files:
             continue
+        if (name := hub_task(row)) is None:
+            continue
         entry = huggingface_hub.EvalResultEntry(
             dataset_id=row["dataset"],
-            task_id=row["task"],
+            task_id=name,
             dataset_revision=row["revision"],
             value=row["scores"][str(shown)],
             source_url="https://github.com/embeddings-benchmark/mteb",
@@ -116,7 +129,7 @@ def hub_entries(rows: list[dict[str, Any]], shown: int | None) -> dict[str, str]
             notes=None if shown is None else f"k = {shown}",
         )
         content = huggingface_hub.eval_result_entries_to_yaml([entry])
-        files[f"{row['task']}.yaml"] = yaml.safe_dump(content, sort_keys=False)
+        files[f"{row['task']}.yaml"] = yaml_dump(content, sort_keys=False)
     return files
 
 

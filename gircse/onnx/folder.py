@@ -145,7 +145,9 @@ def write_settings(model: Any, processor: Any, folder: Path, k: int) -> None:
             "use_external_data_format": {name.removesuffix("_data"): True for name in external}
         }
     write_json(folder / "config.json", settings)
-    write_json(folder / "config_sentence_transformers.json", sentence_transformers_settings(processor))
+    prompts = sentence_transformers_settings(processor)
+    prompts.pop("requirements", None)  # of the model in PyTorch
+    write_json(folder / "config_sentence_transformers.json", prompts)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -71,8 +71,10 @@ def complete(folder: Path, processor: Any) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     settings = sentence_transformers_settings(processor)
+    needed = {name: it for name, it in settings.get("requirements", {}).items() if name not in NEEDED_BY_ADAPTERS}
     if json.loads((folder / "config.json").read_text(encoding="utf-8"))["adapter"]:
-        settings["requirements"] = settings.get("requirements", {}) | NEEDED_BY_ADAPTERS
+        needed |= NEEDED_BY_ADAPTERS
+    settings["requirements"] = needed
     content = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / "config_sentence_transformers.json").write_text(content + "\n", encoding="utf-8")
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains a third of the root model's layers once more, from SmolLM2's: what the run of make.sh had made of them was lost
-# before it was published. The other weights are that run's and stay as they are. A model of make.sh needs none of this.
+# Trains ten of the root model's layers once more: they start from SmolLM2's again, and the others stay as make.sh has
+# left them. The published weights have come about so, since those of the ten layers were lost; make.sh by itself makes
+# a whole model.
 # Usage: recipes/root_model/heal.sh BACKBONE DATA RUNS, after make.sh with the same arguments
 # The model ends in RUNS/healed. Two CPU cores with bfloat16 instructions take an hour and a half; when the command is
 # repeated, it goes on from its last checkpoint.
@@ -14,7 +15,7 @@ lost='layers[.]([3-9]|2[89])[.]|layers[.]27[.](mlp|post|self)|model[.]norm'
     python recipes/root_model/reset_weights.py "$runs/gircse" "$backbone" "$runs/reset" --weights "$lost"
 
 pairs=(
-    --pairs 9600 --longest 800 # short enough to be read whole
+    --pairs 9600 --longest 800 # most can be read whole
     --label_classes --twice cad_imdb_sentiment  # as in make.sh
 )
 [ -f "$runs/short_pairs.jsonl" ] ||
@@ -31,11 +32,11 @@ training=(
     --teacher_batch_size 32 --steps 5 10
     --max_length 192
     --held_out 0
-    --bf16 --attn_implementation eager
+    --bf16 --attn_implementation eager  # faster than SDPA on a CPU, for short texts (docs/speed.md)
     --save_dtype bfloat16
     --save_steps 30 --save_total_limit 1
 )
-compgen -G "$runs/healed/checkpoint-*" > /dev/null && training+=(--resume_from_checkpoint last)
+compgen -G "$runs/healed/checkpoint-*/trainer_state.json" > /dev/null && training+=(--resume_from_checkpoint last)
 [ -f "$runs/healed/model.safetensors" ] ||
     python recipes/root_model/train_with_teacher.py --vectors "$runs/aligned" \
         --model_name_or_path "$runs/reset" --train_data "$runs/short_pairs.jsonl" --output_dir "$runs/healed" \

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/../.."
 # The root is the model; the code is here already. All files are looked for before the first one is overwritten.
 files=(config.json model.safetensors processor_config.json tokenizer.json tokenizer_config.json)
 for file in "${files[@]/#/$model/}" "$model/training_curves.png"; do
-    [ -f "$file" ] || { echo "$file is missing: run recipes/root_model/make.sh to its end first" >&2; exit 1; }
+    [ -f "$file" ] || { echo "$file is missing: run the recipe that makes $model to its end first" >&2; exit 1; }
 done
 cp "${files[@]/#/$model/}" .
 # In shards, which upload and resume one by one; it removes the file that was copied, and those of a model before.

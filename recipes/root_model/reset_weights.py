@@ -22,19 +22,20 @@ from gircse.training.publishing import export
 
 @torch.no_grad()
 def reset(model: torch.nn.Module, backbone: torch.nn.Module, pattern: str) -> int:
-    """Copies the weights of `backbone` whose names match into `model`, of the same shapes; how many there were.
+    """Copies the weights of `backbone` whose names match into `model`; how many there were.
 
     Raises:
-        ValueError: no name matches.
+        ValueError: no name matches, or the backbone lacks such a weight of that shape.
     """
-    theirs, count = dict(backbone.named_parameters()), 0
-    for name, weight in model.named_parameters():
-        if re.search(pattern, name):
-            weight.copy_(theirs[name])
-            count += 1
-    if not count:
-        raise ValueError(f"--weights {pattern!r} matches no weight, such as {name}")
-    return count
+    theirs = dict(backbone.named_parameters())
+    chosen = {name: weight for name, weight in model.named_parameters() if re.search(pattern, name)}
+    if not chosen:
+        raise ValueError(f"--weights {pattern!r} matches no weight, such as {next(iter(theirs))}")
+    for name, weight in chosen.items():
+        if name not in theirs or theirs[name].shape != weight.shape:
+            raise ValueError(f"{name}, {tuple(weight.shape)}, is not in the backbone: give what the model came from")
+        weight.copy_(theirs[name])
+    return len(chosen)
 
 
 def main() -> None:

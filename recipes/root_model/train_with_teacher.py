@@ -9,6 +9,7 @@ batch of its own, so that what the contrastive pairs don't teach is not forgotte
 from __future__ import annotations
 
 import argparse
+import random
 import re
 import sys
 from collections.abc import Sequence
@@ -28,18 +29,30 @@ from teacher_vectors import TeacherTexts
 from train_gircse import main as train
 
 
+def freeze_others(model: Any, pattern: str) -> None:
+    """Training leaves the weights as they are whose names lack `pattern`.
+
+    Raises:
+        ValueError: all would be left so.
+    """
+    others = [weight for name, weight in model.named_parameters() if not re.search(pattern, name)]
+    if len(others) == len([*model.parameters()]):
+        raise ValueError(f"--only {pattern!r} matches no weight: nothing would be trained")
+    for weight in others:
+        weight.requires_grad_(False)
+
+
 class TeacherTrainer(GircseTrainer):
     """ICR, and distillation as distil.py's arguments say, `teaching`."""
 
     def __init__(self, *args: Any, teaching: argparse.Namespace, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for name, weight in self.model.named_parameters():
-            if not re.search(teaching.only, name):
-                weight.requires_grad_(False)
+        freeze_others(self.model, teaching.only)
         texts, processor, self.teaching = TeacherTexts(teaching.vectors), self.processing_class, teaching
         graphs, longest = teaching.graph_lengths, self.data_collator.max_length
         loader = teacher_loader(texts, processor, teaching.batch_size, max(graphs or [longest]), self.args.seed)
         self.teacher_batches = chain.from_iterable(repeat(loader))  # epoch after epoch
+        self.teacher_steps = 0
         self.teacher_loop = GraphedLoop(self.model, graphs) if graphs else None
         self.loop = GraphedLoop(self.model, [*teaching.pair_graph_lengths, longest]) if graphs else None
 
@@ -50,9 +63,19 @@ class TeacherTrainer(GircseTrainer):
         embeddings = self.loop(**joint_side(sides), k=self.args.k, rows=rows)
         return embeddings.split([len(side["input_ids"]) for side in sides])
 
+    def _go_on(self) -> None:
+        """Leaves out the teacher's batches of the steps before a checkpoint, whose random state is the present one."""
+        state = random.getstate()
+        for _ in range(self.state.global_step * self.args.gradient_accumulation_steps):
+            next(self.teacher_batches)
+        random.setstate(state)
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Two backward passes, so that the activations of one loss are gone before the other's are made."""
         loss = super().training_step(model, inputs, *args, **kwargs)
+        if not self.teacher_steps:
+            self._go_on()
+        self.teacher_steps += 1
         batch = {name: tensor.to(self.args.device) for name, tensor in next(self.teacher_batches).items()}
         vectors = batch.pop("vectors")
         with self.compute_loss_context_manager():
