@@ -21,7 +21,7 @@ python - <<'END'
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 
-save_torch_state_dict(load_file("model.safetensors"), ".", max_shard_size="100MB")
+save_torch_state_dict(load_file("model.safetensors"), ".", max_shard_size="85MB")
 END
 cp "$model/training_curves.png" assets/training_curves.png
 
