@@ -279,10 +279,14 @@ def test_revision_of_a_folder_is_its_content(model_folder, tmp_path):
     config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     (copy / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))  # evaluations name theirs
     assert subjects.content_hash(copy) == subjects.content_hash(model_folder)
+    settings = json.loads((copy / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    assert settings.pop("requirements")
+    plain = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (copy / "config_sentence_transformers.json").write_text(plain, encoding="utf-8")
+    assert subjects.content_hash(copy) == subjects.content_hash(model_folder)
     (copy / "config.json").write_text(json.dumps({**config, "num_steps": config["num_steps"] + 1}))
     assert subjects.content_hash(copy) != subjects.content_hash(model_folder)
     (copy / "config.json").write_text(json.dumps(config))
-    settings = json.loads((copy / "config_sentence_transformers.json").read_text(encoding="utf-8"))
     settings["prompts"]["STS12"] = "other"
     (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
     assert subjects.content_hash(copy) != subjects.content_hash(model_folder)

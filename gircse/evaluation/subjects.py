@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import tempfile
 import time
@@ -31,6 +32,7 @@ from ..loading import commit_of, is_gircse, load, sentence_transformers_settings
 from .report import CODE_OF_ITS_OWN
 
 STEPS = (1, 3, 5, 10, 15, 20)
+PROMPTS = "config_sentence_transformers.json"
 SECONDS_BETWEEN_LINES = 60  # of progress, in a log
 
 
@@ -127,7 +129,7 @@ def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
         return states[:, [k - 1 for k in steps]].cpu().numpy()
 
     template = args.prompt_template or processor.prompt_template
-    settings = file_of(args.model, "config_sentence_transformers.json")
+    settings = file_of(args.model, PROMPTS)
     prompts = json.loads(settings.read_text(encoding="utf-8")).get("prompts", {}) if settings else {}
     if args.prompt_template or not any(prompts.values()):
         prompts = repo_prompts(template)
@@ -266,9 +268,18 @@ def content_hash(folder: Path) -> str:
             kept = {name: value for name, value in settings.items() if name not in ("dtype", "torch_dtype")}
             digest.update(json.dumps(kept, sort_keys=True).encode())
             continue
-        with path.open("rb") as file:
+        with io.BytesIO(without_requirements(path)) if path.name == PROMPTS else path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
+
+
+def without_requirements(path: Path) -> bytes:
+    """A file of prompts but for the versions of packages, which make no other model."""
+    content = path.read_bytes()
+    settings = json.loads(content)
+    if settings.pop("requirements", None) is None:
+        return content
+    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 # Encoding -----------------------------------------------------------------------------------------------------------
