@@ -60,8 +60,10 @@ def similarity_map(texts: list[str], embeddings: Tensor) -> Figure:
     axes.set(xticks=range(len(texts)), yticks=range(len(texts)), xticklabels=numbers)
     names = [f"{n}  {t if len(t) < 30 else t[:28] + '…'}" for n, t in zip(numbers, texts, strict=True)]
     axes.set_yticklabels(names, parse_math=False)
-    for (row, column), value in {(i, j): similarities[i, j] for i in range(len(texts)) for j in range(i + 1)}.items():
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
+    for row in range(len(texts)):
+        for column in range(row + 1):
+            value = similarities[row, column]
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
     return figure
 
 
@@ -128,9 +130,9 @@ def page(model: Any, processor: Any) -> gradio.Blocks:
             similarities = gradio.Plot(label="Similarities after k steps")
         over_steps = gradio.Plot(label="Similarity to the first sentence, step by step")
         tokens = gradio.Dataframe(label="The most probable tokens of each step", wrap=True)
-        outputs = [similarities, over_steps, tokens]
+        embed = embedder(model, processor)
         for event in (button.click, blocks.load):
-            event(embedder(model, processor), inputs=[lines, instruction, k], outputs=outputs)
+            event(embed, inputs=[lines, instruction, k], outputs=[similarities, over_steps, tokens])
     return blocks
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Publishes a model of make.sh, or of heal.sh if there is one: copies it OVER the weights, configuration and tokenizer at the root of the repository,
-# then evaluates the root and its teacher, and writes results/, the tables of the pages and the pictures anew.
+# Publishes a model of make.sh, or of heal.sh if there is one: copies it OVER the weights, configuration and tokenizer
+# at the root of the repository, then evaluates the root and its teacher, and writes results/, the tables of the pages
+# and the pictures anew.
 # Usage: recipes/root_model/publish.sh DATA RUNS [TEACHER], as given to make.sh
 # What was overwritten is in git. An evaluation that was interrupted goes on when the command is repeated.
 set -euo pipefail

@@ -12,7 +12,7 @@ import argparse
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -50,9 +50,9 @@ class TeacherTrainer(GircseTrainer):
         freeze_others(self.model, teaching.only)
         texts, processor, self.teaching = TeacherTexts(teaching.vectors), self.processing_class, teaching
         graphs, longest = teaching.graph_lengths, self.data_collator.max_length
-        loader = teacher_loader(texts, processor, teaching.batch_size, max(graphs or [longest]), self.args.seed)
-        self.teacher_batches = chain.from_iterable(repeat(loader))  # epoch after epoch
-        self.teacher_steps = 0
+        longest_taught = max(graphs or [longest])
+        self.teacher_loader = teacher_loader(texts, processor, teaching.batch_size, longest_taught, self.args.seed)
+        self.teacher_batches: Iterator[dict[str, Tensor]] | None = None  # from the first step on
         self.teacher_loop = GraphedLoop(self.model, graphs) if graphs else None
         self.loop = GraphedLoop(self.model, [*teaching.pair_graph_lengths, longest]) if graphs else None
 
@@ -63,19 +63,19 @@ class TeacherTrainer(GircseTrainer):
         embeddings = self.loop(**joint_side(sides), k=self.args.k, rows=rows)
         return embeddings.split([len(side["input_ids"]) for side in sides])
 
-    def _go_on(self) -> None:
-        """Leaves out the teacher's batches of the steps before a checkpoint, whose random state is the present one."""
-        state = random.getstate()
+    def _batches_from_here(self) -> Iterator[dict[str, Tensor]]:
+        """The teacher's, epoch after epoch, without those of the steps before a checkpoint, whose random state is the
+        present one."""
+        batches, state = chain.from_iterable(repeat(self.teacher_loader)), random.getstate()
         for _ in range(self.state.global_step * self.args.gradient_accumulation_steps):
-            next(self.teacher_batches)
+            next(batches)
         random.setstate(state)
+        return batches
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Two backward passes, so that the activations of one loss are gone before the other's are made."""
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not self.teacher_steps:
-            self._go_on()
-        self.teacher_steps += 1
+        self.teacher_batches = self.teacher_batches or self._batches_from_here()
         batch = {name: tensor.to(self.args.device) for name, tensor in next(self.teacher_batches).items()}
         vectors = batch.pop("vectors")
         with self.compute_loss_context_manager():
