@@ -202,6 +202,19 @@ def test_objectives(made, tmp_path, objective):
 
 
 @pytest.mark.slow
+def test_queries_contrasted_apart_are_batches_that_accumulate(made, tmp_path):
+    """Of as many pairs as make one step, beside those held out."""
+    rows = SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)[:24]
+    (tmp_path / "pairs.jsonl").write_text("".join(rows), encoding="utf-8")
+    shared = ("--train_data", tmp_path / "pairs.jsonl", "--num_negatives", 2)
+    apart = train("paper/train_objective", made, tmp_path / "apart", *shared, "--contrast", 2)[0]
+    batches = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4)
+    small = train("paper/train_objective", made, tmp_path / "small", *shared, *batches)[0]
+    assert apart == pytest.approx(small, rel=1e-4)
+    assert apart["log_candidates"] < 2  # of 6 documents
+
+
+@pytest.mark.slow
 def test_the_way_back_through_soft_tokens(made, tmp_path):
     """Its gradient is scaled, and the values are not; a learned temperature moves and is what the folder has."""
     settings = ("--learning_rate", "1e-3", "--warmup_ratio", "0", "--max_grad_norm", "1e9")

@@ -12,8 +12,9 @@ held-out accuracy and STS-Benchmark's development split; then follow, with the s
     last_step, no_refinement         Table 3's rows between Causal-EOS and GIRCSE: the loss on the last step alone; on
                                      every step, without the penalty
     ..._lora                         each method with the paper's LoRA instead of all weights
-    ..._two                          GIRCSE and Causal-EOS as the authors' code trains: 2 queries and their 4 documents
-                                     are contrasted, and 8 such steps accumulated
+    ..._two                          GIRCSE and Causal-EOS as the authors' code contrasts, 2 queries and their 4
+                                     documents, of which 8 make up a step; here those of one batch, so that nothing
+                                     else differs
     causal_eos_generating            Causal-EOS as trained, made to generate (Figure 2, bottom)
 
 One JSON a run: the commands, what was trained, and evaluate_gircse.py's scores on samples of all tasks. What was done
@@ -56,7 +57,7 @@ METHODS = {
     "bidirectional_avg": "--step_token none --attention bidirectional",
 }
 LORA = "--tuning lora --learning_rate 5e-4"  # docs/training.md: the best of three rates for GIRCSE
-TWO = "--per_device_train_batch_size 2 --gradient_accumulation_steps 8"
+TWO = "--contrast 2"
 # Of each variant: the method that it changes, and the arguments that change it; the last one given counts.
 VARIANTS = {
     "last_step": ("gircse", "--objective last_step"),

@@ -6,7 +6,9 @@
 `last_step` is InfoNCE on z_K alone; `mixed_steps` contrasts z_i of the queries with z_j of the documents, the order of
 the j's drawn anew for each batch; `icr` is the objective as it is. `--soft_token_gradient a` multiplies the gradient
 that reaches h'_{k-1} through d_k by a: 0 truncates back-propagation there, so that steps learn through the KV cache
-alone. `--learn_temperature` trains T as one number, in logarithms, from `--logit_temperature` on.
+alone. `--learn_temperature` trains T as one number, in logarithms, from `--logit_temperature` on. `--contrast 2`
+contrasts each two queries of a batch with their documents alone: the loss of batches of two whose gradients accumulate,
+at the speed of the whole batch.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from gircse.training.data import PairCollator
 from gircse.training.trainer import GircseTrainer
 from train_gircse import main
 
@@ -35,6 +40,34 @@ class LastStep(GircseTrainer):
 class MixedSteps(GircseTrainer):
     def _joint_loss(self, queries: Tensor, documents: Tensor, inputs: dict[str, Any]) -> Tensor:
         return super()._joint_loss(queries, documents[:, torch.randperm(documents.shape[1])], inputs)
+
+
+class CollatorWithOwners(PairCollator):
+    """`owners`, (M,) int64: the row of the batch that each document belongs to."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        negatives = [number for number, row in enumerate(rows) for _ in row["negatives"]]
+        return {**super().__call__(rows), "owners": torch.tensor([*range(len(rows)), *negatives])}
+
+
+class Apart(GircseTrainer):
+    """The mean of the losses of `contrast` queries each; for one process, without gradient caching."""
+
+    def __init__(self, *args: Any, contrast: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.contrast, collator = contrast, self.data_collator
+        self.data_collator = CollatorWithOwners(collator.processor, collator.max_length)
+
+    def _joint_loss(self, queries: Tensor, documents: Tensor, inputs: dict[str, Any]) -> Tensor:
+        of_queries = ("positive_ids", "query_ids", "query_labels")
+        of_documents = ("document_ids", "document_labels", "prompted_ids")
+        losses = []
+        for rows in torch.arange(len(queries), device=queries.device).split(self.contrast):
+            theirs = torch.isin(inputs["owners"], rows)
+            part = {name: inputs[name][rows] for name in of_queries}
+            part |= {name: inputs[name][theirs] for name in of_documents}
+            losses.append(super()._joint_loss(queries[rows], documents[theirs], part))
+        return torch.stack(losses).mean()
 
 
 def scale_gradient(model: nn.Module, factor: float) -> None:
@@ -76,8 +109,12 @@ if __name__ == "__main__":
     parser.add_argument("--objective", choices=trainers, default="icr")
     parser.add_argument("--soft_token_gradient", type=float)
     parser.add_argument("--learn_temperature", action="store_true")
+    parser.add_argument("--contrast", type=int, help="queries (the whole batch)")
     chosen, rest = parser.parse_known_args()
-    trainer = LearnedTemperature if chosen.learn_temperature else trainers[chosen.objective]
+    trainer: Callable[..., GircseTrainer] = (
+        LearnedTemperature if chosen.learn_temperature else trainers[chosen.objective]
+    )
+    trainer = partial(Apart, contrast=chosen.contrast) if chosen.contrast else trainer
 
     def make_trainer(model: nn.Module, *args: Any, **kwargs: Any) -> GircseTrainer:
         if chosen.soft_token_gradient is not None:
