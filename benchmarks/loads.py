@@ -2,7 +2,8 @@
 
     python benchmarks/loads.py --output benchmarks/results
 
-Weights are megabytes that stay in memory; "offload" keeps what is beyond 60 MB on disk. Cosines are the least over the
+Weights are megabytes that stay in memory; "offload" gives them three quarters of what float32 takes and keeps the rest
+on disk. Cosines are the least over the
 queries of the sample pairs at k = 5. Time is over float32 on batches of 32 texts, the median of rounds in which the
 ways take turns. bitsandbytes is measured where it is installed.
 """
@@ -34,19 +35,20 @@ def bytes_of(tensor: Tensor) -> int:
 def main() -> None:
     args = parser(__doc__).parse_args()
     int8 = TorchAoConfig(Int8WeightOnlyConfig())
+    plain = {"torch_dtype": torch.float32}
     with tempfile.TemporaryDirectory() as offload:
+        room = {"cpu": AutoModel.from_pretrained(ROOT, trust_remote_code=True, **plain).get_memory_footprint() * 3 // 4}
         ways = {
-            "float32": {"torch_dtype": torch.float32},
+            "float32": plain,
             "bfloat16": {"torch_dtype": torch.bfloat16},
-            "offload": {"device_map": "auto", "max_memory": {"cpu": "60MB"}, "offload_folder": offload},
-            "int8 (torchao), float32": {"quantization_config": int8, "torch_dtype": torch.float32},
+            "offload": {"device_map": "auto", "max_memory": room, "offload_folder": offload, **plain},
+            "int8 (torchao), float32": {"quantization_config": int8, **plain},
             "int8 (torchao), bfloat16": {"quantization_config": int8, "torch_dtype": torch.bfloat16},
         }
-        ways["offload"]["torch_dtype"] = torch.float32
         if importlib.util.find_spec("bitsandbytes"):
             for bits in (8, 4):
                 quantized = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
-                ways[f"{bits} bits (bitsandbytes)"] = {"quantization_config": quantized, "torch_dtype": torch.float32}
+                ways[f"{bits} bits (bitsandbytes)"] = {"quantization_config": quantized, **plain}
         models: dict[str, nn.Module] = {}
         for name, settings in ways.items():
             model = AutoModel.from_pretrained(ROOT, trust_remote_code=True, **settings)
