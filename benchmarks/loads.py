@@ -3,9 +3,8 @@
     python benchmarks/loads.py --output benchmarks/results
 
 Weights are megabytes that stay in memory; "offload" gives them three quarters of what float32 takes and keeps the rest
-on disk. Cosines are the least over the
-queries of the sample pairs at k = 5. Time is over float32 on batches of 32 texts, the median of rounds in which the
-ways take turns. bitsandbytes is measured where it is installed.
+on disk. Cosines are the least over the queries of the sample pairs at k = 5. Time is over float32 on batches of 32
+texts, the median of rounds in which the ways take turns. bitsandbytes is measured where it is installed.
 """
 
 from __future__ import annotations
