@@ -3,6 +3,7 @@
     python evaluate_gircse.py --tasks local --data DIR   # the root model on files (gircse/evaluation/tasks.py)
     python evaluate_gircse.py --model ID --tasks mteb nanobeir followir --output_dir results/ID
     python evaluate_gircse.py --model intfloat/e5-base-v2 --tasks STS12 SciFact
+    python evaluate_gircse.py --models models.json --tasks mteb followir   # several, in a table with ranks
 
 `mteb` stands for MTEB(eng, v2), `nanobeir` and `followir` for these two benchmarks; any other name is a task of mteb or
 of the folder. A model is a GIRCSE folder or Hub id, the baselines with `step_token="none"` included, or anything that
@@ -12,11 +13,16 @@ Texts go under the prompts of the model's `config_sentence_transformers.json`, b
 instructions. A task without one there takes that of the task it was adapted from, then mteb's own, then its type's;
 documents of a search are embedded bare. A model of others that has no prompts gets those of mteb's registry. A run that
 is started again with the same output_dir does what is missing.
+
+`--models` is a JSON file with a list of models, `{"model": folder or Hub id}`, beside it `model_name`,
+`prompt_template`, `dtype`, `max_length` or `batch_size` where a model's differ from the command's. Each has a folder of
+its own in output_dir, which gets `comparison.md` and `comparison.json`, laid out as the paper's Table 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -34,6 +40,7 @@ from mteb.models import ModelMeta
 
 from gircse import ROOT
 from gircse.command_line import lenient_console, unescape
+from gircse.evaluation.comparison import write_comparison
 from gircse.evaluation.report import markdown, write_report
 from gircse.evaluation.subjects import STEPS, StepEncoder, Subject, Vectors, load_subject, say
 from gircse.evaluation.tasks import local_tasks
@@ -45,6 +52,8 @@ TABLE_9 = {
     "News21InstructionRetrieval": "ndcg_at_5",
     "Core17InstructionRetrieval": "map_at_1000",
 }
+# What a model of --models may have of its own.
+OWN = ("model_name", "prompt_template", "dtype", "max_length", "batch_size")
 
 
 # Tasks --------------------------------------------------------------------------------------------------------------
@@ -198,7 +207,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--model_name", help="organization/name under which results are filed (the Hub id, or local/FOLDER)")
     add("--trust_remote_code", action="store_true", help="run the code of a Hub model that is not a GIRCSE model")
+    add("--models", type=Path, metavar="FILE", help="a JSON list of models, in the place of --model")
+    add("--beside", type=Path, metavar="FILE", help="a JSON file of other numbers, to stand below those of --models")
     args = parser.parse_args(argv)
+    if args.beside and not args.models:
+        parser.error(f"--beside {args.beside} stands below a table of several models: give --models, too")
     if args.prompt_template:
         args.prompt_template = unescape(args.prompt_template)
         if "{instruction}" not in args.prompt_template:
@@ -206,11 +219,81 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def each_model(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """The name of each model of `--models` and its arguments.
+
+    Raises:
+        ValueError: for an entry that is no model, or a name that two have.
+    """
+    content = json.loads(args.models.read_text(encoding="utf-8"))
+    found: dict[str, argparse.Namespace] = {}
+    for entry in content if isinstance(content, list) else [content]:
+        if not isinstance(entry, dict) or "model" not in entry or not entry.keys() <= {*OWN, "model"}:
+            remedy = f"an object with 'model' and, if they differ, {', '.join(OWN)}"
+            raise ValueError(f"{args.models}: {json.dumps(entry)[:200]} must be {remedy}")
+        if "{instruction}" not in entry.get("prompt_template", "{instruction}"):
+            raise ValueError(f"{args.models}: prompt_template={entry['prompt_template']!r} has no '{{instruction}}'")
+        folder = Path(entry["model"])
+        name = entry.get("model_name") or (folder.resolve().name if folder.is_dir() else entry["model"])
+        if name in found:
+            raise ValueError(f"{args.models}: two models are called {name!r}; give one of them a model_name")
+        found[name] = argparse.Namespace(**vars(args) | entry)
+    return found
+
+
+# Evaluation ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate_model(
+    args: argparse.Namespace, tasks: Sequence[AbsTask], failed: dict[str, str], out: Path, command: str
+) -> tuple[list[dict[str, Any]], int | None]:
+    """Evaluates a model and writes its report to `out`: the rows of all tasks that are done, and the k of its card.
+    Tasks that failed come to `failed`."""
+    say(f"loading {args.model}")
+    subject = load_subject(args)
+    cache, rows = mteb.ResultCache(out), []
+    for number, task in enumerate(tasks, 1):
+        name = task.metadata.name
+        say(f"[{number}/{len(tasks)}] {name}")
+        try:
+            evaluate_task(task, subject, cache, args.batch_size)
+        except Exception as error:  # one task must not cost the hours spent on the others
+            traceback.print_exc()
+            failed[name] = f"{type(error).__name__}: {error}"
+        if rows := collect(tasks[:number], subject, cache):
+            write_report(out, rows, failed, subject.meta, subject.settings, subject.shown, command)
+    if rows:
+        say(f"\n{markdown(rows)}\n\nWritten to {out}")
+    return rows, subject.shown
+
+
+def evaluate_models(
+    models: dict[str, argparse.Namespace], tasks: Sequence[AbsTask], failed: dict[str, str], out: Path, command: str
+) -> bool:
+    """Evaluates each model into a folder of its own in `out`, and writes the comparison; whether all went well."""
+    found, well = {}, True
+    for name, args in models.items():
+        lost = dict(failed)
+        try:
+            rows, shown = evaluate_model(args, tasks, lost, out / name.replace("/", "__"), command)
+        except Exception as error:  # nor must one model cost the others
+            traceback.print_exc()
+            say(f"  {name} was not evaluated: {type(error).__name__}: {error}")
+            rows = []
+        well = well and len(lost) == len(failed) and bool(rows)
+        if rows:
+            found[name] = rows, shown
+    if found:
+        say(f"\n{write_comparison(out, found, args.beside, command)}\n\nWritten to {out}")
+    return well
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 if a task failed or none could be had."""
     lenient_console()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse(argv)
+    models = each_model(args) if args.models else {}
     tasks = choose_tasks(args.tasks, args.data, args.sample)
     say(f"looking for the data of {len(tasks)} tasks, here and on the Hub")
     failed = unavailable(tasks)
@@ -220,26 +303,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = [task for task in tasks if task.metadata.name not in failed]
     if not tasks:
         return 1
-
-    say(f"loading {args.model}")
-    subject = load_subject(args)
     out, command = Path(args.output_dir), shlex.join(["python", "evaluate_gircse.py", *argv])
-    cache = mteb.ResultCache(out)
-    broken, rows = False, []
-    for number, task in enumerate(tasks, 1):
-        name = task.metadata.name
-        say(f"[{number}/{len(tasks)}] {name}")
-        try:
-            evaluate_task(task, subject, cache, args.batch_size)
-        except Exception as error:  # one task must not cost the hours spent on the others
-            traceback.print_exc()
-            failed[name] = f"{type(error).__name__}: {error}"
-            broken = True
-        if rows := collect(tasks[:number], subject, cache):
-            write_report(out, rows, failed, subject.meta, subject.settings, subject.shown, command)
-    if rows:
-        say(f"\n{markdown(rows)}\n\nWritten to {out}")
-    return int(broken)
+    if models:
+        return int(not evaluate_models(models, tasks, failed, out, command))
+    had = len(failed)
+    evaluate_model(args, tasks, failed, out, command)
+    return int(len(failed) > had)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""Several models in one run, and the table that ranks them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
+from evaluate_gircse import main
+from evaluation_helpers import TASKS
+from gircse.evaluation.comparison import compare, markdown
+from helpers import ROOT
+
+
+def rows(*scores: float, k: int | None = None, revision: str = "1") -> list[dict]:
+    """Of two STS tasks, one of retrieval, one that asks to follow an instruction, one of FollowIR; a second metric."""
+    kinds = ["STS", "STS", "Retrieval", "Instruction following", "InstructionReranking"]
+    named = zip("abcde", kinds, scores, strict=False)
+    found = [{"task": t, "revision": revision, "group": g, "scores": {str(k): s, "7": 0.0}} for t, g, s in named]
+    return [*found, {**found[0], "scores": {str(k): 99.0}}]
+
+
+def test_models_are_ranked_by_their_means():
+    found = {
+        "one": (rows(10, 20, 60, 5, 15), None),
+        "two": (rows(40, 30, 50, 20, 30, k=5), 5),
+        "three": (rows(20, 10.001, 60, 90, 90), None),  # level with the first one as shown, ahead by 0.0003
+    }
+    lines, counts = compare(found)
+    assert counts == {"Instruction following": 1, "InstructionReranking": 1, "Retrieval": 1, "STS": 2}
+    assert [line["model"] for line in lines] == ["two", "three", "one"]
+    by_name = {line["model"]: line for line in lines}
+    kinds = {"Instruction following": 20, "InstructionReranking": 30, "Retrieval": 50, "STS": 35}
+    assert by_name["two"]["groups"] == kinds and by_name["two"]["k"] == 5
+    shown = ("mean", "rank", "following", "following_rank", "overall")
+    ranks = {name: tuple(line[key] for key in shown) for name, line in by_name.items()}
+    assert ranks == {"one": (30, 2, 10, 3, 2.5), "two": (40, 1, 25, 2, 1.5), "three": (30, 2, 90, 1, 1.5)}
+
+    table = markdown(lines, counts, {"source": "the paper", "lines": [{**by_name["two"], "groups": {"STS": 1.5}}]})
+    head, _, *body = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert head == "model,k,Retrieval (1),STS (2),mean (3),rank,Instruction following (2),rank,overall rank".split(",")
+    assert body[1] == ["three", "–", "60.00", "15.00", "30.00", "2", "90.00", "1", "1.5"]
+    assert body[3] == ["two (the paper)", "5", "–", "1.50", "40.00", "1", "25.00", "2", "1.5"]
+
+
+def test_tasks_that_a_model_lacks_count_for_none():
+    lines, counts = compare({"one": (rows(10, 20, 30), None), "two": (rows(1, 40), None)})
+    assert counts == {"STS": 2} and {line["model"]: line["mean"] for line in lines} == {"one": 15, "two": 20.5}
+
+
+def test_tasks_of_one_side_alone_and_none_in_common():
+    lines, _ = compare({"one": (rows(10, 20), None), "two": (rows(1, 40), None)})
+    found = [(line["model"], line["following"], line["overall"]) for line in lines]
+    assert found == [("two", None, 1), ("one", None, 2)]
+    with pytest.raises(ValueError, match="no task was evaluated for all of one, two"):
+        compare({"one": (rows(10), None), "two": (rows(10, revision="2"), None)})
+
+
+def test_several_models_in_one_run(static_folder, model_folder, data_folder, tmp_path, capsys):
+    models = [
+        {"model": str(model_folder), "model_name": "us/ours"},
+        {"model": str(static_folder), "prompt_template": "Task: {instruction} "},
+        {"model": str(tmp_path / "nowhere"), "model_name": "lost"},
+    ]
+    (tmp_path / "models.json").write_text(json.dumps(models))
+    beside = ROOT / "recipes/paper/table2.json"
+    options = ["--models", tmp_path / "models.json", "--beside", beside, "--data", data_folder, "--device", "cpu"]
+    out = tmp_path / "out"
+    assert main(["--tasks", "local", *map(str, options), "--output_dir", str(out), "--k", "1", "3"]) == 1
+    assert "lost was not evaluated" in capsys.readouterr().out
+    found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    assert {line["model"]: line["k"] for line in found["models"]} == {"us/ours": 3, static_folder.name: None}
+    assert sum(found["tasks"].values()) == len(TASKS)
+    table = (out / "comparison.md").read_text(encoding="utf-8")
+    assert table.count("(the paper, Table 2)") == 16 and f"| {static_folder.name} | – |" in table
+    report = json.loads((out / static_folder.name / "results.json").read_text(encoding="utf-8"))
+    assert report["tasks"][0]["prompts"]["both"].startswith("Task: ") and (out / "us__ours/results.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ({"name": "x"}, r'"name": "x".* must be an object with \'model\''),
+        ([{"model": "a/b", "trust_remote_code": True}], "an object with 'model' and, if they differ, model_name"),
+        ([{"model": "a/b", "prompt_template": "Query: "}], "prompt_template='Query: ' has no '{instruction}'"),
+        ([{"model": "a/b"}, {"model": "c/d", "model_name": "a/b"}], "two models are called 'a/b'"),
+    ],
+)
+def test_a_list_of_models_is_read_before_anything_is_done(models, message, tmp_path):
+    (tmp_path / "models.json").write_text(json.dumps(models))
+    with pytest.raises(ValueError, match=message):
+        main(["--tasks", "local", "--models", str(tmp_path / "models.json"), "--data", "nowhere"])
+
+
+def test_numbers_beside_need_several_models(capsys):
+    with pytest.raises(SystemExit):
+        main(["--tasks", "STS12", "--beside", "table2.json"])
+    assert "--beside table2.json stands below a table of several models: give --models, too" in capsys.readouterr().err
+
+
+def test_the_papers_models_and_its_table():
+    models = json.loads((ROOT / "recipes/paper/models.json").read_text(encoding="utf-8"))
+    templates = [entry["prompt_template"] for entry in models if "prompt_template" in entry]
+    assert (len(models), len(templates)) == (9, 5) and all("{instruction}" in template for template in templates)
+    lines = json.loads((ROOT / "recipes/paper/table2.json").read_text(encoding="utf-8"))["lines"]
+    assert all(line["overall"] == (line["rank"] + line["following_rank"]) / 2 for line in lines)
+    best = min(lines, key=lambda line: line["overall"])
+    assert (best["model"], best["mean"], best["following"]) == ("GIRCSE, Mistral", 67.83, 62.97)
