@@ -14,6 +14,9 @@ instructions. A task without one there takes that of the task it was adapted fro
 documents of a search are embedded bare. A model of others that has no prompts gets those of mteb's registry. A run that
 is started again with the same output_dir does what is missing.
 
+`--expand_with` embeds each text with an augmentation that a causal LM wrote for its instruction (the paper's appendix
+F); they are kept in output_dir/expansions.
+
 `--models` is a JSON file with a list of models, `{"model": folder or Hub id}`, beside it `model_name`,
 `prompt_template`, `dtype`, `max_length` or `batch_size` where a model's differ from the command's. Each has a folder of
 its own in output_dir, which gets `comparison.md` and `comparison.json`, laid out as the paper's Table 2.
@@ -207,11 +210,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--model_name", help="organization/name under which results are filed (the Hub id, or local/FOLDER)")
     add("--trust_remote_code", action="store_true", help="run the code of a Hub model that is not a GIRCSE model")
+    add("--expand_with", metavar="CAUSAL_LM", help="folder or Hub id of a model that augments each text first")
+    add("--expansion_tokens", type=int, default=256, help="the most of an augmentation (256)")
     add("--models", type=Path, metavar="FILE", help="a JSON list of models, in the place of --model")
     add("--beside", type=Path, metavar="FILE", help="a JSON file of other numbers, to stand below those of --models")
     args = parser.parse_args(argv)
     if args.beside and not args.models:
         parser.error(f"--beside {args.beside} stands below a table of several models: give --models, too")
+    if args.expansion_tokens < 1:
+        parser.error(f"--expansion_tokens {args.expansion_tokens} must be at least 1; leave --expand_with out for none")
     if args.prompt_template:
         args.prompt_template = unescape(args.prompt_template)
         if "{instruction}" not in args.prompt_template:

@@ -32,7 +32,7 @@ PACKAGE_ORDER = """
     gircse.training.callbacks gircse.training.trainer
     gircse.embedding gircse.embedding.shards gircse.embedding.plan gircse.embedding.actors
     gircse.evaluation gircse.evaluation.fields gircse.evaluation.tasks gircse.evaluation.report
-    gircse.evaluation.comparison gircse.evaluation.subjects
+    gircse.evaluation.comparison gircse.evaluation.expansion gircse.evaluation.subjects
     gircse.serving gircse.serving.protocol gircse.serving.batcher gircse.serving.replica gircse.serving.front
     gircse.onnx gircse.onnx.graph gircse.onnx.formats gircse.onnx.folder
     train_gircse embed_gircse evaluate_gircse serve_gircse export_gircse

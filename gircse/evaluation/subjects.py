@@ -29,6 +29,7 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from ..loading import commit_of, is_gircse, load, sentence_transformers_settings
+from .expansion import Writer
 from .report import CODE_OF_ITS_OWN
 
 STEPS = (1, 3, 5, 10, 15, 20)
@@ -48,6 +49,7 @@ class Subject:
         prompts: literal prefixes by mteb's names.
         template: makes a prompt of an instruction; None if only `prompts` are used, by mteb's rule.
         shown: the k of the model card.
+        expand: augments texts before they are embedded.
     """
 
     meta: ModelMeta
@@ -57,6 +59,7 @@ class Subject:
     prompts: dict[str, str]
     template: str | None
     shown: int | None
+    expand: Writer | None = None
 
     def meta_at(self, k: int | None) -> ModelMeta:
         """The metadata under which results of k are filed: mteb's cache goes by name, revision and these settings."""
@@ -68,20 +71,26 @@ class Subject:
         if self.template is None:
             prompt_type = PromptType(side) if side else None
             return get_prompt(self.prompts, metadata, prompt_type) or ""
-        for name in (metadata.name, *(metadata.adapted_from or ())):
-            for key in (f"{name}-{side}", name):
-                if key in self.prompts:
-                    return self.prompts[key]
-        instruction = metadata.prompt
-        if isinstance(instruction, dict):
-            instruction = instruction.get(side or "query")
-        elif side == "document" and metadata.type != "Reranking":  # reranking compares texts of one kind
-            instruction = None
-        if not instruction and side is not None:
-            return self.prompts.get(side, "")
-        if not instruction and metadata.type in self.prompts:
-            return self.prompts[metadata.type]
-        return self.template.replace("{instruction}", instruction or get_abstask_prompt(metadata.name))
+        return task_prompt(self.prompts, self.template, metadata, side)
+
+
+def task_prompt(prompts: dict[str, str], template: str, metadata: Any, side: str | None) -> str:
+    """The prefix of one side of a task by this repo's rule: the task's own prompt, that of the task that it was adapted
+    from, mteb's instruction, its type's."""
+    for name in (metadata.name, *(metadata.adapted_from or ())):
+        for key in (f"{name}-{side}", name):
+            if key in prompts:
+                return prompts[key]
+    instruction = metadata.prompt
+    if isinstance(instruction, dict):
+        instruction = instruction.get(side or "query")
+    elif side == "document" and metadata.type != "Reranking":  # reranking compares texts of one kind
+        instruction = None
+    if not instruction and side is not None:
+        return prompts.get(side, "")
+    if not instruction and metadata.type in prompts:
+        return prompts[metadata.type]
+    return template.replace("{instruction}", instruction or get_abstask_prompt(metadata.name))
 
 
 def say(line: str) -> None:
@@ -105,6 +114,10 @@ def load_subject(args: argparse.Namespace) -> Subject:
     subject.settings |= {
         name: getattr(args, name) for name, default in options.items() if getattr(args, name) != default
     }
+    if args.expand_with:
+        kept, settings = Path(args.output_dir, "expansions"), (args.batch_size, getattr(torch, args.dtype), device)
+        subject.expand = Writer(args.expand_with, kept, args.expansion_tokens, *settings, progress)
+        subject.settings |= {"expand_with": subject.expand.name, "expansion_tokens": args.expansion_tokens}
     return subject
 
 
@@ -348,6 +361,10 @@ class StepEncoder(AbsEncoder):
         self.mteb_model_meta = vectors.subject.meta_at(k)
 
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **kwargs: Any) -> np.ndarray:
-        side = prompt_type.value if prompt_type else None
+        side, subject = prompt_type.value if prompt_type else None, self.vectors.subject
         texts = [text for batch in inputs for text in batch["text"]]
-        return self.vectors(texts, self.vectors.subject.prompt(task_metadata, side), side, self.k)
+        if subject.expand:
+            say("  augmenting texts")
+            bare = "{instruction}"
+            texts = subject.expand(texts, task_prompt(repo_prompts(bare), bare, task_metadata, side))
+        return self.vectors(texts, subject.prompt(task_metadata, side), side, self.k)

@@ -1,0 +1,113 @@
+"""Two-stage generation (the paper's appendix F): a causal LM augments a text, and any model embeds both.
+
+Augmentations are kept on disk, a JSON line each, by text and instruction, so that a run that is started again, and the
+next model, write none anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+LONGEST = 512  # tokens of a text that the writer reads
+# The paper's Table 7, to the letter.
+REQUEST = """Given the INSTRUCTION and the TEXT, produce a helpful augmentation that, when concatenated to the \
+original TEXT and embedded, is likely to improve embedding quality for the instruction’s task.
+
+Do not explain yourself or output anything other than the augmentation.
+
+Your answer must be written within {tokens} tokens.
+
+INSTRUCTION: {instruction}
+
+TEXT: {text}"""
+
+
+class Writer:
+    """Writes augmentations by greedy decoding.
+
+    Args:
+        model: folder or Hub id of a causal LM; by a chat template, if its tokenizer has one.
+        folder: where they are kept, in a file by the model's name.
+        tokens: the most of an augmentation.
+        batch_size: texts that are augmented at once.
+        dtype: of the weights.
+        device: of the model.
+        progress: wraps the starts of the batches.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        folder: Path,
+        tokens: int,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: str,
+        progress: Callable[[range], Iterable[int]],
+    ) -> None:
+        self.tokens, self.batch_size, self.progress = tokens, batch_size, progress
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, padding_side="left")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.model = AutoModelForCausalLM.from_pretrained(model, torch_dtype=dtype).eval().to(device)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.name = Path(model).resolve().name if Path(model).is_dir() else model
+        self.file = folder / f"{self.name.replace('/', '__')}-{tokens}.jsonl"
+        self.known = dict(self._kept())
+
+    def __call__(self, texts: Sequence[str], instruction: str) -> list[str]:
+        """Each text with its augmentation below it; as they are without an instruction, as documents of a search."""
+        if not instruction:
+            return list(texts)
+        keys = [_key(text, instruction) for text in texts]
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.known}
+        waiting = sorted(new, key=lambda key: len(new[key]), reverse=True)  # so that little is padded
+        with self.file.open("a", encoding="utf-8") as file:
+            for start in self.progress(range(0, len(waiting), self.batch_size)):
+                batch = waiting[start : start + self.batch_size]
+                written = self.write([new[key] for key in batch], instruction)
+                for key, augmentation in zip(batch, written, strict=True):
+                    self.known[key] = augmentation
+                    file.write(json.dumps({"key": key, "augmentation": augmentation}, ensure_ascii=False) + "\n")
+                file.flush()
+        return [f"{text}\n{self.known[key]}" for key, text in zip(keys, texts, strict=True)]
+
+    @torch.no_grad()
+    def write(self, texts: Sequence[str], instruction: str) -> list[str]:
+        """The augmentations of a batch."""
+        requests = [self._request(text, instruction) for text in texts]
+        chat = bool(self.tokenizer.chat_template)  # has the special tokens in it
+        inputs = self.tokenizer(requests, return_tensors="pt", padding=True, add_special_tokens=not chat)
+        inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        settings = {"max_new_tokens": self.tokens, "do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
+        written = self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+        return [line.strip() for line in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+    def _request(self, text: str, instruction: str) -> str:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = text if len(ids) <= LONGEST else self.tokenizer.decode(ids[:LONGEST])
+        request = REQUEST.format(tokens=self.tokens, instruction=instruction, text=text)
+        if not self.tokenizer.chat_template:
+            return f"{request}\n\nAUGMENTATION:"
+        turn = [{"role": "user", "content": request}]
+        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+    def _kept(self) -> Iterable[tuple[str, str]]:
+        """What the file has; half a line, as a killed run leaves it, is cut off."""
+        if not self.file.exists():
+            return
+        whole, newline, half = self.file.read_text(encoding="utf-8").rpartition("\n")
+        if half:
+            self.file.write_text(whole + newline, encoding="utf-8")
+        for line in whole.splitlines():
+            row = json.loads(line)
+            yield row["key"], row["augmentation"]
+
+
+def _key(text: str, instruction: str) -> str:
+    return hashlib.blake2b(json.dumps([text, instruction]).encode(), digest_size=16).hexdigest()
