@@ -43,7 +43,8 @@ def texts(count: int = 64) -> list[str]:
 
 def tiny(gircse, backbone: str, changes: dict | None = None, **axes):
     torch.manual_seed(0)
-    text = text_config(backbone, **{"vocab_size": 16384, "num_hidden_layers": 2, **CALM, **(changes or {})})
+    size = 49_152  # of the root's tokenizer
+    text = text_config(backbone, **{"vocab_size": size, "num_hidden_layers": 2, **CALM, **(changes or {})})
     model = gircse.GircseModel(gircse.GircseConfig(text_config=text, num_steps=K, **axes)).eval()
     model.language_model.set_attn_implementation("eager")
     return model

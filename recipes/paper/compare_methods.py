@@ -225,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "backbone", "runs", "results"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--sample", type=int, default=500, help="rows of each task that is evaluated")
+    parser.add_argument("--sample", type=int, default=300, help="rows of each task that is evaluated")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--training", default="", help="more arguments of train_gircse.py, for all runs, as one string")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
