@@ -172,6 +172,17 @@ class RowFile:
                         yield Row(number, where, None, str(error))
 
 
+def kept_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file that a command adds to as it goes on, none if there is no file yet. Half a line at the
+    end, as a killed run leaves it, is cut off."""
+    if not file.exists():
+        return []
+    whole, newline, half = file.read_text(encoding="utf-8").rpartition("\n")
+    if half:
+        file.write_text(whole + newline, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def require(row: Row) -> dict[str, Any]:
     """The fields of a row; a ValueError with its place if there are none."""
     if row.fields is None:

@@ -35,7 +35,8 @@ PACKAGE_ORDER = """
     gircse.evaluation.comparison gircse.evaluation.expansion gircse.evaluation.subjects
     gircse.serving gircse.serving.protocol gircse.serving.batcher gircse.serving.replica gircse.serving.front
     gircse.onnx gircse.onnx.graph gircse.onnx.formats gircse.onnx.folder
-    train_gircse embed_gircse evaluate_gircse serve_gircse export_gircse
+    gircse.training.conditional gircse.training.autoregembed
+    train_gircse train_autoregembed embed_gircse evaluate_gircse serve_gircse export_gircse
 """.split()
 
 
@@ -109,8 +110,15 @@ def package_imports(path: Path, module: str) -> set[str]:
 
 
 def test_the_package_imports_one_way():
-    commands = ("train", "embed", "evaluate", "serve", "export")
-    paths = [*(ROOT / "gircse").rglob("*.py"), *(ROOT / f"{name}_gircse.py" for name in commands)]
+    commands = (
+        "train_gircse",
+        "train_autoregembed",
+        "embed_gircse",
+        "evaluate_gircse",
+        "serve_gircse",
+        "export_gircse",
+    )
+    paths = [*(ROOT / "gircse").rglob("*.py"), *(ROOT / f"{name}.py" for name in commands)]
     modules = {re.sub(r"/__init__|\.py$", "", named(path)).replace("/", "."): path for path in paths}
     modules = {name.removesuffix(".py"): path for name, path in modules.items()}
     assert sorted(modules) == sorted(PACKAGE_ORDER)

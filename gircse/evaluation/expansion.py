@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from ..rows import kept_lines
+
 LONGEST = 512  # tokens of a text that the writer reads
 # The paper's Table 7, to the letter.
 REQUEST = """Given the INSTRUCTION and the TEXT, produce a helpful augmentation that, when concatenated to the \
@@ -58,7 +60,7 @@ class Writer:
         folder.mkdir(parents=True, exist_ok=True)
         self.name = Path(model).resolve().name if Path(model).is_dir() else model
         self.file = folder / f"{self.name.replace('/', '__')}-{tokens}.jsonl"
-        self.known = dict(self._kept())
+        self.known: dict[str, str] = {row["key"]: row["augmentation"] for row in kept_lines(self.file)}
 
     def __call__(self, texts: Sequence[str], instruction: str) -> list[str]:
         """Each text with its augmentation below it; as they are without an instruction, as documents of a search."""
@@ -96,17 +98,6 @@ class Writer:
             return f"{request}\n\nAUGMENTATION:"
         turn = [{"role": "user", "content": request}]
         return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-
-    def _kept(self) -> Iterable[tuple[str, str]]:
-        """What the file has; half a line, as a killed run leaves it, is cut off."""
-        if not self.file.exists():
-            return
-        whole, newline, half = self.file.read_text(encoding="utf-8").rpartition("\n")
-        if half:
-            self.file.write_text(whole + newline, encoding="utf-8")
-        for line in whole.splitlines():
-            row = json.loads(line)
-            yield row["key"], row["augmentation"]
 
 
 def _key(text: str, instruction: str) -> str:

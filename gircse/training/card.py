@@ -81,7 +81,7 @@ Before and after this training, by the number of generated tokens:
 |---|---|---|
 {rows}
 
-Trained with iterative contrastive refinement: {settings}.
+Trained with {objective}, {settings}.
 """
 
 
@@ -93,6 +93,7 @@ def model_card(
     scores: dict[int, tuple[float, float]] | None = None,
     repo_id: str | None = None,
     commit: str | None = None,
+    objective: str | None = None,
 ) -> str:
     """The card of the exported `folder`, filled from the run.
 
@@ -102,6 +103,7 @@ def model_card(
         base_models, train_data: see [`GircseTrainer`].
         scores: held-out accuracy before and after training by k.
         repo_id, commit: where the folder is published; without them the card speaks of the folder itself.
+        objective: what was trained, with its settings; ICR by default.
     """
     bases = [name for name in base_models if is_hub_id(name)]
     results = held_out_results(train_data, scores or {})
@@ -128,10 +130,16 @@ def model_card(
         pin="" if commit is None else f'revision="{commit}", ',
         files="\n".join(f"| `{name}` | {REMOTE_CODE[name]} | `{digest}` |" for name, digest in hashes.items()),
         rows="\n".join(f"| {k} | {before:.3f} | {after:.3f} |" for k, (before, after) in (scores or {}).items()),
-        settings=f"K = {training.k}, temperature {training.temperature}, lambda {training.refinement_weight}, "
-        f"reduction {training.reduction}, learning rate {training.learning_rate:g}, "
+        objective=objective or icr(training),
+        settings=f"learning rate {training.learning_rate:g}, "
         f"batch {' x '.join(map(str, batch))} (queries, accumulation, processes)",
     )
+
+
+def icr(training: GircseTrainingArguments) -> str:
+    """ICR and its settings."""
+    settings = f"K = {training.k}, temperature {training.temperature}, lambda {training.refinement_weight}"
+    return f"iterative contrastive refinement: {settings}, reduction {training.reduction}"
 
 
 def held_out_results(train_data: str, scores: dict[int, tuple[float, float]]) -> list[EvalResult]:

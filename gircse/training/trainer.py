@@ -57,6 +57,7 @@ class GircseTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = False
+    objective: str | None = None  # on the card, of a subclass that trains another one
 
     def __init__(
         self,
@@ -419,7 +420,8 @@ class GircseTrainer(Trainer):
     def _write_card(self, commit: str | None = None) -> Path:
         folder = Path(self.args.output_dir)
         repo_id = None if commit is None else self.hub_model_id
-        text = model_card(folder, self.args, self.base_models, self.train_data, self.scores, repo_id, commit)
+        known = (self.base_models, self.train_data, self.scores, repo_id, commit, self.objective)
+        text = model_card(folder, self.args, *known)
         (folder / "README.md").write_text(text, encoding="utf-8")
         return folder / "README.md"
 
