@@ -113,11 +113,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--pairs", type=int, required=True)
     parser.add_argument("--longest", type=int, required=True, help="characters of a text")
+    parser.add_argument("--sources", nargs="*", metavar="SOURCE", help="draw from these alone")
     parser.add_argument("--label_classes", action="store_true")
     parser.add_argument("--twice", nargs="*", default=[], help="sources whose chosen rows count twice")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     sources = read(args.data / "train", args.longest)
+    if unknown := {*(args.sources or ())} - sources.keys():
+        raise ValueError(f"--sources {', '.join(sorted(unknown))}: there are only {', '.join(sorted(sources))}")
+    sources = {name: rows for name, rows in sources.items() if args.sources is None or name in args.sources}
     rows = choose(label(sources) if args.label_classes else sources, args.pairs, args.seed)
     rows += [row for row in rows if row["source"] in args.twice]
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -202,6 +202,30 @@ def test_objectives(made, tmp_path, objective):
 
 
 @pytest.mark.slow
+def test_answers_are_learned_as_a_language_model_does(made, tmp_path):
+    """The loss of the first batch is that of the backbone on prompt and answer; hard tokens are what it embeds by."""
+    rows = [{"query": f"what is {i}", "pos": [f"number {i}"], "instruction": "answer"} for i in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    model, options = made.folder / "backbone", ("--step_token", "hard", "--objective", "answers")
+    where = ("--model_name_or_path", model, "--train_data", tmp_path / "pairs.jsonl", "--output_dir", tmp_path / "out")
+    settings = "--tuning full --max_steps 9 --logging_steps 1 --k 2 --held_out 0 --per_device_train_batch_size 16 "
+    settings += "--learning_rate 1e-2 --report_to none --save_strategy no"
+    recipe("paper/train_objective", *where, *options, *settings.split())
+    losses = [line["loss"] for line in logged(tmp_path / "out") if "loss" in line]
+    trained, processor = load(str(tmp_path / "out"))
+    backbone, end = AutoModelForCausalLM.from_pretrained(model), processor.tokenizer.eos_token_id
+    said = []
+    for row in rows:
+        prompt = processor([row["query"]], instruction="answer")["input_ids"]
+        answer = [*processor.tokenizer(row["pos"][0], add_special_tokens=False)["input_ids"], end]
+        ids = torch.cat([prompt, torch.tensor([answer])], dim=1)
+        found = backbone(ids).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        said += found[range(len(answer)), answer].tolist()
+    assert losses[0] == pytest.approx(-np.mean(said), rel=1e-5)
+    assert losses[-1] < 0.9 * losses[0] and trained.config.step_token == "hard"
+
+
+@pytest.mark.slow
 def test_queries_contrasted_apart_are_batches_that_accumulate(made, tmp_path):
     """Of as many pairs as make one step, beside those held out."""
     rows = SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)[:24]

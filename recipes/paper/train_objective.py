@@ -6,7 +6,9 @@
 `last_step` is InfoNCE on z_K alone; `mixed_steps` contrasts z_i of the queries with z_j of the documents, the order of
 the j's drawn anew for each batch; `icr` is the objective as it is. `--soft_token_gradient a` multiplies the gradient
 that reaches h'_{k-1} through d_k by a: 0 truncates back-propagation there, so that steps learn through the KV cache
-alone. `--learn_temperature` trains T as one number, in logarithms, from `--logit_temperature` on. `--contrast 2`
+alone. `--objective answers` is the instruction tuning of models that embed by the tokens they would answer with
+(InBedder's paradigm, `--step_token hard`): the next token of a row's positive, and its end, after the query's prompt.
+`--learn_temperature` trains T as one number, in logarithms, from `--logit_temperature` on. `--contrast 2`
 contrasts each two queries of a batch with their documents alone: the loss of batches of two whose gradients accumulate,
 at the speed of the whole batch.
 """
@@ -25,10 +27,12 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from gircse.training.autoregembed import TargetCollator
 from gircse.training.data import PairCollator
 from gircse.training.trainer import GircseTrainer
 from train_gircse import main
 
+LONGEST_ANSWER = 32  # tokens, its end included
 TEMPERATURE_RATE = 200  # times the learning rate of the weights, by which a single number would hardly move
 
 
@@ -40,6 +44,32 @@ class LastStep(GircseTrainer):
 class MixedSteps(GircseTrainer):
     def _joint_loss(self, queries: Tensor, documents: Tensor, inputs: dict[str, Any]) -> Tensor:
         return super()._joint_loss(queries, documents[:, torch.randperm(documents.shape[1])], inputs)
+
+
+class Answers(GircseTrainer):
+    """For one process, without gradient caching."""
+
+    objective = "next-token prediction of the positives"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.data_collator = TargetCollator(self.processing_class, self.data_collator.max_length, LONGEST_ANSWER)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        sides = [(rows["input_ids"], rows["attention_mask"].bool()) for rows in (inputs["query"], inputs["targets"])]
+        (queries, seen), (answers, said) = sides
+        whole = [torch.cat(parts) for parts in zip(unpadded(queries, seen), unpadded(answers, said), strict=False)]
+        labels = [ids.clone() for ids in whole]
+        for row, start in zip(labels, seen.sum(1).tolist(), strict=True):
+            row[:start] = -100
+        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        mask = pad([torch.ones_like(ids) for ids in whole])
+        language_model = self._base_model().language_model
+        return language_model(pad(whole), attention_mask=mask, labels=pad(labels, padding_value=-100)).loss
+
+
+def unpadded(ids: Tensor, mask: Tensor) -> list[Tensor]:
+    return [row[kept] for row, kept in zip(ids, mask, strict=True)]
 
 
 class CollatorWithOwners(PairCollator):
@@ -105,7 +135,7 @@ class LearnedTemperature(GircseTrainer):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    trainers = {"icr": GircseTrainer, "last_step": LastStep, "mixed_steps": MixedSteps}
+    trainers = {"icr": GircseTrainer, "last_step": LastStep, "mixed_steps": MixedSteps, "answers": Answers}
     parser.add_argument("--objective", choices=trainers, default="icr")
     parser.add_argument("--soft_token_gradient", type=float)
     parser.add_argument("--learn_temperature", action="store_true")
