@@ -41,6 +41,9 @@ def test_pairs_are_drawn_evenly_from_sources_and_short(tmp_path, monkeypatch):
     assert drawn(13) == rows and drawn(13, seed=1) != rows
     assert len(drawn(30, longest=99)) == 30
     assert drawn(13, "--twice", "few") == rows + rows[:3]
+    assert [row["source"] for row in drawn(6, "--sources", "many", "few")] == ["few"] * 3 + ["many"] * 3
+    with pytest.raises(ValueError, match="--sources lots, some: there are only few, many, snips"):
+        drawn(2, "--sources", "lots", "many", "some")
     with pytest.raises(ValueError, match="pairs=22, but there are 21 of that length"):
         drawn(22)
 
