@@ -25,6 +25,7 @@ its own in output_dir, which gets `comparison.md` and `comparison.json`, laid ou
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shlex
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import mteb
+import torch
 from huggingface_hub import HfApi, constants
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.abstask import AbsTask
@@ -56,7 +58,8 @@ TABLE_9 = {
     "Core17InstructionRetrieval": "map_at_1000",
 }
 # What a model of --models may have of its own.
-OWN = ("model_name", "prompt_template", "dtype", "max_length", "batch_size")
+OWN = {"model": str, "model_name": str, "prompt_template": str, "dtype": str, "max_length": int, "batch_size": int}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 # Tasks --------------------------------------------------------------------------------------------------------------
@@ -201,7 +204,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--k", nargs="+", type=int, help=f"numbers of generated tokens ({' '.join(map(str, STEPS))})")
     add("--output_dir", default="results", help="where results are kept and looked for (results)")
     add("--batch_size", type=int, default=32, help="texts embedded at once (32)")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights (float32)")
+    add("--dtype", default="float32", choices=DTYPES, help="of the weights (float32)")
     add("--max_length", type=int, help="most tokens of a text (the model's)")
     add("--device", help="cuda, cpu, .. (cuda if there is one)")
     add(
@@ -217,6 +220,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.beside and not args.models:
         parser.error(f"--beside {args.beside} stands below a table of several models: give --models, too")
+    if args.model_name and args.models:
+        parser.error(f"--model_name {args.model_name} is of one model: give each of --models its own in the file")
+    if args.beside:
+        args.beside = json.loads(args.beside.read_text(encoding="utf-8"))
     if args.expansion_tokens < 1:
         parser.error(f"--expansion_tokens {args.expansion_tokens} must be at least 1; leave --expand_with out for none")
     if args.prompt_template:
@@ -226,6 +233,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def check_entry(entry: Any, file: Path) -> None:
+    """Raises a ValueError for what is no model of `--models`."""
+    if not isinstance(entry, dict) or "model" not in entry or not entry.keys() <= OWN.keys():
+        remedy = f"an object with 'model' and, if they differ, {', '.join([*OWN][1:])}"
+        raise ValueError(f"{file}: {json.dumps(entry)[:200]} must be {remedy}")
+    for key, value in entry.items():
+        if type(value) is not OWN[key]:
+            raise ValueError(f"{file}: {key}={value!r} must be of type {OWN[key].__name__}")
+    if "{instruction}" not in entry.get("prompt_template", "{instruction}"):
+        raise ValueError(f"{file}: prompt_template={entry['prompt_template']!r} has no '{{instruction}}'")
+    if entry.get("dtype", DTYPES[0]) not in DTYPES:
+        raise ValueError(f"{file}: dtype={entry['dtype']!r} must be one of {', '.join(DTYPES)}")
+
+
 def each_model(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
     """The name of each model of `--models` and its arguments.
 
@@ -233,13 +254,11 @@ def each_model(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
         ValueError: for an entry that is no model, or a name that two have.
     """
     content = json.loads(args.models.read_text(encoding="utf-8"))
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{args.models} holds {json.dumps(content)[:200]}: it must be a list of models")
     found: dict[str, argparse.Namespace] = {}
-    for entry in content if isinstance(content, list) else [content]:
-        if not isinstance(entry, dict) or "model" not in entry or not entry.keys() <= {*OWN, "model"}:
-            remedy = f"an object with 'model' and, if they differ, {', '.join(OWN)}"
-            raise ValueError(f"{args.models}: {json.dumps(entry)[:200]} must be {remedy}")
-        if "{instruction}" not in entry.get("prompt_template", "{instruction}"):
-            raise ValueError(f"{args.models}: prompt_template={entry['prompt_template']!r} has no '{{instruction}}'")
+    for entry in content:
+        check_entry(entry, args.models)
         folder = Path(entry["model"])
         name = entry.get("model_name") or (folder.resolve().name if folder.is_dir() else entry["model"])
         if name in found:
@@ -290,6 +309,8 @@ def evaluate_models(
         well = well and len(lost) == len(failed) and bool(rows)
         if rows:
             found[name] = rows, shown
+        gc.collect()  # Sentence Transformers' models refer to themselves, and two may be too large for a GPU
+        torch.cuda.empty_cache()
     if found:
         say(f"\n{write_comparison(out, found, args.beside, command)}\n\nWritten to {out}")
     return well

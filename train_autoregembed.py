@@ -22,51 +22,60 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import train_gircse
-from gircse.loading import is_gircse
+from gircse.loading import is_gircse, whole_weights
 from gircse.training.autoregembed import AlignmentTrainer, CompressionTrainer, ConditionalTrainer
 
 STAGES = {"compression": CompressionTrainer, "alignment": AlignmentTrainer}
+SHARED = "--k 5 --per_device_train_batch_size 32 --lr_scheduler_type cosine --warmup_ratio 0.05"
 DEFAULTS = {
     "compression": "--learning_rate 1e-5 --num_train_epochs 1",
     "alignment": "--learning_rate 5e-6 --num_train_epochs 4",
 }
-SHARED = (
-    "--step_token learned --num_steps 5 --k 5 --per_device_train_batch_size 32 --lr_scheduler_type cosine "
-    "--warmup_ratio 0.05"
-)
+OF_ALIGNMENT = ("beta", "tau", "reference_sign")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments of this command, and those of train_gircse.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--model_name_or_path", required=True, help="the causal LM, or what the first stage has made")
     parser.add_argument("--decoder", help="the causal LM (the model, if it is one)")
+    tokens = "of a new model: learned, or soft or hard (learned)"
+    parser.add_argument("--step_token", choices=["learned", "soft", "hard"], default="learned", help=tokens)
     parser.add_argument("--target_length", type=int, default=128, help="most tokens that the decoder says (128)")
-    parser.add_argument("--beta", type=float, default=0.1, help="of the alignment (0.1)")
-    parser.add_argument("--tau", type=float, default=0.1, help="of the alignment (0.1)")
+    parser.add_argument("--beta", type=float, help="of the alignment (0.1)")
+    parser.add_argument("--tau", type=float, help="of the alignment (0.1)")
     sign = "of the reference term: 1 as in the authors' code, -1 as in DPO (1)"
-    parser.add_argument("--reference_sign", type=int, choices=[1, -1], default=1, help=sign)
+    parser.add_argument("--reference_sign", type=int, choices=[1, -1], help=sign)
     options, rest = parser.parse_known_args(argv)
-    name = options.decoder or options.model_name_or_path
-    if is_gircse(name):
-        parser.error(f"--decoder must be the causal LM that {name} was made from; {name} is a GIRCSE model")
+    merged = sorted({"--adapter", "--gguf_file"} & {argument.partition("=")[0] for argument in rest})
+    if merged and not options.decoder:
+        parser.error(f"{', '.join(merged)} needs --decoder too: the folder or id of the causal LM that is to say texts")
     if options.target_length < 2:
         parser.error(f"--target_length {options.target_length} must be at least 2, a token and the end")
-    settings: dict[str, Any] = {"target_length": options.target_length}
-    if options.stage == "alignment":
-        settings |= {"beta": options.beta, "tau": options.tau, "reference_sign": options.reference_sign}
-    given = [*SHARED.split(), *DEFAULTS[options.stage].split(), *rest]
-    trainer = partial(STAGES[options.stage], **settings)
-    train_gircse.main(
-        [*given, "--model_name_or_path", options.model_name_or_path], partial(with_decoder, trainer, name)
-    )
+    given = [name for name in OF_ALIGNMENT if getattr(options, name) is not None]
+    if given and options.stage != "alignment":
+        parser.error(f"--{', --'.join(given)} without effect: leave it out, or choose --stage alignment")
+    options.decoder = options.decoder or options.model_name_or_path
+    if is_gircse(options.decoder):
+        parser.error(f"--decoder must be the causal LM that {options.decoder} was made from: it is a GIRCSE model")
+    return options, rest
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options, rest = parse(argv)
+    settings = {name: value for name in OF_ALIGNMENT if (value := getattr(options, name)) is not None}
+    trainer = partial(STAGES[options.stage], target_length=options.target_length, **settings)
+    given = [*SHARED.split(), *DEFAULTS[options.stage].split(), "--step_token", options.step_token]
+    given += ["--num_steps", "5"] if options.step_token == "learned" else []
+    given += [*rest, "--model_name_or_path", options.model_name_or_path]
+    train_gircse.main(given, partial(with_decoder, trainer, options.decoder))
 
 
 def with_decoder(make_trainer: Any, name: str, model: Any, *args: Any, **kwargs: Any) -> ConditionalTrainer:
@@ -75,15 +84,15 @@ def with_decoder(make_trainer: Any, name: str, model: Any, *args: Any, **kwargs:
     Raises:
         ValueError: the decoder's states are not of the model's size, or its vocabulary is another.
     """
-    decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, torch_dtype=torch.float32)
-    config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
-    sizes = {"hidden_size": config.hidden_size, "vocab_size": config.text_config.vocab_size}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with whole_weights():
+        decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, torch_dtype=base.dtype)
+    sizes = {"hidden_size": base.config.hidden_size, "vocab_size": base.config.text_config.vocab_size}
     for what, size in sizes.items():
         found = getattr(decoder.config.get_text_config(), what)
         if found != size:
-            raise ValueError(
-                f"decoder={name!r} has {what} {found}, the model {size}: give the LM that it was made from"
-            )
+            remedy = "give the LM that it was made from"
+            raise ValueError(f"decoder={name!r} has {what} {found}, the model {size}: {remedy}")
     return make_trainer(model, *args, decoder=decoder, **kwargs)
 
 

@@ -174,13 +174,13 @@ class RowFile:
 
 def kept_lines(file: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file that a command adds to as it goes on, none if there is no file yet. Half a line at the
-    end, as a killed run leaves it, is cut off."""
+    end, as a killed run leaves it, is cut off. Lines are ASCII, so that no character can be half."""
     if not file.exists():
         return []
-    whole, newline, half = file.read_text(encoding="utf-8").rpartition("\n")
+    whole, newline, half = file.read_text(encoding="ascii").rpartition("\n")
     if half:
-        file.write_text(whole + newline, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+        file.write_text(whole + newline, encoding="ascii")
+    return [json.loads(line) for line in whole.split("\n") if line]
 
 
 def require(row: Row) -> dict[str, Any]:

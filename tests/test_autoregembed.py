@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 import train_autoregembed
 from gircse.loading import load
 from gircse.rows import kept_lines
-from gircse.training.autoregembed import REFERENCE, TargetCollator, reference_key
+from gircse.training import autoregembed
+from gircse.training.autoregembed import TargetCollator
 from gircse.training.conditional import alignment_loss, compression_loss, token_log_probabilities
 from helpers import make_rows, make_tokenizer
 
@@ -68,16 +69,20 @@ def test_targets_are_the_bare_documents_with_their_end(processor):
         {"query": "q", "positive": "a longer thing than nine tokens are", "negatives": ["red"], "instruction": "find"},
         {"query": "r", "positive": "red", "negatives": [], "instruction": ""},
     ]
-    rows = [
-        {**row, "symmetric": True, "source": "s", "label": None, "all_positives": [row["positive"]]} for row in rows
-    ]
-    collator.references = {reference_key("find", "q", "red"): -7.5, reference_key("", "r", "red"): -2.0}
+    same = {"symmetric": True, "source": "s", "label": None}
+    rows = [{**row, **same, "all_positives": [row["positive"]]} for row in rows]
     batch = collator(rows)
     ids, mask = batch["targets"]["input_ids"], batch["targets"]["attention_mask"]
-    assert ids.shape == (3, 9) and mask.sum(1).tolist() == [9, mask[1].sum(), mask[1].sum()]
     red = [*processor.tokenizer("red", add_special_tokens=False)["input_ids"], processor.tokenizer.eos_token_id]
+    assert ids.shape == (3, 9) and mask.sum(1).tolist() == [9, len(red), len(red)]
     assert ids[1, : len(red)].tolist() == ids[2, : len(red)].tolist() == red and ids[0, -1] == red[-1]
-    assert batch["references"].tolist() == [0, -2, -7.5]  # the positives, then the negatives
+    assert "references" not in batch
+
+    scores = {("find", "q", rows[0]["positive"]): -9.0, ("find", "q", "red"): -7.5, ("", "r", "red"): -2.0}
+    collator.references = scores
+    assert collator(rows)["references"].tolist() == [-9, -2, -7.5]  # the positives, then the negatives
+    collator.references = {key: score for key, score in scores.items() if key[0]}
+    assert collator(rows)["references"].isnan().tolist() == [False, True, False]  # no score is taken for one
 
 
 # Training -----------------------------------------------------------------------------------------------------------
@@ -109,27 +114,52 @@ def test_both_stages_one_after_the_other(place):
     assert (model.config.step_token, model.config.num_steps) == ("learned", 5)
     assert "Trained with information compression" in (place.folder / "one/README.md").read_text(encoding="utf-8")
 
-    # Before training S = R, so that a margin counts twice.
     log = place("alignment", str(place.folder / "one"), "two", "--decoder", place.plain, "--max_steps", "4")
-    kept = kept_lines(place.folder / "two" / REFERENCE)
+    kept = kept_lines(place.folder / "two/reference_scores-0.jsonl")
     rows = make_rows(28, lambda i: 1 + i % 2)
     assert 24 * 2 < len(kept) < sum(1 + len(row["neg"]) for row in rows) and all(row["score"] < 0 for row in kept)
-    assert len(log) == 4 and 0 < log[0]["loss"] < 2
-    assert "Trained with conditional distribution alignment" in (place.folder / "two/README.md").read_text("utf-8")
+    assert len(log) == 4
+    card = (place.folder / "two/README.md").read_text(encoding="utf-8")
+    assert "second stage): K = 5, beta 0.1, tau 0.1, sign of the reference term 1, learning rate 5e-06" in card
 
 
-def test_a_reference_is_the_score_of_the_model_that_training_starts_from(place):
+def test_references_are_the_scores_of_the_model_that_training_starts_from(place, monkeypatch):
+    """So that they are those of the first batch, whose texts are scored alone here, unpadded."""
+    seen = []
+
+    def told(*scores, **settings):
+        seen.append([score.detach().clone() for score in scores])
+        return alignment_loss(*scores, **settings)
+
+    monkeypatch.setattr(autoregembed, "alignment_loss", told)
     place("compression", place.plain, "one", "--max_steps", "1")
-    place("alignment", str(place.folder / "one"), "two", "--decoder", place.plain, "--max_steps", "1")
-    scores = {row["key"]: row["score"] for row in kept_lines(place.folder / "two" / REFERENCE)}
+    place("alignment", str(place.folder / "one"), "two", "--decoder", place.plain, "--max_steps", "2")
+    to_positive, to_negative, itself, reference_to_positive, reference_to_negative = seen[0]
+    torch.testing.assert_close(reference_to_positive, to_positive, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reference_to_negative, to_negative, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(itself, to_positive)
+
+    scores = {round(row["score"], 3) for row in kept_lines(place.folder / "two/reference_scores-0.jsonl")}
     model, processor = load(str(place.folder / "one"))
-    decoder = train_autoregembed.AutoModelForCausalLM.from_pretrained(place.plain)
+    decoder, found = AutoModelForCausalLM.from_pretrained(place.plain), set()
     for row in make_rows(28, lambda i: 1 + i % 2):
-        if (key := reference_key(row["instruction"], row["query"], row["neg"][0])) in scores:
-            states = model(**processor([row["query"]], instruction=row["instruction"] or None), k=5).step_states
-            target = TargetCollator(processor, None, 128).targets([row["neg"][0]])
-            expected = token_log_probabilities(decoder, states, target["input_ids"], target["attention_mask"]).sum()
-            assert scores[key] == pytest.approx(expected.item(), rel=1e-4)
+        states = model(**processor([row["query"]], instruction=row["instruction"] or None), k=5).step_states
+        target = TargetCollator(processor, None, 128).targets([row["neg"][0]])
+        said = token_log_probabilities(decoder, states, target["input_ids"], target["attention_mask"])
+        found.add(round(said.sum().item(), 3))
+    assert len(found & scores) > 0.8 * len(found)  # all but those held out, and what rounds otherwise
+
+
+def test_references_of_another_model_are_not_taken(place):
+    for output in ("one", "other"):
+        steps = {"one": "1", "other": "2"}[output]
+        place("compression", place.plain, output, "--max_steps", steps, "--learning_rate", "1e-2")
+    arguments = ("--decoder", place.plain, "--max_steps", "1", "--save_strategy", "no")
+    file, counts = place.folder / "two/reference_scores-0.jsonl", []
+    for model, more in (("one", ()), ("one", ()), ("other", ()), ("one", ("--target_length", "9"))):
+        place("alignment", str(place.folder / model), "two", *arguments, *more)
+        counts.append(len(kept_lines(file)))
+    assert counts == [counts[0], counts[0], 2 * counts[0], 3 * counts[0]]
 
 
 def test_a_resumed_run_has_the_references_of_its_start(place):
@@ -137,7 +167,7 @@ def test_a_resumed_run_has_the_references_of_its_start(place):
     place("compression", place.plain, "one", "--max_steps", "1")
     arguments = ("--decoder", place.plain, "--learning_rate", "1e-2", "--max_steps", "4")
     straight = place("alignment", str(place.folder / "one"), "two", *arguments)
-    file = place.folder / "two" / REFERENCE
+    file = place.folder / "two/reference_scores-0.jsonl"
     whole = file.read_text(encoding="utf-8")
     file.write_text(whole[: len(whole) // 2], encoding="utf-8")
     for path in (place.folder / "two/checkpoint-4").iterdir():
@@ -175,21 +205,32 @@ def test_a_lora_of_either_stage_is_merged_and_learned_tokens_are_trained(place):
 
 def test_compression_warms_a_model_with_steps_up(place):
     log = place("compression", place.plain, "one", "--step_token", "soft", "--max_steps", "2", "--k", "3")
-    assert len(log) == 2 and load(str(place.folder / "one"))[0].config.step_token == "soft"
+    config = load(str(place.folder / "one"))[0].config
+    assert len(log) == 2 and (config.step_token, config.num_steps) == ("soft", 20)
 
 
-def test_what_does_not_go_together_is_refused(place, tmp_path, capsys, processor):
-    place("compression", place.plain, "one", "--max_steps", "1")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--stage alignment --model_name_or_path {one}", "--decoder must be the causal LM that"),
+        ("--stage compression --model_name_or_path x --target_length 1", "--target_length 1 must be at least 2"),
+        ("--stage compression --model_name_or_path x --tau 1 --beta 2", "--beta, --tau without effect"),
+        ("--stage compression --model_name_or_path x --gguf_file=y", "--gguf_file needs --decoder too"),
+        ("--stage compression --model_name_or_path x --step_token none", "invalid choice: 'none'"),
+    ],
+)
+def test_arguments_that_do_not_go_together(options, message, exported, capsys):
     with pytest.raises(SystemExit):
-        place("alignment", str(place.folder / "one"), "two")
-    assert "--decoder must be the causal LM that" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        place("compression", place.plain, "two", "--target_length", "1")
-    assert "--target_length 1 must be at least 2" in capsys.readouterr().err
+        train_autoregembed.parse(options.format(one=exported).split())
+    assert message in capsys.readouterr().err
+
+
+def test_what_training_does_not_take_is_refused(place, tmp_path):
     with pytest.raises(ValueError, match="num_negatives=2 must be 1"):
         place("alignment", place.plain, "two", "--num_negatives", "2")
-    with pytest.raises(ValueError, match="sub_batch_size=2 is for ICR"):
-        place("compression", place.plain, "two", "--sub_batch_size", "2")
+    for argument, value in (("sub_batch_size", "2"), ("temperature", "0.1"), ("reduction", "mean")):
+        with pytest.raises(ValueError, match=rf"{argument}=.?{value}.? has no effect here, since it is of ICR"):
+            place("compression", place.plain, "two", f"--{argument}", value)
     with (tmp_path / "pairs.jsonl").open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in make_rows(28))
     with pytest.raises(ValueError, match=r"of 24 pairs have no hard negative"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from evaluate_gircse import main
 from evaluation_helpers import FACETS, QUERIES, SCENES, run, scores
-from gircse.evaluation import expansion
+from gircse.evaluation import expansion, subjects
 from gircse.evaluation.expansion import REQUEST, Writer
 from helpers import make_tokenizer, tiny_text_config
 
@@ -28,7 +28,7 @@ def writer_folder(tmp_path):
 @pytest.fixture
 def make_writer(writer_folder, tmp_path):
     return lambda tokens=6, size=3: Writer(
-        str(writer_folder), tmp_path / "kept", tokens, size, torch.float32, "cpu", iter
+        str(writer_folder), tmp_path / "kept" / f"{tokens}.jsonl", tokens, size, torch.float32, "cpu", iter
     )
 
 
@@ -60,7 +60,7 @@ def test_augmentations_are_kept_by_text_and_instruction(make_writer, tmp_path, m
     monkeypatch.setattr(Writer, "write", lambda self, texts, i: calls.append(len(texts)) or write(self, texts, i))
     first = make_writer()(TEXTS[:3], "Find the topic.")
     [file] = (tmp_path / "kept").iterdir()
-    assert file.name == "writer-6.jsonl" and calls == [3]
+    assert file.name == "6.jsonl" and calls == [3]
     with file.open("a", encoding="utf-8") as lines:  # as a killed run leaves it
         lines.write('{"key": "12')
     assert make_writer()(TEXTS + TEXTS, "Find the topic.")[:3] == first and calls == [3, 1]
@@ -76,6 +76,14 @@ def test_an_augmentation_has_at_least_one_token(capsys):
     assert "--expansion_tokens 0 must be at least 1" in capsys.readouterr().err
 
 
+def test_any_character_is_kept_and_read_again(make_writer, monkeypatch):
+    """Also those that str.splitlines takes for an end of a line."""
+    monkeypatch.setattr(Writer, "write", lambda self, texts, i: [f"{text}\u2028\x85é\n" for text in texts])
+    first = make_writer()(["é", "b"], "Find.")
+    monkeypatch.setattr(Writer, "write", None)
+    assert make_writer()(["é", "b"], "Find.") == first == ["é\né\u2028\x85é\n", "b\nb\u2028\x85é\n"]
+
+
 def test_tasks_are_evaluated_on_augmented_texts(static_folder, data_folder, writer_folder, tmp_path, monkeypatch):
     """Under the bare instruction of each, and filed apart from the plain ones."""
     asked: list[tuple[str, set[str]]] = []
@@ -89,7 +97,8 @@ def test_tasks_are_evaluated_on_augmented_texts(static_folder, data_folder, writ
     monkeypatch.setattr(Writer, "__call__", told)
     options = ("--expand_with", str(writer_folder), "--expansion_tokens", "4")
     report = run(static_folder, out, *options, data=data_folder, tasks=tasks)
-    assert report["settings"] == {"expand_with": "writer", "expansion_tokens": 4}
+    name = f"writer@{subjects.content_hash(writer_folder)}"
+    assert report["settings"] == {"expand_with": name, "expansion_tokens": 4}
     instructions = {instruction: texts for instruction, texts in asked}
     assert instructions[FACETS["animal"]] == {row["text"] for row in SCENES}
     assert any("Given" in name and texts == {*QUERIES.values()} for name, texts in instructions.items())

@@ -93,11 +93,11 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def write_comparison(
-    out: Path, models: dict[str, tuple[list[dict[str, Any]], int | None]], beside: Path | None, command: str
+    out: Path, models: dict[str, tuple[list[dict[str, Any]], int | None]], beside: dict[str, Any] | None, command: str
 ) -> str:
-    """Writes `comparison.json` and `comparison.md`; returns the table. `beside` is a file of what `markdown` takes."""
+    """Writes `comparison.json` and `comparison.md`; returns the table. `beside` is what `markdown` takes."""
     lines, counts = compare(models)
-    table = markdown(lines, counts, json.loads(beside.read_text(encoding="utf-8")) if beside else None)
+    table = markdown(lines, counts, beside)
     content = {"command": command, "tasks": counts, "models": lines}
     (out / "comparison.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     text = f"Scores x 100 and ranks, of the tasks that all models have:\n\n{table}\n\n```bash\n{command}\n```\n"

@@ -1,7 +1,7 @@
 """Two-stage generation (the paper's appendix F): a causal LM augments a text, and any model embeds both.
 
 Augmentations are kept on disk, a JSON line each, by text and instruction, so that a run that is started again, and the
-next model, write none anew.
+next model, has none written anew.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Writer:
 
     Args:
         model: folder or Hub id of a causal LM; by a chat template, if its tokenizer has one.
-        folder: where they are kept, in a file by the model's name.
+        file: where they are kept.
         tokens: the most of an augmentation.
         batch_size: texts that are augmented at once.
         dtype: of the weights.
@@ -46,21 +46,19 @@ class Writer:
     def __init__(
         self,
         model: str,
-        folder: Path,
+        file: Path,
         tokens: int,
         batch_size: int,
         dtype: torch.dtype,
         device: str,
         progress: Callable[[range], Iterable[int]],
     ) -> None:
-        self.tokens, self.batch_size, self.progress = tokens, batch_size, progress
+        self.file, self.tokens, self.batch_size, self.progress = file, tokens, batch_size, progress
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.model = AutoModelForCausalLM.from_pretrained(model, torch_dtype=dtype).eval().to(device)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.name = Path(model).resolve().name if Path(model).is_dir() else model
-        self.file = folder / f"{self.name.replace('/', '__')}-{tokens}.jsonl"
-        self.known: dict[str, str] = {row["key"]: row["augmentation"] for row in kept_lines(self.file)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.known: dict[str, str] = {row["key"]: row["augmentation"] for row in kept_lines(file)}
 
     def __call__(self, texts: Sequence[str], instruction: str) -> list[str]:
         """Each text with its augmentation below it; as they are without an instruction, as documents of a search."""
@@ -69,13 +67,13 @@ class Writer:
         keys = [_key(text, instruction) for text in texts]
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.known}
         waiting = sorted(new, key=lambda key: len(new[key]), reverse=True)  # so that little is padded
-        with self.file.open("a", encoding="utf-8") as file:
+        with self.file.open("a", encoding="ascii") as file:
             for start in self.progress(range(0, len(waiting), self.batch_size)):
                 batch = waiting[start : start + self.batch_size]
                 written = self.write([new[key] for key in batch], instruction)
                 for key, augmentation in zip(batch, written, strict=True):
                     self.known[key] = augmentation
-                    file.write(json.dumps({"key": key, "augmentation": augmentation}, ensure_ascii=False) + "\n")
+                    file.write(json.dumps({"key": key, "augmentation": augmentation}) + "\n")
                 file.flush()
         return [f"{text}\n{self.known[key]}" for key, text in zip(keys, texts, strict=True)]
 

@@ -115,10 +115,20 @@ def load_subject(args: argparse.Namespace) -> Subject:
         name: getattr(args, name) for name, default in options.items() if getattr(args, name) != default
     }
     if args.expand_with:
-        kept, settings = Path(args.output_dir, "expansions"), (args.batch_size, getattr(torch, args.dtype), device)
-        subject.expand = Writer(args.expand_with, kept, args.expansion_tokens, *settings, progress)
-        subject.settings |= {"expand_with": subject.expand.name, "expansion_tokens": args.expansion_tokens}
+        name = writer_name(args.expand_with)
+        file = f"{name.replace('/', '__')}-{args.dtype}-{args.expansion_tokens}.jsonl"
+        settings = args.expansion_tokens, args.batch_size, getattr(torch, args.dtype), device, progress
+        subject.expand = Writer(args.expand_with, Path(args.output_dir, "expansions", file), *settings)
+        subject.settings |= {"expand_with": name, "expansion_tokens": args.expansion_tokens}
     return subject
+
+
+def writer_name(model: str) -> str:
+    """A causal LM's Hub id or folder's name, and the state of its weights."""
+    if Path(model).is_dir():
+        return f"{Path(model).resolve().name}@{content_hash(Path(model))}"
+    file_of(model, "config.json")  # so that the commit is known
+    return f"{model}@{commit_of(model)}"
 
 
 def gircse_subject(args: argparse.Namespace, device: str) -> Subject:

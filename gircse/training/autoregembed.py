@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..rows import kept_lines
@@ -21,26 +24,29 @@ from .conditional import alignment_loss, compression_loss, token_log_probabiliti
 from .data import PairCollator
 from .trainer import GircseTrainer
 
-REFERENCE = "reference_scores.jsonl"
+REFERENCES = "reference_scores-{process}.jsonl"
+# Arguments of ICR, which nothing here reads.
+OF_ICR = ("temperature", "refinement_weight", "reduction", "matryoshka_dims", "sub_batch_size", "auto_find_batch_size")
 
 
 class TargetCollator(PairCollator):
     """Batches of pairs with what the decoder is to say of the documents: `targets`, {input_ids, attention_mask} (M, T)
-    int64, padded on the right, each bare and with the end token behind it; and `references`, (M,) float32."""
+    int64, padded on the right, each bare and with the end token behind it; and, once they are there, `references`, (M,)
+    float32."""
 
     def __init__(self, processor: Any, max_length: int | None, target_length: int) -> None:
         super().__init__(processor, max_length)
         self.target_length = target_length
-        self.references: dict[str, float] = {}
+        self.references: dict[tuple[str, str, str], float] = {}  # of (instruction, query, document)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        owners = [*rows, *(row for row in rows for _ in row["negatives"])]
-        documents = [row["positive"] for row in rows] + [text for row in rows for text in row["negatives"]]
-        keys = [
-            reference_key(row["instruction"], row["query"], text) for row, text in zip(owners, documents, strict=True)
-        ]
-        references = torch.tensor([self.references.get(key, 0.0) for key in keys])
-        return {**super().__call__(rows), "targets": self.targets(documents), "references": references}
+        positives = [(row, row["positive"]) for row in rows]
+        documents = positives + [(row, text) for row in rows for text in row["negatives"]]
+        batch = {**super().__call__(rows), "targets": self.targets([text for _, text in documents])}
+        if self.references:  # held-out pairs have none
+            keys = [(row["instruction"], row["query"], text) for row, text in documents]
+            batch["references"] = torch.tensor([self.references.get(key, math.nan) for key in keys])
+        return batch
 
     def targets(self, texts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer = self.processor.tokenizer
@@ -52,32 +58,37 @@ class TargetCollator(PairCollator):
         return {"input_ids": ids, "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True)}
 
 
-def reference_key(instruction: str | None, query: str, document: str) -> str:
-    return hashlib.blake2b(json.dumps([instruction or "", query, document]).encode(), digest_size=16).hexdigest()
-
-
 class ConditionalTrainer(GircseTrainer):
     """What both stages share. Arguments as of [`GircseTrainer`], and
 
     Args:
         decoder: the causal LM that says the documents; it is frozen.
         target_length: the most tokens of a document that it says, the end token included.
+
+    Raises:
+        ValueError: for an argument of ICR that is not at its default.
     """
+
+    stage: str
 
     def __init__(self, *args: Any, decoder: nn.Module, target_length: int = 128, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.sub_batch_size:
-            raise ValueError(
-                f"sub_batch_size={self.args.sub_batch_size} is for ICR, whose texts need each other; here "
-                "smaller batches whose gradients accumulate do the same"
-            )
+        for argument in fields(self.args):
+            value = getattr(self.args, argument.name)
+            if argument.name in OF_ICR and value and value != argument.default:
+                raise ValueError(f"{argument.name}={value!r} has no effect here, since it is of ICR: leave it out")
         self.decoder = decoder.requires_grad_(False).eval().to(self.args.device)
         self.data_collator = TargetCollator(self.processing_class, self.data_collator.max_length, target_length)
+
+    @property
+    def objective(self) -> str:
+        return f"{self.stage}: K = {self.args.k}"
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        return self.loss_of(model, inputs)
+        with self.accelerator.autocast():  # which is the model's alone otherwise, and not the decoder's
+            return self.loss_of(model, inputs)
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         raise NotImplementedError
@@ -88,14 +99,13 @@ class ConditionalTrainer(GircseTrainer):
 
 
 class CompressionTrainer(ConditionalTrainer):
-    objective = "information compression (AutoRegEmbed's first stage)"
+    stage = "information compression (AutoRegEmbed's first stage)"
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         count = len(inputs["query"]["input_ids"])
         ids, mask = (inputs["targets"][name][:count] for name in ("input_ids", "attention_mask"))
-        return compression_loss(
-            token_log_probabilities(self.decoder, self.states(model, inputs["query"]), ids, mask), mask
-        )
+        said = token_log_probabilities(self.decoder, self.states(model, inputs["query"]), ids, mask)
+        return compression_loss(said, mask)
 
 
 class AlignmentTrainer(ConditionalTrainer):
@@ -105,7 +115,7 @@ class AlignmentTrainer(ConditionalTrainer):
         ValueError: a pair has no hard negative, or `num_negatives` is not 1.
     """
 
-    objective = "conditional distribution alignment (AutoRegEmbed's second stage)"
+    stage = "conditional distribution alignment (AutoRegEmbed's second stage)"
 
     def __init__(self, *args: Any, beta: float = 0.1, tau: float = 0.1, reference_sign: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -116,6 +126,12 @@ class AlignmentTrainer(ConditionalTrainer):
         if without:
             raise ValueError(f"{without} of {len(self.train_dataset)} pairs have no hard negative: leave them out")
 
+    @property
+    def objective(self) -> str:
+        names = {"temperature": "tau", "reference_sign": "sign of the reference term"}
+        settings = (f"{names.get(name, name)} {value:g}" for name, value in self.settings.items())
+        return f"{super().objective}, {', '.join(settings)}"
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Scores the references first, by the model as it is now: a checkpoint is loaded later."""
         self.data_collator.references = self.score_references()
@@ -125,40 +141,58 @@ class AlignmentTrainer(ConditionalTrainer):
         count = len(inputs["query"]["input_ids"])
         queries = self.states(model, inputs["query"])
         positives = self.states(model, {name: rows[:count] for name, rows in inputs["document"].items()})
-        ids, mask = (
-            torch.cat([inputs["targets"][name], inputs["targets"][name][:count]])
-            for name in ("input_ids", "attention_mask")
-        )
+        ids, mask = (inputs["targets"][name] for name in ("input_ids", "attention_mask"))
+        ids, mask = (torch.cat([rows, rows[:count]]) for rows in (ids, mask))
         said = token_log_probabilities(self.decoder, torch.cat([queries, queries, positives]), ids, mask).sum(1)
         return alignment_loss(*said.split(count), *inputs["references"].split(count), **self.settings)
 
     @torch.no_grad()
-    def score_references(self) -> dict[str, float]:
-        """R(q -> d) of each query and each of its documents. They are kept in the output folder, a JSON line each."""
-        file, pairs = Path(self.args.output_dir, REFERENCE), self.train_dataset.pairs
-        with self.args.main_process_first(desc="reference scores"):
-            known = {row["key"]: row["score"] for row in kept_lines(file)}
-            wanted = {
-                reference_key(row["instruction"], row["query"], text): (row["instruction"], row["query"], text)
-                for row in pairs
-                for text in (*row["pos"], *row["neg"])
-            }
-            missing = [(key, *texts) for key, texts in wanted.items() if key not in known]
-            self.model.eval()
-            with file.open("a", encoding="utf-8") as lines:
-                for start in range(0, len(missing), self.args.per_device_eval_batch_size):
-                    batch = missing[start : start + self.args.per_device_eval_batch_size]
-                    for (key, *_), score in zip(batch, self._score(batch), strict=True):
-                        known[key] = score
-                        lines.write(json.dumps({"key": key, "score": score}) + "\n")
-                    lines.flush()
-        return known
+    def score_references(self) -> dict[tuple[str, str, str], float]:
+        """R(q -> d) of each query and each of its documents, by (instruction, query, document). Each process scores its
+        share, and keeps it in a file of the output folder, a JSON line each."""
+        folder, process, count = Path(self.args.output_dir), self.args.process_index, self.args.world_size
+        known = {
+            row["key"]: row["score"]
+            for file in sorted(folder.glob(REFERENCES.format(process="*")))
+            for row in kept_lines(file)
+        }
+        self.accelerator.wait_for_everyone()  # until all have read what they then add to
+        scorer = self._fingerprint()
+        wanted = {
+            (row["instruction"], row["query"], text): hashlib.blake2b(
+                json.dumps([scorer, row["instruction"], row["query"], text]).encode(), digest_size=16
+            ).hexdigest()
+            for row in self.train_dataset.pairs
+            for text in (*row["pos"], *row["neg"])
+        }
+        missing = sorted((texts for texts, key in wanted.items() if key not in known), key=lambda t: len(t[1] + t[2]))
+        own, size, new = missing[process::count], self.args.per_device_eval_batch_size, []
+        self.model.eval()
+        with (folder / REFERENCES.format(process=process)).open("a", encoding="utf-8") as lines, self._on_device():
+            for start in range(0, len(own), size):
+                batch = own[start : start + size]
+                for texts, score in zip(batch, self._score(batch), strict=True):
+                    new.append((wanted[texts], score))
+                    lines.write(json.dumps({"key": wanted[texts], "score": score}) + "\n")
+                lines.flush()
+        known |= dict(gather_object(new))
+        return {texts: known[key] for texts, key in wanted.items()}
 
-    def _score(self, batch: Sequence[tuple[str, str | None, str, str]]) -> list[float]:
-        _, instructions, queries, documents = zip(*batch, strict=True)
-        side = self.data_collator._encode([*queries], [text or None for text in instructions])
-        with self._on_device(), self.accelerator.autocast():
-            states = self.states(self.model, {name: rows.to(self.args.device) for name, rows in side.items()})
-            targets = {name: rows.to(self.args.device) for name, rows in self.data_collator.targets(documents).items()}
-            said = token_log_probabilities(self.decoder, states, targets["input_ids"], targets["attention_mask"])
+    def _fingerprint(self) -> str:
+        """Tells what the scores hang on: the weights, by sums that a change of any of them changes, and settings."""
+        sums = [float(weight.double().sum()) for model in (self.model, self.decoder) for weight in model.parameters()]
+        settings = [self.args.k, self.data_collator.max_length, self.data_collator.target_length]
+        return hashlib.blake2b(json.dumps([sums, settings]).encode(), digest_size=16).hexdigest()
+
+    def _score(self, batch: Sequence[tuple[str, str, str]]) -> list[float]:
+        instructions, queries, documents = zip(*batch, strict=True)
+        side = self.data_collator.processor(
+            [*queries], instruction=[*instructions], max_length=self.data_collator.max_length
+        )
+        side, targets = (
+            {name: rows[name].to(self.args.device) for name in ("input_ids", "attention_mask")}
+            for rows in (side, self.data_collator.targets(documents))
+        )
+        with self.accelerator.autocast():
+            said = token_log_probabilities(self.decoder, self.states(self.model, side), *targets.values())
         return said.sum(1).tolist()

@@ -22,7 +22,7 @@ from .arguments import BAD_ROWS, GircseTrainingArguments
 # What is copied to a trained model's folder; `save_pretrained` writes the other code files.
 COMMANDS = ("train", "convert", "evaluate", "embed", "serve", "export")
 USES = ("train", "eval", "embed", "serve", "onnx")
-CODE_FILES = [*(f"{name}_gircse.py" for name in COMMANDS), "sample_pairs.jsonl"]
+CODE_FILES = [*(f"{name}_gircse.py" for name in COMMANDS), "train_autoregembed.py", "sample_pairs.jsonl"]
 CODE_FILES += ["requirements.txt", *(f"requirements-{use}.txt" for use in USES)]
 CODE_FILES += ["sentence_gircse.py", "modules.json", "handler.py"]
 CODE_FILES += [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "gircse").rglob("*.py"))]
@@ -30,7 +30,7 @@ CODE_FILES += [f"configs/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zer
 ADAPTER_FOLDER = "adapter"
 NEEDED_BY_ADAPTERS = {"peft": ">=0.15"}
 # Patterns of files that are not uploaded, and of those that an upload deletes from the repo if the folder lacks them.
-NOT_PUBLISHED = ["checkpoint-*", "runs/*", "*.bin", "training_log.jsonl", BAD_ROWS]
+NOT_PUBLISHED = ["checkpoint-*", "runs/*", "*.bin", "training_log.jsonl", "reference_scores-*.jsonl", BAD_ROWS]
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "*adapter_config.json"]
 
 

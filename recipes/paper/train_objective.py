@@ -53,6 +53,7 @@ class Answers(GircseTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_alone(self)
         self.data_collator = TargetCollator(self.processing_class, self.data_collator.max_length, LONGEST_ANSWER)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -64,8 +65,16 @@ class Answers(GircseTrainer):
             row[:start] = -100
         pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
         mask = pad([torch.ones_like(ids) for ids in whole])
-        language_model = self._base_model().language_model
-        return language_model(pad(whole), attention_mask=mask, labels=pad(labels, padding_value=-100)).loss
+        with self.accelerator.autocast():  # which a call of a part of the model would go without
+            language_model = self._base_model().language_model
+            return language_model(pad(whole), attention_mask=mask, labels=pad(labels, padding_value=-100)).loss
+
+
+def check_alone(trainer: GircseTrainer) -> None:
+    """Raises a ValueError for several processes, or gradient caching."""
+    processes, size = trainer.args.world_size, trainer.args.sub_batch_size
+    if processes > 1 or size:
+        raise ValueError(f"{type(trainer).__name__} is for one process without sub_batch_size, not {processes}, {size}")
 
 
 def unpadded(ids: Tensor, mask: Tensor) -> list[Tensor]:
@@ -85,6 +94,7 @@ class Apart(GircseTrainer):
 
     def __init__(self, *args: Any, contrast: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_alone(self)
         self.contrast, collator = contrast, self.data_collator
         self.data_collator = CollatorWithOwners(collator.processor, collator.max_length)
 
@@ -141,6 +151,8 @@ if __name__ == "__main__":
     parser.add_argument("--learn_temperature", action="store_true")
     parser.add_argument("--contrast", type=int, help="queries (the whole batch)")
     chosen, rest = parser.parse_known_args()
+    if chosen.contrast is not None and (chosen.contrast < 1 or chosen.objective != "icr" or chosen.learn_temperature):
+        parser.error(f"--contrast {chosen.contrast} must be at least 1, and is for the objective icr alone")
     trainer: Callable[..., GircseTrainer] = (
         LearnedTemperature if chosen.learn_temperature else trainers[chosen.objective]
     )
