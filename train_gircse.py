@@ -39,8 +39,7 @@ from gircse.training.trainer import GircseTrainer, add_lora
 HELD_OUT, HELD_OUT_SHARE, FEWEST_HELD_OUT = 256, 0.05, 8
 # What runs when no argument is given. Model and data are at their defaults: the root model, the repo's sample.
 SAMPLE_RUN = (
-    "--output_dir gircse-sample --tuning full --learning_rate 1e-4 --num_train_epochs 4 --num_negatives 2 "
-    "--held_out 84 --save_strategy no --logging_steps 5 --show_neighbours"
+    "--output_dir gircse-sample --tuning full --held_out 84 --save_strategy no --logging_steps 5 --show_neighbours"
 ).split()
 
 logger = logging.get_logger("gircse")

@@ -43,7 +43,7 @@ def test_report_fills_a_table_in_and_again():
 
 def test_pages_hold_the_tables_of_the_results():
     runs = report_results.experiments()
-    models = {name: report_results.read(ROOT / f"results/{name}.json") for name in ("root", "minilm")}
+    models = {name: report_results.scored(name) for name in ("root", "minilm")}
     made = report_results.tables(models, runs, min(run["samples"] for run in runs))
     counts = {"README.md": 1, "docs/results.md": 6, "docs/root_model.md": 2, "docs/training.md": 3, "docs/speed.md": 15}
     assert {page: len(tables) for page, tables in made.items()} == counts

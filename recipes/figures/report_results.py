@@ -57,7 +57,12 @@ STABLE = {
     "lora_5e-4": "T = 2, LoRA at 5e-4",
     "causal_eos": "Causal-EOS",
 }
-UNEQUAL = {"root": "root model", "gircse": "GIRCSE, 20k samples", "mixed_steps": "the same, mixed steps"}
+UNEQUAL = {
+    "gircse": "GIRCSE, 20k samples",
+    "mixed_steps": "the same, mixed steps",
+    "small_model": "a distilled model of 20 M parameters",
+    "root": "root model",
+}
 COLORS = {"gircse": "tab:green", "causal_eos": "tab:blue", "bidirectional_avg": "tab:orange"}
 STEPS = [1, 3, 5, 10, 15, 20]
 ALL = "All tasks"
@@ -68,6 +73,14 @@ SHOWN_K = 5
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def scored(name: str) -> dict:
+    """A model's results. Tasks of which a sample of the rows was evaluated, in a file of their own, say so."""
+    found, sampled = read(RESULTS / f"{name}.json"), read(RESULTS / f"{name}_sampled.json")
+    rows = {row["task"]: row for row in found["tasks"]}
+    rows |= {row["task"]: {**row, "sample": sampled["settings"]["sample"]} for row in sampled["tasks"]}
+    return {**found, "tasks": list(rows.values())}
 
 
 def group_means(rows: list[dict], k: int | None) -> dict[str, float]:
@@ -168,7 +181,8 @@ def root_by_task(models: dict[str, dict]) -> str:
     lines = []
     for row in sorted(models["root"]["tasks"], key=lambda row: (row["group"], row["task"])):
         scores = [f"{row['scores'][str(k)]:.1f}" for k in STEPS]
-        lines.append([row["task"], row["metric"], *scores, f"{minilm[row['task']]:.1f}"])
+        name = f"{row['task']} ({row['sample']} rows)" if "sample" in row else row["task"]
+        lines.append([name, row["metric"], *scores, f"{minilm[row['task']]:.1f}"])
     return table(["task", "metric", *(f"k = {k}" for k in STEPS), "MiniLM"], lines)
 
 
@@ -298,7 +312,7 @@ def draw_sizes(runs: list[dict]) -> None:
 
 def with_model_index(text: str, root: dict) -> str:
     """The card with the root's scores in its metadata, of which `model-index` is the last entry."""
-    rows = [row for row in root["tasks"] if any(name in row["task"] for name in SHOWN)]
+    rows = [r for r in root["tasks"] if "sample" not in r and any(name in r["task"] for name in SHOWN)]
     made = report.card_metadata(rows, SimpleNamespace(name="gircse"), SHOWN_K).removeprefix("---\n")
     found = re.match(r"---\n.*?^(model-index:\n.*?^---\n)", text, re.DOTALL | re.MULTILINE)
     if not found:
@@ -338,7 +352,7 @@ def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str,
 
 
 def main() -> None:
-    models = {name: read(RESULTS / f"{name}.json") for name in ("root", "minilm")}
+    models = {name: scored(name) for name in ("root", "minilm")}
     runs = experiments()
     samples = min(run["samples"] for run in runs)
     report.plot(unseen(models["root"]["tasks"]), ASSETS / "k_curve.png")
