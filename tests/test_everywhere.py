@@ -36,7 +36,7 @@ def by_auto_model(folder: Path, instruction: str | None, _: Path) -> torch.Tenso
 
 def by_sentence_transformers(folder: Path, instruction: str | None, _: Path) -> torch.Tensor:
     model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
-    prompt = f"Instruct: {instruction}\nQuery: " if instruction else None
+    prompt = model[0].processor.prompt_for(instruction) if instruction else None
     return model.encode(TEXTS, prompt=prompt, k=K, convert_to_tensor=True)
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from gircse.training.arguments import GircseTrainingArguments, ModelArguments
 from gircse.training.card import REMOTE_CODE, model_card
@@ -55,6 +55,15 @@ def test_lora_export_loads_elsewhere(lora, tmp_path):
     torch.testing.assert_close(merged, lora.unmerged, rtol=0, atol=1e-4)
     start = type(lora.model).from_causal_lm(str(lora.base)).generate_embedding(**lora.inputs, k=4)
     assert float((start - merged).abs().max()) > 1e-3  # it has learned something
+
+
+def test_a_tokenizer_alone_gives_what_the_model_takes(tmp_path, processor):
+    """Also in transformers 4, where one of a general class gives token types unless its file names the inputs."""
+    made = copy.deepcopy(processor)
+    made.tokenizer.init_kwargs.pop("model_input_names", None)
+    export(tiny_model(), made, tmp_path)
+    inputs = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)(["a red thing"])
+    assert set(inputs) == {"input_ids", "attention_mask"}
 
 
 def test_card_tells_the_scores(lora):

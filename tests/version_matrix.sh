@@ -13,7 +13,7 @@ tests=(
     handler serving sentence_transformers sentence_saving
     rows pairs pairs_hub bad_rows data collator
     gradient_cache accuracy training_arguments training_start training_processes training_resume training_log
-    training_export convert
+    training_export convert autoregembed
     readme # whose block with two adapters the newest transformers runs with a newer peft alone
 )
 files=("${tests[@]/#/tests/test_}") && files=("${files[@]/%/.py}")

@@ -65,6 +65,8 @@ def export(
 def complete(folder: Path, processor: Any) -> None:
     """Adds to weights and configuration what else a Hub-ready folder has, but for its card."""
     load_in_float32(folder)
+    # Else a tokenizer of a general class loads in transformers 4 as one that gives token types, too.
+    processor.tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
     processor.save_pretrained(folder)
     for name in CODE_FILES:
         if not (folder / name).exists() or not (folder / name).samefile(ROOT / name):
