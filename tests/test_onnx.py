@@ -31,7 +31,7 @@ PROMPT = "Instruct: Retrieve semantically similar text.\nQuery: "
 # Of trained models soft tokens are less peaked than those of the tests' weights, which make rounding errors large.
 CALM = {"initializer_range": 0.05}
 # In int8 the rounding errors of a few dimensions would not average out.
-WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "query_pre_attn_scalar": 32}
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "query_pre_attn_scalar": 64}
 ODD = ["", " ", "naïve café 😀 — ¿qué? 漢字\t x\n\n  y<|endoftext|>z 12345", "it's 'quoted'", "long " * 100]
 
 
