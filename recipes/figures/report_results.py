@@ -77,8 +77,10 @@ def read(path: Path) -> dict:
 
 def scored(name: str) -> dict:
     """A model's results. Tasks of which a sample of the rows was evaluated, in a file of their own, say so."""
-    found, sampled = read(RESULTS / f"{name}.json"), read(RESULTS / f"{name}_sampled.json")
-    rows = {row["task"]: row for row in found["tasks"]}
+    found, file = read(RESULTS / f"{name}.json"), RESULTS / f"{name}_sampled.json"
+    if not file.exists():
+        return found
+    sampled, rows = read(file), {row["task"]: row for row in found["tasks"]}
     rows |= {row["task"]: {**row, "sample": sampled["settings"]["sample"]} for row in sampled["tasks"]}
     return {**found, "tasks": list(rows.values())}
 
