@@ -34,7 +34,7 @@ PACKAGE_ORDER = """
     gircse.evaluation gircse.evaluation.fields gircse.evaluation.tasks gircse.evaluation.report
     gircse.evaluation.comparison gircse.evaluation.expansion gircse.evaluation.subjects
     gircse.serving gircse.serving.protocol gircse.serving.batcher gircse.serving.replica gircse.serving.front
-    gircse.onnx gircse.onnx.graph gircse.onnx.formats gircse.onnx.folder
+    gircse.onnx gircse.onnx.assemble gircse.onnx.graph gircse.onnx.formats gircse.onnx.folder
     gircse.training.conditional gircse.training.autoregembed
     train_gircse train_autoregembed embed_gircse evaluate_gircse serve_gircse export_gircse
 """.split()

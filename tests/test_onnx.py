@@ -159,6 +159,21 @@ def test_no_file_tells_of_this_machine(exported):
 
 
 @pytest.mark.slow
+def test_int8_keeps_the_few_large_values_inside_an_mlp(gircse, tmp_path):
+    model = tiny(gircse, "llama", WIDE)
+    with torch.no_grad():
+        for layer in model.language_model.model.layers:  # the same function: one unit is 30 times as large
+            layer.mlp.up_proj.weight[5] *= 30
+            layer.mlp.down_proj.weight[:, 5] /= 30
+    processor = make_processor()
+    export_onnx(model, processor, tmp_path / "out", k=K)
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "onnx" / "model_quantized.onnx")
+    found = embed(session, Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")), texts()[:16])
+    expected = torch.cat([model.generate_embedding(**processor(text)) for text in texts()[:16]])
+    assert lowest_cosine(found, expected) > 0.99
+
+
+@pytest.mark.slow
 def test_an_empty_text_without_a_suffix_is_one_eos(gircse, tmp_path):
     model = tiny(gircse, "llama")
     session = graph_session(model, tmp_path, k=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -14,6 +15,7 @@ from .graph import quiet
 
 # A protobuf holds 2 GB. Weights of more bytes than this go to a file of their own beside it.
 MOST_IN_ONE_FILE = 1_900_000_000
+QUANTIZED = ("quantized", "scale", "zero_point")  # how the quantiser calls the parts of a matrix
 
 
 def save(model: ir.Model, path: Path) -> None:
@@ -55,15 +57,18 @@ def keep_float32(model: ir.Model) -> None:
 def to_int8(source: Path, path: Path, table: str) -> None:
     """Quantises the decoder's weights, the LM head and the token embeddings to int8, and activations as they come.
 
-    The mix s E of a soft token stays a product of floats, of the int8 table's values: in steps of a batch's largest
-    probability, a flat distribution beside a peaked one would become zero.
+    Two kinds of products stay products of floats, of int8 weights' values. The mix s E of a soft token: in steps of a
+    batch's largest probability, a flat distribution beside a peaked one would become zero. And those that make vectors
+    narrower, as the second product of an MLP: what goes in has a few values hundreds of times the others.
 
     Args:
         table: the name of the token embeddings.
     """
-    nodes = onnx.load(source, load_external_data=False).graph.node
+    graph = onnx.load(source, load_external_data=False).graph
+    sizes, nodes = {tensor.name: tensor.dims for tensor in graph.initializer}, graph.node
+    narrowing = {name for name, size in sizes.items() if name != table and len(size) == 2 and size[0] > size[1]}
     tied = any(node.op_type == "Gemm" and table in node.input for node in nodes)
-    kept = [node.name for node in nodes if node.op_type == "MatMul" and table in node.input]
+    kept = [node.name for node in nodes if node.op_type == "MatMul" and {table, *narrowing} & set(node.input)]
     kept += [node.name for node in nodes if node.op_type == "Gather" and (tied or table not in node.input)]
     external = source.with_name(f"{source.name}_data").exists()
     raw = path.with_name(f"raw_{path.name}")
@@ -80,17 +85,47 @@ def to_int8(source: Path, path: Path, table: str) -> None:
     model = ir.from_proto(onnx.load(raw))
     for file in path.parent.glob(f"{raw.name}*"):
         file.unlink()
+    for name in sorted(narrowing & set(model.graph.initializers)):
+        store_int8(model, name)
     if tied:  # else the quantised lookup has made the table int8, and the quantiser reads it so for the mix
         read_head(model, table)
     save(model, path)
 
 
+def store_int8(model: ir.Model, name: str) -> None:
+    """Stores a matrix in int8, with a scale and a zero for each column; products read its values."""
+    weights = model.graph.initializers
+    array = weights[name].const_value.numpy()
+    least, most = np.minimum(array.min(0), 0), np.maximum(array.max(0), 0)
+    scale = np.maximum((most - least) / 255, np.finfo(np.float32).tiny).astype(np.float32)
+    zero = np.round(-least / scale)
+    stored = (np.round(array / scale) + zero).clip(0, 255).astype(np.uint8), scale, zero.astype(np.uint8)
+    parts = []
+    for part, values in zip(QUANTIZED, stored, strict=True):
+        value = ir.Value(name=f"{name}_{part}", const_value=ir.Tensor(values, name=f"{name}_{part}"))
+        value.shape, value.type = ir.Shape(values.shape), ir.TensorType(ir.DataType.from_numpy(values.dtype))
+        model.graph.register_initializer(value)
+        parts.append(value)
+    weights[name].replace_all_uses_with(values_of(model, parts).outputs[0])
+    del weights[name]
+
+
 def read_head(model: ir.Model, table: str) -> None:
     """What reads a tied table in float32 reads the int8 one of the head instead, so that one is stored."""
     weights = model.graph.initializers
-    parts = [weights[f"{table}_Transposed_{part}"] for part in ("quantized", "scale", "zero_point")]
-    values = ir.node("DequantizeLinear", parts, attributes={"axis": 1})  # each token has its scale
+    values = values_of(model, [weights[f"{table}_Transposed_{part}"] for part in QUANTIZED])
     rows = ir.node("Transpose", [values.outputs[0]], attributes={"perm": [1, 0]})
-    model.graph.insert_before(model.graph[0], [values, rows])
+    model.graph.insert_after(values, [rows])
     weights[table].replace_all_uses_with(rows.outputs[0])
     del weights[table]
+
+
+def values_of(model: ir.Model, parts: list[ir.Value]) -> ir.Node:
+    """The float32 values of an int8 matrix, of which each column has its scale and zero. Not by DequantizeLinear, which
+    onnxruntime runs at each call, but by operators that it runs once, when it loads the file."""
+    stored, scale, zero = parts
+    floats = [ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}) for value in (stored, zero)]
+    shifted = ir.node("Sub", [node.outputs[0] for node in floats])
+    values = ir.node("Mul", [shifted.outputs[0], scale])
+    model.graph.insert_before(model.graph[0], [*floats, shifted, values])
+    return values

@@ -1,5 +1,5 @@
 """The step loop as a static graph: with k fixed, the prefill and k steps are unrolled, and keys and values go from one
-to the next inside the graph."""
+to the next inside the graph. The decoder is traced once, whatever k is; `assemble.py` repeats it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from .assemble import unroll
+
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "last_hidden_state"
 # torch.onnx's operators are written for 18, and onnxruntime takes what came later.
 OLDEST_OPSET, OPSET = 18, 20
@@ -30,6 +32,10 @@ MOST_COMPARED = 2**26
 
 class StepGraph(nn.Module):
     """Token ids of texts -> their embeddings after k steps, with nothing that depends on values.
+
+    It is traced in parts, since the exporter takes minutes for a decoder of many layers: `enter`, `decode`, `advance`
+    and `leave`, of which `forward` runs the one that [`part`] names. A model that generates nothing has one part,
+    `single_pass`.
 
     Args:
         model: a `GircseModel` in eager attention and eval mode.
@@ -44,7 +50,8 @@ class StepGraph(nn.Module):
 
     def __init__(self, model: Any, k: int, suffix_ids: list[int], empty_id: int) -> None:
         super().__init__()
-        self.model, self.k = model, k
+        self.model, self.k, self.part = model, k, "single_pass"
+        self.generates = model.config.step_token in ("soft", "hard")
         self.empty_id = None if suffix_ids else empty_id
         self.register_buffer("suffix_ids", torch.tensor([suffix_ids], dtype=torch.long), persistent=False)
         config = model.language_model.config
@@ -52,35 +59,48 @@ class StepGraph(nn.Module):
         if unknown := sorted(self.kinds - KINDS):
             raise unfit(model, f"how far its layers of the kind {', '.join(unknown)} see is not known")
         self.cache_name = model._find_way(torch.device("cpu")).cache
-        if self.cache_name is None and model.config.step_token in ("soft", "hard"):
+        if self.cache_name is None and self.generates:
             raise unfit(model, "it has no KV cache that the steps inside the graph could go on from")
         slides = "sliding_attention" in self.kinds or not self.kinds and getattr(config, "use_sliding_window", True)
         # A mask of both directions is the same for all layers in PyTorch, too: see `single_pass_gircse`.
         slides = slides and model.config.attention == "causal"
         self.window = getattr(config, "sliding_window", None) if slides else None
+        self.sizes: list[torch.Size] = []  # of the cached tensors of one position, keys and values by turns
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, N) int64 each, padded on either side -> (B, 1, d) float32 of unit norm."""
-        model, backbone = self.model, room(self.model, "backbone_gircse")
+    def forward(self, *inputs: Tensor) -> Any:
+        return getattr(self, self.part)(*inputs)
+
+    def enter(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """(B, N) int64 each, padded on either side -> embeddings (B, N, d), mask and positions (B, N), and the cache
+        before the first call, tensors (B, heads, 0, size)."""
         ids, mask = self.padded_left(input_ids, (attention_mask != 0).long())
-        inputs = backbone.embed_tokens(model.language_model, ids, mask)  # (B, N, d)
-        if model.config.step_token not in ("soft", "hard"):
-            return self.single_pass(inputs, mask)
-        decoder = backbone.decoder_of(model.language_model)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        past = {self.cache_name: DynamicCache()}
-        prompt = state = backbone.decode(decoder, inputs, self.seen(mask), positions, past)
-        states = []
-        for _ in range(self.k):
-            embedding = model._next_token(state)[1]
-            mask, positions = F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
-            state = backbone.decode(decoder, embedding[:, None], self.seen(mask, 1), positions, past)
-            states.append(state)
-        return F.normalize(model._pool(prompt, torch.stack(states, dim=1))[:, -1:], dim=-1)
+        inputs = room(self.model, "backbone_gircse").embed_tokens(self.model.language_model, ids, mask)
+        past = [inputs.new_zeros(inputs.shape[0], size[1], 0, size[3]) for size in self.sizes]
+        return inputs, mask, (mask.cumsum(1) - 1).clamp(min=0), *past
 
-    def single_pass(self, inputs: Tensor, mask: Tensor) -> Tensor:
-        """The same for models that generate nothing; see `single_pass_gircse`."""
+    def decode(self, inputs: Tensor, mask: Tensor, positions: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """n positions over a cache of P: (B, n, d), (B, P + n), (B, n), keys and values by turns -> the last position's
+        state (B, d), and the cache of P + n positions."""
+        backbone, cache = room(self.model, "backbone_gircse"), DynamicCache()
+        for layer, pair in enumerate(zip(past[::2], past[1::2], strict=True)):
+            cache.update(*pair, layer)
+        seen = self.seen(mask, inputs.shape[1])
+        decoder = backbone.decoder_of(self.model.language_model)
+        state = backbone.decode(decoder, inputs, seen, positions, {self.cache_name: cache})
+        return state, *(tensor for pair in backbone.keys_and_values(cache) for tensor in pair)
+
+    def advance(self, state: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """h'_{k-1} -> what `decode` takes for step k: d_k as (B, 1, d), the mask, and its position, (B, 1)."""
+        return self.model._next_token(state)[1][:, None], F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
+
+    def leave(self, *states: Tensor) -> Tensor:
+        """h'_0, g_1..g_k -> (B, 1, d) float32 of unit norm."""
+        return F.normalize(self.model._pool(states[0], torch.stack(states[1:], dim=1))[:, -1:], dim=-1)
+
+    def single_pass(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, N) int64 each -> (B, 1, d), for models that generate nothing; see `single_pass_gircse`."""
         model, config = self.model, self.model.config
+        inputs, mask, _ = self.enter(input_ids, attention_mask)
         if config.step_token == "learned":
             learned = model.learned_tokens.weight[: self.k].expand(inputs.shape[0], -1, -1)
             inputs, mask = torch.cat([inputs, learned], dim=1), F.pad(mask, (0, self.k), value=1)
@@ -123,7 +143,7 @@ class StepGraph(nn.Module):
         backbone has several. Padding sees itself, as a softmax over nothing would be NaN in float16."""
         length = mask.shape[1]
         keys = torch.arange(length)
-        queries = keys[:, None] if last is None else keys[-last:, None]
+        queries = keys[:, None] if last is None else keys[length - last :, None]
         itself = queries == keys
         if self.model.config.attention == "bidirectional":
             seen = mask[:, None].bool() | itself
@@ -160,34 +180,64 @@ def trace(graph: StepGraph, opset: int = OPSET) -> tuple[ir.Model, list[str]]:
     Raises:
         ValueError: if torch.onnx can't export the backbone; it names the backbone.
     """
-    example = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long)
-    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
         with quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                graph,
-                example,
-                dynamo=True,
-                input_names=INPUTS,
-                output_names=[OUTPUT],
-                dynamic_shapes=dict.fromkeys(INPUTS, dynamic),
-                opset_version=opset,
-                verbose=False,
-            )
+            if graph.generates:
+                model = unroll(trace_parts(graph, opset), graph.k, set(graph.state_dict()))
+            else:
+                model = export(graph, "single_pass", example(), ({0, 1}, {0, 1}), opset)
     except Exception as error:  # what torch.export and torch.onnx raise has no common class
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise unfit(graph.model, reason) from error
-    model = program.model
     found = model.opset_imports[""]
     if found != opset:
         raise ValueError(f"opset={opset}: the exporter wrote {found}; use --opset {found}")
+    for value, name in zip((*model.graph.inputs, *model.graph.outputs), (*INPUTS, OUTPUT), strict=True):
+        value.name = name
     exact = [node.name for node in model.graph if is_exact(node)]
     passes.ClearMetadataAndDocStringPass()(model)  # each node's says where in which file of this machine it was made
     passes.CommonSubexpressionEliminationPass()(model)
-    passes.DeduplicateInitializersPass(size_limit=MOST_COMPARED)(model)  # the exporter folds transposed weights by step
+    passes.DeduplicateInitializersPass(size_limit=MOST_COMPARED)(model)  # the exporter folds transposed weights
     transpose_weights(model)
     passes.RemoveUnusedNodesPass()(model)
     return model, exact
+
+
+def example() -> tuple[Tensor, Tensor]:
+    """Ids and mask, (2, 6) each."""
+    return torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long)
+
+
+def trace_parts(graph: StepGraph, opset: int) -> dict[str, ir.Model]:
+    """Each part of the step loop in ONNX, from what the parts before it give for the example."""
+    graph.sizes = []
+    inputs, mask, positions = graph.enter(*example())
+    state, *past = graph.decode(inputs, mask, positions)
+    graph.sizes = [tensor.shape for tensor in past]
+    embedding, mask, positions = graph.advance(state, mask, positions)
+    # Not one position, which torch.export would take for a constant.
+    several, more = embedding.expand(-1, 3, -1), F.pad(mask, (0, 2), value=1)
+    after = positions + torch.arange(3)
+    # Nor one tensor for several inputs, which it would make one input of.
+    states = tuple(state.clone() for _ in range(graph.k + 1))
+    both, batch = {0, 1}, {0}
+    return {
+        "enter": export(graph, "enter", example(), (both, both), opset),
+        "decode": export(
+            graph, "decode", (several, more, after, *past), (both, both, both, *({0, 2} for _ in past)), opset
+        ),
+        "advance": export(graph, "advance", (state, more, after), (batch, both, both), opset),
+        "leave": export(graph, "leave", states, (batch,) * len(states), opset),
+    }
+
+
+def export(graph: StepGraph, part: str, inputs: tuple[Tensor, ...], dynamic: tuple, opset: int) -> ir.Model:
+    """A part in ONNX; `dynamic` has the dimensions of each input that may be of any size."""
+    graph.part = part
+    shapes = tuple(dict.fromkeys(dimensions, torch.export.Dim.DYNAMIC) for dimensions in dynamic)
+    return torch.onnx.export(
+        graph, inputs, dynamo=True, dynamic_shapes={"inputs": shapes}, opset_version=opset, verbose=False
+    ).model
 
 
 def is_exact(node: ir.Node) -> bool:
