@@ -272,7 +272,7 @@ def find_way(
             except REFUSALS as error:
                 problem = str(error)
                 continue
-            if agree(found, expected, other, language_model.dtype):
+            if agree(found, expected, other, rounds_coarsely(language_model, device)):
                 if way.cache is None and generates:
                     logger.warning(SLOW.format(type(language_model).__name__, transformers.__version__))
                 return way
@@ -298,13 +298,20 @@ def possible_ways(language_model: PreTrainedModel, ids: Tensor, generates: bool)
     return [Way(name, square) for name in names for square in squares]
 
 
-def agree(found: Tensor, expected: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    """Whether states (1, n, d) of a backbone of `dtype` are the same up to its rounding: far nearer to each other than
-    to those of another text. On the meta device there are no values to compare."""
+def rounds_coarsely(language_model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether states are of 16 bits, or of quantised weights, whose activations may be rounded by batch or by row. The
+    states' own dtype does not tell: they may have been averaged in float32."""
+    if torch.finfo(language_model.dtype).eps > 1e-6 or torch.is_autocast_enabled(device.type):
+        return True
+    return any(not x.is_floating_point() or type(x.data) is not Tensor for x in language_model.parameters())
+
+
+def agree(found: Tensor, expected: Tensor, other: Tensor, coarse: bool) -> bool:
+    """Whether states (1, n, d) are the same up to rounding: far nearer to each other than to those of another text. On
+    the meta device there are no values to compare."""
     if found.is_meta:
         return True
-    # The states themselves may have been averaged in float32.
-    rounding = 0.01 if torch.finfo(dtype).eps < 1e-6 and not torch.is_autocast_enabled(found.device.type) else 0.1
+    rounding = 0.1 if coarse else 0.01
     found, expected, other = (x.float() for x in (found, expected, other))
     error, difference, size = (x.norm() for x in (found - expected, other - expected, expected))
     return bool(error <= max(rounding * difference, 1e-4 * size))

@@ -175,3 +175,18 @@ def test_longrope_is_used_up_to_its_original_limit(make_model, batch):
     torch.testing.assert_close(together, model.generate_embedding(short, k=4), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="exceeds the backbone's 12 positions: truncate the text to 8 tokens"):
         model.generate_embedding(*batch, k=4)
+
+
+@pytest.mark.parametrize("axes", [{}, {"step_token": "none", "attention": "bidirectional"}], ids=["steps", "mean"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_states_may_differ_by_what_the_weights_round(make_model, axes, dtype, monkeypatch):
+    model = make_model(dtype=dtype, **axes)
+    exact = model._tried_states
+    # Of a padded row; the mean of a text's states is in float32 whatever the weights are.
+    monkeypatch.setattr(model, "_tried_states", lambda ids, *rest: exact(ids, *rest) * (1.03 if len(ids) > 1 else 1))
+    model._ways.clear()
+    if dtype == torch.bfloat16:
+        model._find_way(torch.device("cpu"))
+    else:
+        with pytest.raises(ValueError, match="its states depend on padding, or can't be gone on from"):
+            model._find_way(torch.device("cpu"))

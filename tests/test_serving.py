@@ -147,6 +147,16 @@ def test_root_model_in_int8_by_torchao(processor, exact, dtype):
     assert 0.99 < check(model, processor, exact) < 0.9999999
 
 
+@pytest.mark.skipif(not installed("torchao"), reason="torchao is not installed")
+def test_root_model_with_activations_in_int8_by_torchao(processor, exact):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+    from transformers import TorchAoConfig
+
+    # Its states in float32 move by more than float32 rounds when a row is padded, and it is no other backbone for that.
+    model = load_root(quantization_config=TorchAoConfig(Int8DynamicActivationInt8WeightConfig()))
+    assert check(model, processor, exact, least=0.9) < 0.9999999
+
+
 @pytest.mark.parametrize("kind", ["torchao", "8bit", "4bit"])
 def test_tied_weights_stay_tied_when_quantized(make_model, tmp_path, kind):
     if not installed("torchao" if kind == "torchao" else "bitsandbytes"):
