@@ -65,7 +65,7 @@ class StepGraph(nn.Module):
         # A mask of both directions is the same for all layers in PyTorch, too: see `single_pass_gircse`.
         slides = slides and model.config.attention == "causal"
         self.window = getattr(config, "sliding_window", None) if slides else None
-        self.sizes: list[torch.Size] = []  # of the cached tensors of one position, keys and values by turns
+        self.sizes: list[torch.Size] = []  # of the cached tensors, keys and values by turns
 
     def forward(self, *inputs: Tensor) -> Any:
         return getattr(self, self.part)(*inputs)
