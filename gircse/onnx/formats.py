@@ -66,7 +66,8 @@ def to_int8(source: Path, path: Path, table: str) -> None:
     """
     graph = onnx.load(source, load_external_data=False).graph
     sizes, nodes = {tensor.name: tensor.dims for tensor in graph.initializer}, graph.node
-    narrowing = {name for name, size in sizes.items() if name != table and len(size) == 2 and size[0] > size[1]}
+    read = {name for node in nodes if node.op_type == "MatMul" for name in node.input} & set(sizes) - {table}
+    narrowing = {name for name in read if len(sizes[name]) == 2 and sizes[name][0] > sizes[name][1]}
     tied = any(node.op_type == "Gemm" and table in node.input for node in nodes)
     kept = [node.name for node in nodes if node.op_type == "MatMul" and {table, *narrowing} & set(node.input)]
     kept += [node.name for node in nodes if node.op_type == "Gather" and (tied or table not in node.input)]
