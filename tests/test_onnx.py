@@ -24,7 +24,7 @@ from export_gircse import main, parse
 from gircse.onnx import folder as folder_module
 from gircse.onnx import formats
 from gircse.onnx.folder import check_folder, embed, export_onnx
-from gircse.onnx.graph import StepGraph, trace
+from gircse.onnx.graph import StepGraph, complete, trace
 
 K, SUFFIX = 2, " In short:"
 PROMPT = "Instruct: Retrieve semantically similar text.\nQuery: "
@@ -51,8 +51,8 @@ def tiny(gircse, backbone: str, changes: dict | None = None, **axes):
 
 
 def graph_session(model, folder: Path, k: int = K, suffix: tuple = (), opset: int = 20):
-    graph, _ = trace(StepGraph(model, k, [*suffix], 2), opset)
-    formats.save(graph, folder / "model.onnx")
+    graph = StepGraph(model, k, [*suffix], 2)
+    formats.save(complete(graph, trace(graph, opset)[0]), folder / "model.onnx")
     return onnxruntime.InferenceSession(folder / "model.onnx")
 
 
@@ -171,6 +171,26 @@ def test_int8_keeps_the_few_large_values_inside_an_mlp(gircse, tmp_path):
     found = embed(session, Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")), texts()[:16])
     expected = torch.cat([model.generate_embedding(**processor(text)) for text in texts()[:16]])
     assert lowest_cosine(found, expected) > 0.99
+
+
+@pytest.mark.slow
+def test_int8_keeps_learned_positions_in_float32(gircse, tmp_path):
+    model = tiny(gircse, "gpt2", {"n_layer": 2, "n_embd": 256, "n_positions": 300})  # as tall as narrowing weights
+    processor = make_processor()
+    found = export_onnx(model, processor, tmp_path / "out", k=K)
+    assert found["model_quantized.onnx"] > 0.99
+    stored = onnx.load(tmp_path / "out" / "onnx" / "model_quantized.onnx").graph.initializer
+    positions = [tensor for tensor in stored if tensor.name.endswith("wpe.weight")]
+    assert [tensor.data_type for tensor in positions] == [onnx.TensorProto.FLOAT]
+
+
+@pytest.mark.slow
+def test_a_file_does_not_grow_with_k(gircse, tmp_path):
+    sizes = []
+    for k in (1, 20):
+        graph_session(tiny(gircse, "llama"), tmp_path, k=k)
+        sizes.append((tmp_path / "model.onnx").stat().st_size)
+    assert abs(sizes[1] - sizes[0]) < 0.001 * sizes[0]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import json
 import re
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -175,6 +176,40 @@ def test_texts_gather_while_the_model_is_busy():
 
     assert len(asyncio.run(ask())) == 8
     assert model.batches == [([1], 5), ([5] * 7, 5)]
+
+
+def test_those_who_were_answered_are_in_the_next_batch_with_those_who_wait():
+    model = Model()
+
+    def slow(rows, k):
+        time.sleep(0.8)
+        return model(rows, k)
+
+    async def ask():
+        batcher = Batcher(slow, max_tokens=100, wait=0.001)
+
+        async def client(start):
+            await asyncio.sleep(start)
+            for _ in range(3):
+                await batcher.embed([[1]], 5)
+                await asyncio.sleep(0.01)  # longer than `wait`, less than a tenth of a batch
+
+        await asyncio.gather(*map(client, (0, 0, 0.2, 0.2)))
+
+    asyncio.run(ask())
+    assert [len(rows) for rows, _ in model.batches] == [2, 4, 4, 2]
+
+
+def test_a_client_alone_does_not_wait_for_others():
+    async def ask():
+        batcher = Batcher(Model(), max_tokens=100, wait=0.5)
+        await batcher.embed([[1]], 5)  # nothing is known yet
+        started = time.perf_counter()
+        for _ in range(3):
+            await batcher.embed([[1]], 5)
+        return time.perf_counter() - started
+
+    assert asyncio.run(ask()) < 0.4
 
 
 def test_batches_keep_to_the_budget_and_the_order():

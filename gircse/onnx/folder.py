@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 
 from ..loading import sentence_transformers_settings
 from .formats import save, to_float16, to_int8
-from .graph import INPUTS, OPSET, StepGraph, check_opset, quiet, room, trace, unfit
+from .graph import INPUTS, OPSET, StepGraph, check_opset, complete, quiet, room, trace, unfit
 
 FLOAT32, FLOAT16, INT8 = FILES = ("model.onnx", "model_fp16.onnx", "model_quantized.onnx")
 # At a lower cosine to PyTorch's vectors, the file in float32 computes something else.
@@ -59,17 +60,23 @@ def export_onnx(
     if most <= len(suffix):
         raise ValueError(f"k={steps} and the suffix leave no position for a text: choose a smaller k")
     graph = StepGraph(model.eval(), steps, suffix, int(processor("")["input_ids"][0, -1]))
-    exported, exact = trace(graph, opset)
-    exported.metadata_props["k"] = str(steps)
+    traced, exact = trace(graph, opset)
     remove_files(folder)
     write_tokenizer(processor, folder, most - len(suffix))
-    first, half, int8 = (folder / "onnx" / name for name in FILES)
-    save(exported, first)
-    to_float16(first, half, exact)
-    to_int8(first, int8, table_of(graph, exported))
+    write_files(graph, traced, exact, folder / "onnx")
     found = compare(model, processor, folder, k, most)
     write_settings(model, processor, folder, steps)  # they name the files that are left
     return found
+
+
+def write_files(graph: StepGraph, traced: ir.Model, exact: list[str], folder: Path) -> None:
+    whole, table = partial(complete, graph), table_of(graph, traced)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        source = Path(name, FLOAT32)
+        save(traced, source)
+        save(whole(traced), folder / FLOAT32)
+        save(whole(to_float16(source, exact)), folder / FLOAT16)
+        save(to_int8(source, table, whole), folder / INT8)
 
 
 def table_of(graph: StepGraph, exported: ir.Model) -> str:

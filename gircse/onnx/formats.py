@@ -1,7 +1,9 @@
-"""`model.onnx` in float32, and from it the files in float16 and int8, by onnxruntime's own converters."""
+"""The graph in float16 and in int8, by onnxruntime's own converters. They see each part of the loop on its own, so that
+a step's nodes are converted once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +26,26 @@ def save(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=f"{path.name}_data" if size > MOST_IN_ONE_FILE else None)
 
 
-def to_float16(source: Path, path: Path, exact: list[str]) -> None:
-    """Converts a file, but for inputs, outputs, softmax, and the nodes named in `exact`, which stay in float32."""
+def to_float16(source: Path, exact: list[str]) -> ir.Model:
+    """A file's graph in float16, but for softmax, the nodes named in `exact`, and what goes in and out of parts other
+    than keys and values."""
+    whole = onnx.load(source)
     with quiet():
         half = convert_float_to_float16(
-            onnx.load(source),
-            keep_io_types=True,
+            whole,
+            keep_io_types=[value.name for value in (*whole.graph.input, *whole.graph.output) if not is_cache(value)],
             disable_shape_infer=True,  # the exporter wrote all types, and inference takes no model above 2 GB
             op_block_list=[*DEFAULT_OP_BLOCK_LIST, "Softmax"],
             node_block_list=exact,
         )
     model = ir.from_proto(half)
+    model.graph.sort()  # the converter puts casts at the end
     keep_float32(model)
-    save(model, path)
+    return model
+
+
+def is_cache(value: onnx.ValueInfoProto) -> bool:
+    return len(value.type.tensor_type.shape.dim) == 4
 
 
 def keep_float32(model: ir.Model) -> None:
@@ -54,8 +63,9 @@ def keep_float32(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def to_int8(source: Path, path: Path, table: str) -> None:
-    """Quantises the decoder's weights, the LM head and the token embeddings to int8, and activations as they come.
+def to_int8(source: Path, table: str, complete: Callable[[ir.Model], ir.Model]) -> ir.Model:
+    """A file's graph, completed, with the decoder's weights, the LM head and the token embeddings in int8. Activations
+    are quantised as they come.
 
     Two kinds of products stay products of floats, of int8 weights' values. The mix s E of a soft token: in steps of a
     batch's largest probability, a flat distribution beside a peaked one would become zero. And those that make vectors
@@ -63,6 +73,7 @@ def to_int8(source: Path, path: Path, table: str) -> None:
 
     Args:
         table: the name of the token embeddings.
+        complete: makes the graph to run of the parts. What makes floats of int8 weights comes after, once for all.
     """
     graph = onnx.load(source, load_external_data=False).graph
     sizes, nodes = {tensor.name: tensor.dims for tensor in graph.initializer}, graph.node
@@ -72,7 +83,7 @@ def to_int8(source: Path, path: Path, table: str) -> None:
     kept = [node.name for node in nodes if node.op_type == "MatMul" and {table, *narrowing} & set(node.input)]
     kept += [node.name for node in nodes if node.op_type == "Gather" and (tied or table not in node.input)]
     external = source.with_name(f"{source.name}_data").exists()
-    raw = path.with_name(f"raw_{path.name}")
+    raw = source.with_name(f"int8_{source.name}")
     with quiet():
         quantize_dynamic(
             source,
@@ -83,14 +94,17 @@ def to_int8(source: Path, path: Path, table: str) -> None:
             nodes_to_exclude=kept,
             use_external_data_format=external,
         )
-    model = ir.from_proto(onnx.load(raw))
-    for file in path.parent.glob(f"{raw.name}*"):
-        file.unlink()
+    model = complete(ir.from_proto(onnx.load(raw)))
     for name in sorted(narrowing & set(model.graph.initializers)):
         store_int8(model, name)
-    if tied:  # else the quantised lookup has made the table int8, and the quantiser reads it so for the mix
+    if tied:
         read_head(model, table)
-    save(model, path)
+    else:  # the quantised lookup has made the table int8, and the quantiser reads it so for the mix
+        for node in [*model.graph.all_nodes()]:
+            if node.op_type == "DequantizeLinear" and node.inputs[0].name == f"{table}_quantized":
+                node.outputs[0].replace_all_uses_with(values_of(model, list(node.inputs)).outputs[0])
+    RemoveUnusedNodesPass()(model)
+    return model
 
 
 def store_int8(model: ir.Model, name: str) -> None:

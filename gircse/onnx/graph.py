@@ -1,5 +1,5 @@
-"""The step loop as a static graph: with k fixed, the prefill and k steps are unrolled, and keys and values go from one
-to the next inside the graph. The decoder is traced once, whatever k is; `assemble.py` repeats it."""
+"""The step loop as a static graph: with k fixed, ids go in and embeddings come out, and keys and values go from step to
+step inside. It is traced in parts, each once; `assemble.py` makes the loop of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .assemble import unroll
+from .assemble import side_by_side, step_loop
 
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "last_hidden_state"
 # torch.onnx's operators are written for 18, and onnxruntime takes what came later.
@@ -33,9 +33,8 @@ MOST_COMPARED = 2**26
 class StepGraph(nn.Module):
     """Token ids of texts -> their embeddings after k steps, with nothing that depends on values.
 
-    It is traced in parts, since the exporter takes minutes for a decoder of many layers: `enter`, `decode`, `advance`
-    and `leave`, of which `forward` runs the one that [`part`] names. A model that generates nothing has one part,
-    `single_pass`.
+    It is traced in parts: `enter`, `decode`, `advance` and `leave`, of which `forward` runs the one that [`part`]
+    names. A model that generates nothing has one part, `single_pass`.
 
     Args:
         model: a `GircseModel` in eager attention and eval mode.
@@ -93,9 +92,9 @@ class StepGraph(nn.Module):
         """h'_{k-1} -> what `decode` takes for step k: d_k as (B, 1, d), the mask, and its position, (B, 1)."""
         return self.model._next_token(state)[1][:, None], F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
 
-    def leave(self, *states: Tensor) -> Tensor:
-        """h'_0, g_1..g_k -> (B, 1, d) float32 of unit norm."""
-        return F.normalize(self.model._pool(states[0], torch.stack(states[1:], dim=1))[:, -1:], dim=-1)
+    def leave(self, state: Tensor, states: Tensor) -> Tensor:
+        """h'_0, (B, d), and g_1..g_k, (k, B, d) -> (B, 1, d) float32 of unit norm."""
+        return F.normalize(self.model._pool(state, states.transpose(0, 1))[:, -1:], dim=-1)
 
     def single_pass(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, N) int64 each -> (B, 1, d), for models that generate nothing; see `single_pass_gircse`."""
@@ -174,8 +173,8 @@ def check_opset(opset: int) -> None:
 
 
 def trace(graph: StepGraph, opset: int = OPSET) -> tuple[ir.Model, list[str]]:
-    """The graph in ONNX with dynamic batch and length, each weight once; and the names of the nodes that float16 would
-    spoil.
+    """The graph in ONNX with dynamic batch and length, each weight once, of which `complete` makes that of k steps; and
+    the names of the nodes that float16 would spoil.
 
     Raises:
         ValueError: if torch.onnx can't export the backbone; it names the backbone.
@@ -183,7 +182,7 @@ def trace(graph: StepGraph, opset: int = OPSET) -> tuple[ir.Model, list[str]]:
     try:
         with quiet(), torch.no_grad():
             if graph.generates:
-                model = unroll(trace_parts(graph, opset), graph.k, set(graph.state_dict()))
+                model = side_by_side(trace_parts(graph, opset), set(graph.state_dict()))
             else:
                 model = export(graph, "single_pass", example(), ({0, 1}, {0, 1}), opset)
     except Exception as error:  # what torch.export and torch.onnx raise has no common class
@@ -192,8 +191,6 @@ def trace(graph: StepGraph, opset: int = OPSET) -> tuple[ir.Model, list[str]]:
     found = model.opset_imports[""]
     if found != opset:
         raise ValueError(f"opset={opset}: the exporter wrote {found}; use --opset {found}")
-    for value, name in zip((*model.graph.inputs, *model.graph.outputs), (*INPUTS, OUTPUT), strict=True):
-        value.name = name
     exact = [node.name for node in model.graph if is_exact(node)]
     passes.ClearMetadataAndDocStringPass()(model)  # each node's says where in which file of this machine it was made
     passes.CommonSubexpressionEliminationPass()(model)
@@ -201,6 +198,16 @@ def trace(graph: StepGraph, opset: int = OPSET) -> tuple[ir.Model, list[str]]:
     transpose_weights(model)
     passes.RemoveUnusedNodesPass()(model)
     return model, exact
+
+
+def complete(graph: StepGraph, model: ir.Model) -> ir.Model:
+    """The graph to run, of what `trace` returned and a format has made of it."""
+    if graph.generates:
+        model = step_loop(model, graph.k)
+    for value, name in zip((*model.graph.inputs, *model.graph.outputs), (*INPUTS, OUTPUT), strict=True):
+        value.name = name
+    model.metadata_props["k"] = str(graph.k)
+    return model
 
 
 def example() -> tuple[Tensor, Tensor]:
@@ -218,8 +225,6 @@ def trace_parts(graph: StepGraph, opset: int) -> dict[str, ir.Model]:
     # Not one position, which torch.export would take for a constant.
     several, more = embedding.expand(-1, 3, -1), F.pad(mask, (0, 2), value=1)
     after = positions + torch.arange(3)
-    # Nor one tensor for several inputs, which it would make one input of.
-    states = tuple(state.clone() for _ in range(graph.k + 1))
     both, batch = {0, 1}, {0}
     return {
         "enter": export(graph, "enter", example(), (both, both), opset),
@@ -227,7 +232,7 @@ def trace_parts(graph: StepGraph, opset: int) -> dict[str, ir.Model]:
             graph, "decode", (several, more, after, *past), (both, both, both, *({0, 2} for _ in past)), opset
         ),
         "advance": export(graph, "advance", (state, more, after), (batch, both, both), opset),
-        "leave": export(graph, "leave", states, (batch,) * len(states), opset),
+        "leave": export(graph, "leave", (state, torch.stack([state] * graph.k)), (batch, {1}), opset),
     }
 
 

@@ -9,6 +9,7 @@ put a long text behind newer ones each time that it doesn't fit.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from handler import most_rows
+
+WAIT_SHARE, MOST_WAIT = 0.1, 0.1
+CHECKS = 10  # during a wait, of whether it can end
 
 
 @dataclass
@@ -34,11 +38,16 @@ class Batcher:
     Args:
         run: embeds rows of one k; returns one result for each.
         max_tokens: of a batch: its rows times the longest of them, generated tokens included.
-        wait: seconds that a batch which could have more rows waits for them.
+        wait: seconds that a batch which could have more rows waits for them, or [`WAIT_SHARE`] of the time that the
+            last one took, up to [`MOST_WAIT`], where that is longer; 0 for none. Clients that were answered then send
+            their next texts, which would otherwise make a batch of their own each time. It ends once there are as many
+            rows as were in the last batch or waited at its end, so that a client alone doesn't wait for others.
     """
 
     def __init__(self, run: Callable[[list[list[int]], int | None], Sequence[Any]], max_tokens: int, wait: float):
         self.run, self.max_tokens, self.wait = run, max_tokens, wait
+        self.took = 0.0  # seconds of the last batch
+        self.expected = math.inf  # its rows and those that waited when it ended
         self.waiting: deque[Row] = deque()
         # One thread for all batches: torch would start other threads of its own for each new one.
         self.thread = ThreadPoolExecutor(1)
@@ -65,11 +74,12 @@ class Batcher:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while self.waiting:
-            if self.wait and not self._is_full():
-                await asyncio.sleep(self.wait)
+            if self.wait:
+                await self._gather(max(self.wait, min(WAIT_SHARE * self.took, MOST_WAIT)))
             batch = self.take()
             if not batch:
                 continue
+            started = loop.time()
             try:
                 results = await loop.run_in_executor(self.thread, self.run, [row.ids for row in batch], batch[0].k)
             except Exception as error:
@@ -80,6 +90,13 @@ class Batcher:
                 for row, result in zip(batch, results, strict=True):
                     if not row.result.done():
                         row.result.set_result(result)
+            self.took, self.expected = loop.time() - started, len(batch) + len(self.waiting)
+
+    async def _gather(self, seconds: float) -> None:
+        for _ in range(CHECKS):
+            if self._is_full() or len(self.waiting) >= self.expected:
+                break
+            await asyncio.sleep(seconds / CHECKS)
 
     def _is_full(self) -> bool:
         first = self.waiting[0]

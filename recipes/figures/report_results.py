@@ -334,7 +334,10 @@ def fill(text: str, tables: dict[str, str]) -> str:
 def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str, dict[str, str]]:
     """By page and name."""
     return {
-        "README.md": {"root_by_group": root_by_group(models)},
+        "README.md": {
+            "root_by_group": root_by_group(models),
+            "cpu_routes": speed_tables.cpu_routes(speed_tables.read("cpu_routes")["rows"]),
+        },
         "docs/results.md": {
             "root_by_task": root_by_task(models),
             "comparison": comparison(runs, samples, COMPARED),

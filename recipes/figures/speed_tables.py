@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -88,6 +89,14 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
         ("least_cosine", "least cosine with float32", "{:.5f}"),
         ("time", "time over float32", "{:.2f}x"),
     ],
+    "serving": [
+        ("route", "route", "{}"),
+        ("clients", "clients", "{}"),
+        ("texts_per_second", "texts a second", "{:.1f}"),
+        ("median_ms", "median of a request, ms", "{:.0f}"),
+        ("p95_ms", "95th percentile, ms", "{:.0f}"),
+        ("speedup", "texts a second over the handler's", "{:.2f}x"),
+    ],
     "soft_mix": [
         ("V", "V", "{:,}"),
         ("batch", "batch", "{}"),
@@ -149,6 +158,20 @@ def encoding(rows: list[dict[str, Any]]) -> str:
     return table(heads, lines)
 
 
+def cpu_routes(rows: list[dict[str, Any]]) -> str:
+    """Routes down, k across: texts a second. One that knows no k has a single number, the median of its runs."""
+    steps = list(dict.fromkeys(row["k"] for row in rows if row["k"]))
+    lines = []
+    for route in dict.fromkeys(row["route"] for row in rows):
+        of = [row for row in rows if row["route"] == route]
+        if of[0]["k"] is None:
+            cells = [f"{median(row['texts_per_second'] for row in of):.0f}"] + ["–"] * (len(steps) - 1)
+        else:
+            cells = [f"{row['texts_per_second']:.1f} ({row['over_pytorch']:.2f}x)" for row in of]
+        lines.append([route, *cells])
+    return table(["texts a second (over PyTorch in float32)", *(f"k = {k}" for k in steps)], lines)
+
+
 def measured(content: dict[str, Any], made: str) -> str:
     """A table under what it takes to measure it again."""
     command = re.sub(r" --output \S+", "", content["command"])
@@ -164,12 +187,18 @@ def measured(content: dict[str, Any], made: str) -> str:
 COLUMNS["loads_avx2"] = COLUMNS["loads"]
 
 
+PIVOTS = {"flops": flops, "encoding": encoding, "cpu_routes": cpu_routes}
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def tables() -> dict[str, str]:
     """By name, as docs/speed.md names them."""
     made = {}
-    for name in ("flops", "encoding", *COLUMNS):
-        content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        pivot = {"flops": flops, "encoding": encoding}.get(name)
+    for name in (*PIVOTS, *COLUMNS):
+        content = read(name)
         rows = content["rows"]
-        made[name] = measured(content, pivot(rows) if pivot else plain(rows, COLUMNS[name]))
+        made[name] = measured(content, PIVOTS[name](rows) if name in PIVOTS else plain(rows, COLUMNS[name]))
     return made
