@@ -5,8 +5,9 @@
     python benchmarks/cpu_routes.py --onnx onnx-1 onnx-5 onnx-20 --output benchmarks/results
 
 The queries of the sample pairs, bare, in batches of 32 of like length. All routes of a k take turns in one process.
-Int8 in PyTorch is torchao's, of weights and activations; bfloat16 is slow on CPUs without instructions for it. `--encoder` is a Sentence Transformers model, Hub id or
-folder, that embeds the same texts. Ratios are over PyTorch in float32.
+Int8 in PyTorch is torchao's, of weights and activations; bfloat16 is slow on CPUs without instructions for it.
+`--encoder` is a Sentence Transformers model, Hub id or folder, that embeds the same texts. Ratios are over PyTorch in
+float32.
 """
 
 from __future__ import annotations
