@@ -4,13 +4,13 @@ that runs it grows with k."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 DOMAIN = "gircse"
-# Of a step and what the next one takes from it: h'_k, the mask, the position. The cache follows.
-CARRIED = ("state", "mask", "positions")
 
 
 def side_by_side(parts: dict[str, ir.Model], shared: set[str]) -> ir.Model:
@@ -33,12 +33,11 @@ def side_by_side(parts: dict[str, ir.Model], shared: set[str]) -> ir.Model:
             node.name = f"{part}/{node.name}"
             for value in node.outputs:
                 value.name = f"{part}/{value.name}"
-                # The name of a free size stands for one size in all of a graph, and each part has its own.
-                free(value)
+                unname_sizes(value)
         for kind, values, all_values in (("in", graph.inputs, inputs), ("out", graph.outputs, outputs)):
             for i, value in enumerate(values):
                 value.name = f"{part}/{kind}_{i}"
-                free(value)
+                unname_sizes(value)
             all_values.extend(values)
         taken = list(graph)
         graph.inputs.clear()
@@ -52,7 +51,8 @@ def side_by_side(parts: dict[str, ir.Model], shared: set[str]) -> ir.Model:
     return ir.Model(graph, ir_version=first.ir_version)
 
 
-def free(value: ir.Value) -> None:
+def unname_sizes(value: ir.Value) -> None:
+    """The name of a size that is free stands for one size in all of a graph, and each part has its own."""
     if value.shape is not None:
         value.shape = ir.Shape([size if isinstance(size, int) else None for size in value.shape])
 
@@ -70,36 +70,15 @@ def step_loop(parts: ir.Model, k: int) -> ir.Model:
         nodes.append(node)
         return list(node.outputs)
 
-    step: list[ir.Node] = []
-    passed = [functions["decode"].outputs[0], *functions["advance"].outputs[1:], *functions["decode"].outputs[1:]]
-    state, mask, positions, *past = carried = [
-        ir.Value(name=f"step/{name}", shape=value.shape, type=value.type)
-        for name, value in zip([*CARRIED, *(f"past_{i}" for i in range(len(passed)))], passed, strict=False)
-    ]
-    number = ir.Value(name="step/number", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
-    going_on = ir.Value(name="step/going_on", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
-    inputs, mask, positions = call(step, "advance", state, mask, positions)
-    state, *past = call(step, "decode", inputs, mask, positions, *past)
-    # An output of a graph that is one of its inputs, or another of its outputs, needs a node of its own.
-    same = [ir.node("Identity", [value]) for value in (going_on, state)]
-    step += same
-    going_on_still, kept = (node.outputs[0] for node in same)
-    body = ir.Graph(
-        [number, going_on, *carried],
-        [going_on_still, state, mask, positions, *past, kept],
-        nodes=step,
-        opset_imports=opsets,
-        name="step",
-    )
-
+    body = loop_body(call, functions, opsets)
     ids = [ir.Value(name=f"ids_{i}", shape=x.shape, type=x.type) for i, x in enumerate(graphs["enter"].inputs[:2])]
-    steps = ir.Value(name="k", shape=ir.Shape([]), type=number.type, const_value=ir.Tensor(np.array(k), name="k"))
+    steps = scalar("k", ir.DataType.INT64)
+    steps.const_value = ir.Tensor(np.array(k), name="k")
     nodes: list[ir.Node] = []
     inputs, mask, positions, *past = call(nodes, "enter", *ids)
     first, *past = call(nodes, "decode", inputs, mask, positions, *past)
-    loop = ir.node(
-        "Loop", [steps, None, first, mask, positions, *past], attributes={"body": body}, num_outputs=len(passed) + 1
-    )
+    into = [steps, None, first, mask, positions, *past]
+    loop = ir.node("Loop", into, attributes={"body": body}, num_outputs=len(body.outputs) - 1)
     nodes.append(loop)
     outputs = call(nodes, "leave", first, loop.outputs[-1])
     graph = ir.Graph(
@@ -110,6 +89,28 @@ def step_loop(parts: ir.Model, k: int) -> ir.Model:
     passes.NameFixPass()(model)  # the loop's own names must differ from those around it
     passes.RemoveUnusedOpsetsPass()(model)
     return model
+
+
+def loop_body(call: Callable, functions: dict[str, ir.Function], opsets: dict[str, int]) -> ir.Graph:
+    """A step. From one to the next go its state, the mask, the position and the cache; the states are collected."""
+    decode, advance = functions["decode"], functions["advance"]
+    passed = [decode.outputs[0], *advance.outputs[1:], *decode.outputs[1:]]
+    carried = [ir.Value(name=f"step/{i}", shape=value.shape, type=value.type) for i, value in enumerate(passed)]
+    number, going_on = scalar("step/number", ir.DataType.INT64), scalar("step/going_on", ir.DataType.BOOL)
+    nodes: list[ir.Node] = []
+    state, mask, positions, *past = carried
+    inputs, mask, positions = call(nodes, "advance", state, mask, positions)
+    state, *past = call(nodes, "decode", inputs, mask, positions, *past)
+    # An output that is an input, or another output, needs a node of its own.
+    copies = [ir.node("Identity", [value]) for value in (going_on, state)]
+    go_on, collected = (node.outputs[0] for node in copies)
+    outputs = [go_on, state, mask, positions, *past, collected]
+    inputs = [number, going_on, *carried]
+    return ir.Graph(inputs, outputs, nodes=[*nodes, *copies], opset_imports=opsets, name="step")
+
+
+def scalar(name: str, dtype: ir.DataType) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(dtype))
 
 
 def cut_out(graph: ir.Graph, part: str) -> ir.Graph:
