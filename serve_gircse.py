@@ -58,7 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max_replicas", type=_count, help="that run when there is much to do; by default as many as --min_replicas")
     batch = f"tokens of a batch, generated ones included: rows times the longest (default: {TOKENS_PER_BATCH})"
     add("--max_batch_tokens", type=_count, default=TOKENS_PER_BATCH, help=batch)
-    wait = "that a batch with room left waits for more; a tenth of the last one's time if that is longer (default: 5)"
+    wait = "that a batch with room left waits for more; after a larger one it waits for longer (default: 5)"
     add("--batch_wait_ms", type=float, default=5, help=wait)
     queue = "texts that wait or are in work, in all replicas; beyond it the answer is 429 (default: 4096)"
     add("--max_queue", type=_count, default=4096, help=queue)

@@ -9,7 +9,6 @@ put a long text behind newer ones each time that it doesn't fit.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,16 +37,16 @@ class Batcher:
     Args:
         run: embeds rows of one k; returns one result for each.
         max_tokens: of a batch: its rows times the longest of them, generated tokens included.
-        wait: seconds that a batch which could have more rows waits for them, or [`WAIT_SHARE`] of the time that the
-            last one took, up to [`MOST_WAIT`], where that is longer; 0 for none. Clients that were answered then send
-            their next texts, which would otherwise make a batch of their own each time. It ends once there are as many
-            rows as were in the last batch or waited at its end, so that a client alone doesn't wait for others.
+        wait: seconds that a batch which could have more rows waits for them; 0 for none. Then, as long as there are
+            fewer than were in the last batch or waited at its end, it waits for up to [`WAIT_SHARE`] of the time that
+            that one took, [`MOST_WAIT`] seconds at most: clients that were answered send their next texts, which would
+            otherwise make a batch of their own each time.
     """
 
     def __init__(self, run: Callable[[list[list[int]], int | None], Sequence[Any]], max_tokens: int, wait: float):
         self.run, self.max_tokens, self.wait = run, max_tokens, wait
         self.took = 0.0  # seconds of the last batch
-        self.expected = math.inf  # its rows and those that waited when it ended
+        self.expected = 0  # its rows and those that waited when it ended
         self.waiting: deque[Row] = deque()
         # One thread for all batches: torch would start other threads of its own for each new one.
         self.thread = ThreadPoolExecutor(1)
@@ -75,7 +74,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while self.waiting:
             if self.wait:
-                await self._gather(max(self.wait, min(WAIT_SHARE * self.took, MOST_WAIT)))
+                await self._gather()
             batch = self.take()
             if not batch:
                 continue
@@ -92,11 +91,13 @@ class Batcher:
                         row.result.set_result(result)
             self.took, self.expected = loop.time() - started, len(batch) + len(self.waiting)
 
-    async def _gather(self, seconds: float) -> None:
+    async def _gather(self) -> None:
+        if not self._is_full():
+            await asyncio.sleep(self.wait)
         for _ in range(CHECKS):
             if self._is_full() or len(self.waiting) >= self.expected:
                 break
-            await asyncio.sleep(seconds / CHECKS)
+            await asyncio.sleep(min(WAIT_SHARE * self.took, MOST_WAIT) / CHECKS)
 
     def _is_full(self) -> bool:
         first = self.waiting[0]
