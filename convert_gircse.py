@@ -40,8 +40,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num_steps", type=int, default=5, help="K, the generated tokens where nobody asks for another number (5)")
     add("--logit_temperature", type=float, default=1.0, help="T of the soft tokens (1, as in both papers)")
     add("--pooling", default="mean", help="mean, mean_with_prompt or last (mean)")
-    add("--prompt_template", help="what precedes a text; by default as in training: of the chat template")
-    add("--suffix", help="what follows every text; by default as in training: of the chat template")
+    add(
+        "--prompt_template",
+        help="what precedes a text; by default as in training: of the chat template, unless a suffix is given",
+    )
+    add(
+        "--suffix",
+        help="what follows every text; by default as in training: of the chat template, unless the other is given",
+    )
     add("--document_prompt", default="", help="what precedes a document, for Sentence Transformers and mteb (nothing)")
     add("--max_length", type=int, help="longest text in tokens, prompt and suffix included (the tokenizer's)")
     add("--save_dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the saved weights (bfloat16)")

@@ -25,7 +25,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import train_gircse
-from gircse.loading import is_gircse, whole_weights
+from gircse.loading import is_gircse, only_gguf_file, whole_weights
 from gircse.training.autoregembed import AlignmentTrainer, CompressionTrainer, ConditionalTrainer
 
 STAGES = {"compression": CompressionTrainer, "alignment": AlignmentTrainer}
@@ -53,6 +53,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     sign = "of the reference term: 1 as in the authors' code, -1 as in DPO (1)"
     parser.add_argument("--reference_sign", type=int, choices=[1, -1], help=sign)
     options, rest = parser.parse_known_args(argv)
+    if not options.decoder and (gguf := only_gguf_file(options.model_name_or_path)):
+        rest += ["--gguf_file", gguf]
     merged = sorted({"--adapter", "--gguf_file"} & {argument.partition("=")[0] for argument in rest})
     if merged and not options.decoder:
         parser.error(f"{', '.join(merged)} needs --decoder too: the folder or id of the causal LM that is to say texts")
@@ -87,12 +89,11 @@ def with_decoder(make_trainer: Any, name: str, model: Any, *args: Any, **kwargs:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with whole_weights():
         decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, torch_dtype=base.dtype)
-    sizes = {"hidden_size": base.config.hidden_size, "vocab_size": base.config.text_config.vocab_size}
-    for what, size in sizes.items():
-        found = getattr(decoder.config.get_text_config(), what)
-        if found != size:
-            remedy = "give the LM that it was made from"
-            raise ValueError(f"decoder={name!r} has {what} {found}, the model {size}: {remedy}")
+    tables = [m.get_input_embeddings().weight for m in (decoder, base)]  # which the decoder reads, and states replace
+    of_decoder, of_model = (f"{table.shape[0]:,} tokens of {table.shape[1]:,} dimensions" for table in tables)
+    if of_decoder != of_model:
+        remedy = "give the LM that it was made from"
+        raise ValueError(f"decoder={name!r} embeds {of_decoder}, the model {of_model}: {remedy}")
     return make_trainer(model, *args, decoder=decoder, **kwargs)
 
 

@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
     model, processor = load_model(arguments)
     check_settings(model, processor, arguments, data, training)
     pairs = read_pairs(data, training)
-    held_out = held_out_size(len(pairs), training) if data.held_out is None else data.held_out
-    pairs, held_out = split_held_out(pairs, held_out, training.seed)
+    pairs, held_out = hold_out(pairs, data.held_out, training)
     if arguments.tuning == "lora":
         model = add_lora(model, arguments)
     check_saving(model, processor, training)
@@ -165,6 +164,18 @@ def check_settings(
         given = getattr(arguments, name)
         if given and Path(given).resolve() in (folder, folder / ADAPTER_FOLDER):
             raise ValueError(f"output_dir={training.output_dir!r} would overwrite {name}={given!r}; choose another")
+
+
+def hold_out(
+    pairs: datasets.Dataset, count: int | None, training: GircseTrainingArguments
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training and held-out pairs; see `split_held_out`."""
+    if count is not None:
+        return split_held_out(pairs, count, training.seed)
+    try:
+        return split_held_out(pairs, held_out_size(len(pairs), training), training.seed)
+    except ValueError:  # every query has more pairs than would be held out, which nobody asked for
+        return split_held_out(pairs, 0, training.seed)
 
 
 def held_out_size(rows: int, training: GircseTrainingArguments) -> int:

@@ -12,7 +12,7 @@ from gircse.training.accuracy import retrieval_accuracy, rows_by_tokens
 from gircse.training.arguments import GircseTrainingArguments
 from gircse.training.data import PairCollator
 from helpers import make_rows
-from train_gircse import held_out_size
+from train_gircse import held_out_size, hold_out
 from training_helpers import make_pairs, make_trainer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("training_cache")
@@ -103,6 +103,14 @@ def test_accuracy_is_measured_in_batches_of_as_many_tokens():
 def test_accuracy_takes_a_twentieth_of_the_texts(tmp_path, rows, settings, expected):
     training = GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
     assert held_out_size(rows, training) == expected
+
+
+def test_nothing_is_held_out_by_default_of_queries_with_many_pairs(tmp_path):
+    training = GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    pairs = make_pairs([{**row, "query": f"q{i // 20}"} for i, row in enumerate(make_rows(100))])
+    assert [len(part) for part in hold_out(pairs, None, training)] == [100, 0]
+    with pytest.raises(ValueError, match="held_out is 8, but every query has more pairs than that"):
+        hold_out(pairs, 8, training)
 
 
 def test_accuracy_masks_false_negatives():

@@ -49,6 +49,15 @@ def test_the_alignment_by_hand(sign, apart):
     assert found.item() == pytest.approx({1: 0.242794, -1: 0.458060}[sign], abs=1e-5)
 
 
+def test_compression_of_two_processes_is_that_of_all_their_tokens():
+    said, mask = -torch.arange(12.0).view(4, 3), torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]])
+    said = said * mask
+    parts = [(said[:3], mask[:3]), (said[3:], mask[3:])]
+    tokens = sum(part.sum() for _, part in parts) / len(parts)  # as processes agree on it
+    mean = sum(compression_loss(*part, tokens) for part in parts) / len(parts)
+    assert compression_loss(said, mask) == mean == (0 + 1 + 2 + 3 + 6 + 7 + 9) / 7
+
+
 def test_the_alignment_wants_the_positives_score_and_none_of_the_negatives():
     """S(q -> d+) may lie on either side of S(d+ -> d+); defaults are the paper's 0.1 and 0.1; the batch's mean."""
     positive, negative = (torch.tensor([-2.0, -1.0], requires_grad=True) for _ in range(2))
@@ -156,10 +165,23 @@ def test_references_of_another_model_are_not_taken(place):
         place("compression", place.plain, output, "--max_steps", steps, "--learning_rate", "1e-2")
     arguments = ("--decoder", place.plain, "--max_steps", "1", "--save_strategy", "no")
     file, counts = place.folder / "two/reference_scores-0.jsonl", []
-    for model, more in (("one", ()), ("one", ()), ("other", ()), ("one", ("--target_length", "9"))):
+    others = (("--target_length", "9"), ("--max_length", "30"))
+    for model, more in (("one", ()), ("one", ()), ("other", ()), *(("one", other) for other in others)):
         place("alignment", str(place.folder / model), "two", *arguments, *more)
         counts.append(len(kept_lines(file)))
-    assert counts == [counts[0], counts[0], 2 * counts[0], 3 * counts[0]]
+    assert counts == [counts[0], counts[0], *(times * counts[0] for times in (2, 3, 4))]
+
+
+def test_references_of_more_processes_are_read_by_fewer(place):
+    place("compression", place.plain, "one", "--max_steps", "1")
+    arguments = ("--decoder", place.plain, "--max_steps", "1", "--save_strategy", "no")
+    place("alignment", str(place.folder / "one"), "two", *arguments)
+    files = [place.folder / f"two/reference_scores-{process}.jsonl" for process in range(2)]
+    lines = files[0].read_text(encoding="utf-8").splitlines(keepends=True)
+    for file, part in zip(files, (lines[:9], lines[9:]), strict=True):
+        file.write_text("".join(part), encoding="utf-8")
+    place("alignment", str(place.folder / "one"), "two", *arguments)
+    assert [len(kept_lines(file)) for file in files] == [9, len(lines) - 9]
 
 
 def test_a_resumed_run_has_the_references_of_its_start(place):
@@ -239,5 +261,7 @@ def test_what_training_does_not_take_is_refused(place, tmp_path):
 
 def test_another_models_decoder_is_refused(place, make_plain):
     _, other = make_plain("llama", vocab_size=401)
-    with pytest.raises(ValueError, match="has vocab_size 401, the model 400: give the LM"):
+    with pytest.raises(
+        ValueError, match="embeds 401 tokens of 32 dimensions, the model 400 tokens of 32 dimensions: give the LM"
+    ):
         place("compression", place.plain, "one", "--decoder", other)

@@ -90,7 +90,11 @@ def test_what_the_card_shows_runs(processor, tmp_path, step_token, said):
 
 
 def test_learned_tokens_are_trained_beside_lora(processor, tmp_path):
-    """LoRA reaches linear layers alone; tokens that start at random must learn all the same."""
+    """LoRA reaches linear layers alone; tokens that start at random must learn all the same, in float32 beside a frozen
+    model in bfloat16, too."""
+    half = add_lora(tiny_model(step_token="learned", num_steps=3, dtype=torch.bfloat16), ModelArguments(lora_r=2))
+    trained = {name: weight.dtype for name, weight in half.named_parameters() if weight.requires_grad}
+    assert any("learned_tokens" in name for name in trained) and {*trained.values()} == {torch.float32}
     model = tiny_model(step_token="learned", num_steps=3)
     start = model.learned_tokens.weight.detach().clone()
     peft_model = add_lora(model, ModelArguments(lora_r=2))

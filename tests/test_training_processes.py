@@ -102,6 +102,16 @@ def run_case(name: str, processor, folder: Path, processes: int) -> SimpleNamesp
     )
 
 
+def run_without_a_head(processor, folder: Path, processes: int) -> list[float]:
+    """Losses of two steps of a model that asks nothing of its LM head, which thus gets no gradient."""
+    model = tiny_model(
+        dtype=torch.float64, step_token="none", pooling="last", text_changes={"tie_word_embeddings": False}
+    )
+    settings = {"max_steps": 2, "gradient_checkpointing": True, "per_device_train_batch_size": 4 // processes}
+    backend = "gloo" if processes > 1 else None
+    return train_and_watch(model, processor, folder, make_rows(8), ddp_backend=backend, **settings).losses
+
+
 def worker(folder: str) -> None:
     """One of two processes: runs all cases and writes what it saw."""
     folder = Path(folder)
@@ -112,6 +122,7 @@ def worker(folder: str) -> None:
         run = run_case(name, processor, folder / f"{name}-{rank}", processes=2)
         assert run.trainer.accelerator.num_processes == 2
         seen[name] = {"losses": run.losses, "documents": run.documents, "gradients": run.gradients}
+    seen["without a head"] = run_without_a_head(processor, folder / f"headless-{rank}", processes=2)
     torch.save(seen, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -159,6 +170,13 @@ def test_two_processes_are_one_with_the_joint_batch(processor, tmp_path, two_pro
         assert rank["losses"] == pytest.approx(alone.losses, rel=1e-10)
         assert len(rank["gradients"]) == len(alone.gradients) == 1
         assert_same_gradients(rank["gradients"][0], alone.gradients[0])
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_model_that_does_not_use_its_head(processor, tmp_path, two_processes):
+    alone = run_without_a_head(processor, tmp_path, processes=1)
+    for seen in two_processes:
+        assert seen["without a head"] == pytest.approx(alone, rel=1e-10)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ class ModelArguments:
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "what precedes a text, for a new model: the backbone's chat template with the paper's prompt"
+            "help": "what precedes a text, for a new model: the backbone's chat template with the paper's prompt; "
+            "that prompt alone beside --suffix"
         },
     )
     suffix: str | None = field(

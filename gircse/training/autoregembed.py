@@ -105,7 +105,7 @@ class CompressionTrainer(ConditionalTrainer):
         count = len(inputs["query"]["input_ids"])
         ids, mask = (inputs["targets"][name][:count] for name in ("input_ids", "attention_mask"))
         said = token_log_probabilities(self.decoder, self.states(model, inputs["query"]), ids, mask)
-        return compression_loss(said, mask)
+        return compression_loss(said, mask, self.accelerator.reduce(mask.sum().float(), "mean"))
 
 
 class AlignmentTrainer(ConditionalTrainer):
@@ -149,14 +149,12 @@ class AlignmentTrainer(ConditionalTrainer):
     @torch.no_grad()
     def score_references(self) -> dict[tuple[str, str, str], float]:
         """R(q -> d) of each query and each of its documents, by (instruction, query, document). Each process scores its
-        share, and keeps it in a file of the output folder, a JSON line each."""
+        share, and keeps it in a file of the output folder, a JSON line each. A file is read by one process alone, which
+        tells the others: their folders may be on other machines, and half a line may have to be cut off."""
         folder, process, count = Path(self.args.output_dir), self.args.process_index, self.args.world_size
-        known = {
-            row["key"]: row["score"]
-            for file in sorted(folder.glob(REFERENCES.format(process="*")))
-            for row in kept_lines(file)
-        }
-        self.accelerator.wait_for_everyone()  # until all have read what they then add to
+        files = {int(file.stem.rpartition("-")[2]): file for file in folder.glob(REFERENCES.format(process="*"))}
+        own = [file for number, file in sorted(files.items()) if number % count == process]
+        known = dict(gather_object([(row["key"], row["score"]) for file in own for row in kept_lines(file)]))
         scorer = self._fingerprint()
         wanted = {
             (row["instruction"], row["query"], text): hashlib.blake2b(
@@ -181,7 +179,11 @@ class AlignmentTrainer(ConditionalTrainer):
     def _fingerprint(self) -> str:
         """Tells what the scores hang on: the weights, by sums that a change of any of them changes, and settings."""
         sums = [float(weight.double().sum()) for model in (self.model, self.decoder) for weight in model.parameters()]
+        config, processor = self._base_model().config, self.data_collator.processor
         settings = [self.args.k, self.data_collator.max_length, self.data_collator.target_length]
+        settings += [getattr(config, name) for name in ("step_token", "attention", "pooling", "logit_temperature")]
+        settings += [getattr(processor, name) for name in ("prompt_template", "suffix", "max_length")]
+        settings.append(self.accelerator.mixed_precision)
         return hashlib.blake2b(json.dumps([sums, settings]).encode(), digest_size=16).hexdigest()
 
     def _score(self, batch: Sequence[tuple[str, str, str]]) -> list[float]:

@@ -27,13 +27,15 @@ def token_log_probabilities(decoder: nn.Module, states: Tensor, targets: Tensor,
     return found * mask
 
 
-def compression_loss(log_probabilities: Tensor, mask: Tensor) -> Tensor:
+def compression_loss(log_probabilities: Tensor, mask: Tensor, tokens: Tensor | None = None) -> Tensor:
     """Information compression, the first stage: cross-entropy of the targets' tokens, their mean: ().
 
     Args:
         log_probabilities, mask: (B, T), as of `token_log_probabilities`.
+        tokens: by how many it is divided, (); those of the mask by default. With the mean over processes here, the mean
+            of the processes' losses is that of all their tokens.
     """
-    return -log_probabilities.sum() / mask.sum()
+    return -log_probabilities.sum() / (mask.sum() if tokens is None else tokens)
 
 
 def alignment_loss(

@@ -77,6 +77,11 @@ class GircseTrainer(Trainer):
             check_adapter(model, base_models, args.push_to_hub)
         if args.learning_rate is None:
             args.learning_rate = LORA_RATE if hasattr(model, "get_base_model") else FULL_RATE
+        # A head that nothing is asked of gets no gradient. DDP has to look for it, which Trainer turns off itself under
+        # gradient checkpointing.
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if args.ddp_find_unused_parameters is None and base.config.step_token != "soft":
+            args.ddp_find_unused_parameters = True
         collator = PairCollator(processor, max_length)
         dataset = TrainingPairs(pairs, args.num_negatives, args.seed)
         self._epoch_setter = EpochSetter(dataset)
@@ -440,5 +445,8 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> nn.Module:
         task_type="FEATURE_EXTRACTION",
     )
     peft_model = get_peft_model(model, config)
+    for weight in peft_model.parameters():
+        if weight.requires_grad:  # the learned tokens' copy is of the model's dtype, which may lose small updates
+            weight.data = weight.data.float()
     peft_model.print_trainable_parameters()
     return peft_model
