@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import shlex
 import sys
@@ -39,12 +40,12 @@ from typing import Any
 import mteb
 import torch
 from huggingface_hub import HfApi, constants
-from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.abstask import AbsTask
-from mteb.models import ModelMeta
 
 from gircse import ROOT
 from gircse.command_line import lenient_console, unescape
+from gircse.evaluation.cache import Results, prompts_of
+from gircse.evaluation.comparison import markdown as comparison_table
 from gircse.evaluation.comparison import write_comparison
 from gircse.evaluation.report import markdown, write_report
 from gircse.evaluation.subjects import STEPS, StepEncoder, Subject, Vectors, load_subject, say
@@ -118,26 +119,18 @@ def why_unavailable(task: AbsTask) -> str | None:
     return None
 
 
-def is_done(cache: mteb.ResultCache, task: AbsTask, meta: ModelMeta) -> bool:
-    """Whether the cache has this task's result for this revision of its data; mteb alone takes any."""
-    try:
-        result = cache.load_task_result(task.metadata.name, meta)
-    except ValueError:  # half a file, as a killed run leaves it
-        return False
-    of_this_data = result is not None and result.dataset_revision == task.metadata.revision
-    return of_this_data and not result.get_missing_evaluations(task)
-
-
-def evaluate_task(task: AbsTask, subject: Subject, cache: mteb.ResultCache, batch_size: int) -> None:
+def evaluate_task(task: AbsTask, subject: Subject, cache: Results, batch_size: int) -> None:
     """Writes the task's result to the cache for each k that isn't there yet."""
-    steps = [k for k in subject.steps if not is_done(cache, task, subject.meta_at(k))]
+    steps = [k for k in subject.steps if not cache.has(task, subject, k)]
     if not steps:
         say("  has been evaluated before")
         return
     say("  reading its data")
     task.load_data()
-    # Some tasks draw their texts. The random states are set back for each k, so that it gets those of a run of its own.
-    drawn, drawn_by_numpy = task.rng_state.getstate(), task.np_rng.bit_generator.state
+    # Some tasks draw their texts. The random states are set back for each k and each model, so that each has those of a
+    # run of its own.
+    first = (task.rng_state.getstate(), task.np_rng.bit_generator.state)
+    drawn, drawn_by_numpy = task.__dict__.setdefault("first_states", first)
     with Vectors(subject, steps, batch_size) as vectors:
         for k in steps:
             say(f"  evaluating{'' if k is None else f' k = {k}'}")  # mteb's classifiers and clusters take a while, too
@@ -152,14 +145,16 @@ def evaluate_task(task: AbsTask, subject: Subject, cache: mteb.ResultCache, batc
                 co2_tracker=False,
                 show_progress_bar=False,
             )
+            cache.add(task, subject, k)
     task.unload_data()
 
 
 # Report -------------------------------------------------------------------------------------------------------------
 
 
-def collect(tasks: Sequence[AbsTask], subject: Subject, cache: mteb.ResultCache) -> list[dict[str, Any]]:
-    """A row for each task and metric with all of its k, scores x 100; tasks that aren't done are left out."""
+def collect(tasks: Sequence[AbsTask], subject: Subject, cache: Results) -> list[dict[str, Any]]:
+    """A row for each task and metric with all of its k, scores x 100; tasks that aren't done are left out, and so are
+    those with a score that is no number, as the correlation of equal values is none."""
 
     def percent(score: Any) -> float:
         return round(100 * float(score), 2)  # a float: YAML would write numpy's, as mteb gives, as objects
@@ -167,7 +162,7 @@ def collect(tasks: Sequence[AbsTask], subject: Subject, cache: mteb.ResultCache)
     rows = []
     for task in tasks:
         metadata = task.metadata
-        if not all(is_done(cache, task, subject.meta_at(k)) for k in subject.steps):
+        if not all(cache.has(task, subject, k) for k in subject.steps):
             continue
         results = {k: cache.load_task_result(metadata.name, subject.meta_at(k)) for k in subject.steps}
         # The cache may hold more languages and splits than this selection of the task has.
@@ -175,7 +170,6 @@ def collect(tasks: Sequence[AbsTask], subject: Subject, cache: mteb.ResultCache)
         getters = {metadata.main_score: lambda scores: scores["main_score"]}
         if extra := TABLE_9.get(metadata.name):
             getters[extra] = lambda scores, name=extra: scores["og"][name]
-        sides = ("query", "document") if isinstance(task, AbsTaskRetrieval) else (None,)
         for metric, getter in getters.items():
             rows.append(
                 {
@@ -188,10 +182,10 @@ def collect(tasks: Sequence[AbsTask], subject: Subject, cache: mteb.ResultCache)
                     "revision": metadata.revision,
                     "splits": list(task.eval_splits),
                     "subsets": list(task.hf_subsets),
-                    "prompts": {side or "both": subject.prompt(metadata, side) for side in sides},
+                    "prompts": prompts_of(task, subject),
                 }
             )
-    return rows
+    return [row for row in rows if all(map(math.isfinite, row["scores"].values()))]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -223,7 +217,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.model_name and args.models:
         parser.error(f"--model_name {args.model_name} is of one model: give each of --models its own in the file")
     if args.beside:
-        args.beside = json.loads(args.beside.read_text(encoding="utf-8"))
+        file, args.beside = args.beside, json.loads(args.beside.read_text(encoding="utf-8"))
+        try:
+            comparison_table([], {}, args.beside)
+        except (KeyError, TypeError, ValueError) as error:
+            parser.error(f"--beside {file} is not like recipes/paper/table2.json: {type(error).__name__}: {error}")
+    if args.model_name and "/" not in args.model_name:
+        parser.error(f"--model_name {args.model_name} must be organization/name, as mteb files results")
     if args.expansion_tokens < 1:
         parser.error(f"--expansion_tokens {args.expansion_tokens} must be at least 1; leave --expand_with out for none")
     if args.prompt_template:
@@ -241,6 +241,8 @@ def check_entry(entry: Any, file: Path) -> None:
     for key, value in entry.items():
         if type(value) is not OWN[key]:
             raise ValueError(f"{file}: {key}={value!r} must be of type {OWN[key].__name__}")
+    if "/" not in entry.get("model_name", "/"):
+        raise ValueError(f"{file}: model_name={entry['model_name']!r} must be organization/name, as mteb files results")
     if "{instruction}" not in entry.get("prompt_template", "{instruction}"):
         raise ValueError(f"{file}: prompt_template={entry['prompt_template']!r} has no '{{instruction}}'")
     if entry.get("dtype", DTYPES[0]) not in DTYPES:
@@ -277,7 +279,7 @@ def evaluate_model(
     Tasks that failed come to `failed`."""
     say(f"loading {args.model}")
     subject = load_subject(args)
-    cache, rows = mteb.ResultCache(out), []
+    cache, rows = Results(out), []
     for number, task in enumerate(tasks, 1):
         name = task.metadata.name
         say(f"[{number}/{len(tasks)}] {name}")
@@ -286,7 +288,10 @@ def evaluate_model(
         except Exception as error:  # one task must not cost the hours spent on the others
             traceback.print_exc()
             failed[name] = f"{type(error).__name__}: {error}"
-        if rows := collect(tasks[:number], subject, cache):
+        rows = collect(tasks[:number], subject, cache)
+        if name not in failed and name not in {row["task"] for row in rows}:
+            failed[name] = "its score is no number: are all embeddings alike, or all of its labels?"
+        if rows:
             write_report(out, rows, failed, subject.meta, subject.settings, subject.shown, command)
     if rows:
         say(f"\n{markdown(rows)}\n\nWritten to {out}")

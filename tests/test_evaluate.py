@@ -4,6 +4,7 @@ what is written for the card and for mteb's registry."""
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 
 import evaluate_gircse
+from conftest import ROOT
 from evaluate_gircse import choose_tasks, main
 from evaluation_helpers import (
     DOCUMENTS,
@@ -38,10 +40,15 @@ from evaluation_helpers import (
     write_data,
 )
 from gircse.evaluation import report, subjects
+from gircse.evaluation.cache import Results
 from gircse.evaluation.subjects import StepEncoder, Subject, Vectors
 from gircse.evaluation.tasks import INSTRUCTIONS, LOCAL, LocalTriplets, local_tasks
 from gircse.loading import load
 from helpers import write_rows
+
+sys.path.append(str(ROOT / "recipes/paper"))
+import several_vectors
+import unequal_steps
 
 
 def result_files(out: Path) -> dict[str, Path]:
@@ -363,7 +370,7 @@ def test_table_9_rows_of_followir(tmp_path, monkeypatch):
     [task] = choose_tasks(["Core17InstructionRetrieval"], None)
     meta = ModelMeta.create_empty({"name": "some/model", "revision": "1"})
     subject = Subject(meta, {}, [1], None, {"query": "q: "}, "{instruction}", 1)
-    cache = mteb.ResultCache(tmp_path)
+    cache = Results(tmp_path)
     values = {"main_score": 0.05, "p-MRR": 0.05, "og": {"map_at_1000": 0.21}, "changed": {"map_at_1000": 0.1}}
     result = mteb.TaskResult.from_task_results(task, {"test": {"default": values}}, evaluation_time=1)
     cache.save_to_cache(result, subject.meta_at(1))
@@ -374,7 +381,7 @@ def test_table_9_rows_of_followir(tmp_path, monkeypatch):
 
 def test_scores_of_other_languages_in_the_cache_are_left_out(tmp_path):
     meta = ModelMeta.create_empty({"name": "some/model", "revision": "1"})
-    subject, cache = Subject(meta, {}, [1], None, {}, "{instruction}", 1), mteb.ResultCache(tmp_path)
+    subject, cache = Subject(meta, {}, [1], None, {}, "{instruction}", 1), Results(tmp_path)
     [whole] = choose_tasks(["STS17"], None)
     values = {subset: {"main_score": 0.9 if subset == "en-en" else 0.1} for subset in whole.hf_subsets}
     result = mteb.TaskResult.from_task_results(whole, {"test": values}, evaluation_time=1)
@@ -391,3 +398,43 @@ def test_registry_entry_trusts_what_needs_it(evaluated, static_folder, data_fold
     for options, expected in [((), {}), (("--trust_remote_code",), {"trust_remote_code": True})]:
         run(static_folder, tmp_path / str(len(options)), *options, data=data_folder, tasks=["sts_pairs"])
         assert registered(tmp_path / str(len(options))).loader_kwargs == expected
+
+
+def test_unequal_steps_of_both_sides(evaluated, model_folder, data_folder, tmp_path, monkeypatch):
+    """Equal ones have the evaluation's score; a shortlist of everything finds what the largest k does."""
+    monkeypatch.setattr(unequal_steps, "STEPS", [1, 3])
+    output = tmp_path / "unequal.json"
+    arguments = ["--model", str(model_folder), "--tasks", "local", "--data", str(data_folder), "--batch_size", "4"]
+    monkeypatch.setattr("sys.argv", ["unequal_steps.py", *arguments, "--output", str(output), "--shortlist", "100"])
+    unequal_steps.main()
+    (task, found), *others = json.loads(output.read_text())["tasks"].items()
+    assert not others
+    expected = scores(evaluated.report)[task]
+    assert set(found["ndcg_at_10"]) == {"1 in 1", "3 in 1", "1 in 3", "3 in 3"}
+    assert {k: found["ndcg_at_10"][f"{k} in {k}"] for k in "13"} == pytest.approx(expected)
+    assert found["coarse_to_fine"]["ndcg_at_10"] == found["ndcg_at_10"]["3 in 3"]
+    assert found["coarse_to_fine"]["relevant_in_shortlist"] == found["coarse_to_fine"]["documents_rescored"] == 100
+
+
+def test_several_vectors_of_a_text(evaluated, model_folder, data_folder, tmp_path, monkeypatch):
+    """The mean has the evaluation's score; one vector is its own mean, several are not."""
+    monkeypatch.setattr(several_vectors, "STEPS", [1, 3])
+    output = tmp_path / "several.json"
+    arguments = ["--model", str(model_folder), "--tasks", "local", "--data", str(data_folder), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["several_vectors.py", *arguments, "--output", str(output)])
+    several_vectors.main()
+    (task, found), *others = json.loads(output.read_text())["ndcg_at_10"].items()
+    assert not others
+    assert found["mean"] == pytest.approx(scores(evaluated.report)[task])
+    assert found["maxsim"]["1"] == found["mean"]["1"]
+
+
+def test_maxsim_is_the_sum_over_the_querys_vectors_of_their_best(model_folder, embed):
+    model, processor = load(model_folder)
+    encoder = several_vectors.MultiVectorEncoder(modules=[several_vectors.GeneratedStates(model.eval(), processor)])
+    query, document = encoder.encode(["cold", "a red thing"], k=3)
+    assert query.shape == document.shape == (3, model.config.hidden_size)
+    expected = (query @ document.T).max(1).values.sum()
+    torch.testing.assert_close(encoder.similarity([query], [document])[0, 0], expected)
+    mean = torch.nn.functional.normalize(model(**processor(["cold"]), k=3).step_states[0].mean(0), dim=0)
+    torch.testing.assert_close(mean.detach(), torch.tensor(embed("cold", None, 3)))

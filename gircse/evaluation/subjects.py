@@ -34,6 +34,7 @@ from .report import CODE_OF_ITS_OWN
 
 STEPS = (1, 3, 5, 10, 15, 20)
 PROMPTS = "config_sentence_transformers.json"
+REPORTS = ("results.json", "comparison.json", "prompts.json")  # which an evaluation writes, also into a model's folder
 SECONDS_BETWEEN_LINES = 60  # of progress, in a log
 
 
@@ -281,7 +282,8 @@ def content_hash(folder: Path) -> str:
     settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     if settings.get("model_type") == "gircse" and settings.get("adapter"):
         folders.add(folder / settings["adapter"])
-    paths = {p for f in folders if f.is_dir() for p in f.iterdir() if p.suffix in (".safetensors", ".bin", ".json")}
+    kinds = (".safetensors", ".bin", ".json", ".jinja")
+    paths = {p for f in folders if f.is_dir() for p in f.iterdir() if p.suffix in kinds and p.name not in REPORTS}
     indexed = {path.parent for path in paths if path.name.endswith(".index.json")}
     paths -= {path for path in paths if "-of-" in path.name and path.parent not in indexed}
     digest = hashlib.sha256()

@@ -92,6 +92,7 @@ class LocalTask:
     main_score: str
     group: str
     symmetric = True
+    varies: str | None = None  # the column without whose differences there is nothing to score
     metadata: TaskMetadata
     files: dict[str, Path]
     facet: str | None
@@ -142,6 +143,9 @@ class LocalTask:
         if not self.data_loaded:
             dataset = self.read()
             self.dataset = dataset if self.sample is None else self.drawn(dataset, self.sample)
+            if self.sample is not None and self.varies:
+                values = self.dataset["test"][self.varies]
+                must_differ(f"a sample of {self.sample} rows (take more)", self.varies, values)
             self.data_loaded = True
 
     def drawn(self, dataset: Any, count: int) -> Any:
@@ -151,6 +155,7 @@ class LocalTask:
 
 class LocalSTS(LocalTask, AbsTaskSTS):
     kind, group, main_score = "STS", "STS", "cosine_spearman"
+    varies = "score"
 
     def read(self) -> DatasetDict:
         rows = read_rows(self.files["data"], sentence1=text, sentence2=text, score=number)
@@ -160,6 +165,7 @@ class LocalSTS(LocalTask, AbsTaskSTS):
 
 class LocalPairClassification(LocalTask, AbsTaskPairClassification):
     kind, group, main_score = "PairClassification", "PairClassification", "max_ap"
+    varies = "labels"
 
     def read(self) -> DatasetDict:
         rows = read_rows(self.files["data"], sentence1=text, sentence2=text, label=binary)
@@ -203,6 +209,7 @@ class LocalClassification(LocalTask, AbsTaskClassification):
 
 class LocalClustering(LocalTask, AbsTaskClustering):
     kind, group, main_score = "Clustering", "Clustering", "v_measure"
+    varies = "labels"
     max_fraction_of_documents_to_embed = None  # all
     max_documents_per_cluster = 4096
 

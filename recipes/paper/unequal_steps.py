@@ -1,10 +1,12 @@
 """Search with different numbers of steps for queries and documents, and from coarse to fine.
 
-    python recipes/paper/unequal_steps.py --model . --data DATA/eval --output results/unequal_steps.json
+    python recipes/paper/unequal_steps.py --model . --tasks local --data DATA/eval --max_length 256 \\
+        --dtype bfloat16 --output results/unequal_steps.json
 
-DATA is described in recipes/DATA.md. For every retrieval task of its eval/: nDCG@10 of queries at k_q in an index of
-documents at k_d; and of a search that takes `--shortlist` documents by the least k on both sides, then orders these by
-the largest on both. Its cost is the share of the documents that any query ever asks the largest k of.
+DATA is described in recipes/DATA.md; other arguments than `--output` and `--shortlist` are evaluate_gircse.py's, of
+whose tasks only those of retrieval are used. For each: nDCG@10 of queries at k_q in an index of documents at k_d; and
+of a search that takes `--shortlist` documents by the least k on both sides, then orders these by the largest on both.
+Its cost is the share of the documents that any query ever asks the largest k of.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from mteb.types import PromptType
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate_gircse
 from gircse.evaluation import subjects
-from gircse.evaluation.tasks import LocalRetrieval, local_tasks
+from gircse.evaluation.tasks import LocalRetrieval
 
 STEPS = [1, 5, 20]
 
@@ -85,18 +87,16 @@ def measure(task: LocalRetrieval, subject: subjects.Subject, shortlist: int, bat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output", required=True)
     parser.add_argument("--shortlist", type=int, default=20)
-    parser.add_argument("--max_length", type=int, help="longest text in tokens, as in evaluate_gircse.py")
-    args = parser.parse_args()
-    argv = ["--model", args.model, "--tasks", "local", "--data", args.data, "--k", *map(str, STEPS)]
-    argv += ["--max_length", str(args.max_length)] if args.max_length else []
-    settings = evaluate_gircse.parse(argv)
+    args, rest = parser.parse_known_args()
+    settings = evaluate_gircse.parse(["--k", *map(str, STEPS), *rest])
     subject = subjects.load_subject(settings)
-    tasks = [task for task in local_tasks(args.data) if isinstance(task, LocalRetrieval)]
+    tasks = evaluate_gircse.choose_tasks(settings.tasks, settings.data, settings.sample)
+    tasks = [task for task in tasks if isinstance(task, LocalRetrieval)]
     content = {"command": shlex.join(["python", *sys.argv]), "shortlist": args.shortlist}
     content["tasks"] = {t.metadata.name: measure(t, subject, args.shortlist, settings.batch_size) for t in tasks}
     Path(args.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
