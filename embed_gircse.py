@@ -36,7 +36,7 @@ from gircse import ROOT
 from gircse.command_line import lenient_console, parser_of, progress
 from gircse.embedding.actors import Embedder, Tally, size_pool
 from gircse.embedding.plan import list_shards, make_plan
-from gircse.embedding.shards import BAD_ROWS, is_abandoned, report
+from gircse.embedding.shards import BAD_ROWS, is_abandoned, is_there, report
 from gircse.rows import ENDINGS
 
 EXIT_BAD_ROWS = 3
@@ -72,7 +72,8 @@ def _count(value: str) -> int:
 def run(options: argparse.Namespace, plan: dict[str, Any], waiting: Sequence[dict[str, Any]]) -> None:
     """Embeds the shards that are `waiting`."""
     if not ray.is_initialized():
-        ray.init(include_dashboard=False)  # joins the cluster of RAY_ADDRESS, or else starts one here
+        # The cluster of RAY_ADDRESS, or one of its own; without an address Ray would join whatever was started here.
+        ray.init(os.environ.get("RAY_ADDRESS") or "local", include_dashboard=False)
     count, gpus, cpus = size_pool(options.num_actors, options.num_gpus)
     ray.data.DataContext.get_current().enable_progress_bars = False  # Ray's bars count shards; the one below, rows
     for name, level in (("ray.data", logging.WARNING), ("ray.data._internal.progress", logging.ERROR)):
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     plan = make_plan(options)
     shards = list_shards(plan)
-    waiting = [shard for shard in shards if not (options.output / shard["name"]).exists()]
+    waiting = [shard for shard in shards if not is_there(options.output / shard["name"])]
     if waiting:
         run(options, plan, waiting)
 

@@ -212,6 +212,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--models", type=Path, metavar="FILE", help="a JSON list of models, in the place of --model")
     add("--beside", type=Path, metavar="FILE", help="a JSON file of other numbers, to stand below those of --models")
     args = parser.parse_args(argv)
+    check(parser, args)
+    return args
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command for arguments that don't go together; reads the numbers to stand beside."""
     if args.beside and not args.models:
         parser.error(f"--beside {args.beside} stands below a table of several models: give --models, too")
     if args.model_name and args.models:
@@ -230,7 +236,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args.prompt_template = unescape(args.prompt_template)
         if "{instruction}" not in args.prompt_template:
             parser.error(f"prompt_template={args.prompt_template!r} has no '{{instruction}}'")
-    return args
 
 
 def check_entry(entry: Any, file: Path) -> None:

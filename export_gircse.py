@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gircse import ROOT
 from gircse.command_line import lenient_console, parser_of
-from gircse.loading import load
+from gircse.loading import is_gircse, load
 from gircse.onnx.folder import check_folder, export_onnx
 from gircse.onnx.graph import OPSET, check_opset
 
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     check_opset(options.opset)
     check_folder(options.output_dir)  # before a large model is loaded
+    if not is_gircse(options.model):
+        raise ValueError(f"model={options.model!r} is no GIRCSE model: train one of it with train_gircse.py")
     model, processor = load(options.model, attn_implementation="eager")
     found = export_onnx(model, processor, options.output_dir, options.k, options.opset)
     print(f"\n{'file':<28} {'MB':>9}  lowest cosine to PyTorch")

@@ -32,7 +32,7 @@ from ray import serve
 
 from gircse import ROOT
 from gircse.command_line import lenient_console, parser_of
-from gircse.loading import is_gircse, is_hub_id
+from gircse.loading import commit_of, is_gircse, is_hub_id
 from gircse.serving.front import Front
 from gircse.serving.replica import Replica
 from handler import MAX_K, TEXTS_PER_BATCH, TOKENS_PER_BATCH
@@ -47,6 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("--model", default=str(ROOT), help="GIRCSE model, Hub id or folder; by default the one of this repo")
+    add("--revision", help="branch, tag or commit of a model on the Hub")
     add("--name", help="of the model in requests; by default its Hub id or its folder's name, and gircse for this repo")
     add("--k", type=_count, help="generated tokens where a request doesn't say; by default the config's number")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one (default: 127.0.0.1)")
@@ -90,8 +91,10 @@ def check(options: argparse.Namespace) -> None:
         if not (folder / "config.json").is_file():
             raise ValueError(f"model={options.model!r} has no config.json: give a GIRCSE model's folder or Hub id")
         options.model = str(folder)
-    if not is_gircse(options.model):
+    if not is_gircse(options.model, options.revision):
         raise ValueError(f"model={options.model!r} is no GIRCSE model: train one of it with train_gircse.py")
+    # One commit for all replicas: one that starts later would load what has been pushed since.
+    options.revision = commit_of(options.model, options.revision)
     if options.name is None:
         folder = "gircse" if options.model == str(ROOT) else Path(options.model).name
         options.name = options.model if is_hub_id(options.model) else folder
@@ -149,7 +152,7 @@ def deploy(options: argparse.Namespace, app: str) -> Any:
         graceful_shutdown_wait_loop_s=0.5,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    settings = {name: getattr(options, name) for name in ("model", "name", "k", "max_batch_tokens")}
+    settings = {name: getattr(options, name) for name in ("model", "revision", "name", "k", "max_batch_tokens")}
     settings["dtype"] = options.dtype or ("bfloat16" if gpus else "float32")
     settings |= {"device": "cuda" if gpus else "cpu", "batch_wait": options.batch_wait_ms / 1000}
     serve.start(proxy_location="Disabled")  # HTTP is the front's

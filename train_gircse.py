@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from torch import nn
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 from transformers.utils import logging
 
@@ -32,7 +33,7 @@ from gircse.training.card import plot_curves, show_neighbours
 from gircse.training.data import split_held_out
 from gircse.training.pairs import load_pairs, parse_columns
 from gircse.training.publishing import ADAPTER_FOLDER, check_saving
-from gircse.training.trainer import GircseTrainer, add_lora
+from gircse.training.trainer import GircseTrainer
 
 # Unless --held_out says how many pairs are held out: at most HELD_OUT, and as many as have HELD_OUT_SHARE of the texts
 # that training embeds, but not fewer than FEWEST_HELD_OUT.
@@ -102,6 +103,27 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
     axes = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
     names = ("dtype", "attn_implementation", "adapter", "gguf_file", "prompt_template", "suffix", *axes)
     return load(arguments.model_name_or_path, **{name: getattr(arguments, name) for name in names})
+
+
+def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> nn.Module:
+    """LoRA on every linear layer of the backbone but the LM head (appendix C: r 64, alpha 32); learned step tokens are
+    trained as they are."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules="all-linear",
+        modules_to_save=["learned_tokens"] if model.config.step_token == "learned" else None,
+        task_type="FEATURE_EXTRACTION",
+    )
+    peft_model = get_peft_model(model, config)
+    for weight in peft_model.parameters():
+        if weight.requires_grad:  # the learned tokens' copy is of the model's dtype, which may lose small updates
+            weight.data = weight.data.float()
+    peft_model.print_trainable_parameters()
+    return peft_model
 
 
 def read_pairs(data: DataArguments, training: GircseTrainingArguments) -> datasets.Dataset:

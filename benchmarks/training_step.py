@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common import CAUSAL_EOS, DEVICE, Table, build, in_turns, parser, peak_bytes, ratio, variant
 from gircse.training.arguments import ModelArguments
-from gircse.training.trainer import add_lora
+from train_gircse import add_lora
 
 
 def algorithm_1(model: nn.Module, ids: Tensor, k: int) -> Tensor:

@@ -52,6 +52,7 @@ def load(
     gguf_file: str | None = None,
     prompt_template: str | None = None,
     suffix: str | None = None,
+    revision: str | None = None,
     **axes: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """The model and its processor, from a GIRCSE model or a plain causal LM. The code is this repo's own.
@@ -63,6 +64,7 @@ def load(
         adapter: a PEFT adapter of the plain causal LM, which is merged.
         gguf_file: which GGUF file of a repo to load; by default the only one of a folder without a config.json.
         prompt_template, suffix: of a new model's processor; without both, as [`chat_prompt`] says.
+        revision: branch, tag or commit of a GIRCSE model on the Hub.
         axes: of a new model, as `GircseModel.from_causal_lm` takes them.
 
     Raises:
@@ -76,13 +78,14 @@ def load(
     if attn_implementation:
         settings["attn_implementation"] = attn_implementation
     gguf = {"gguf_file": name} if (name := gguf_file or only_gguf_file(path)) else {}
-    if not gguf and is_gircse(path):
+    if not gguf and is_gircse(path, revision):
         if adapter:
             raise ValueError(f"adapter={adapter!r} needs a plain causal LM, and {path!r} is a GIRCSE model")
         # False, since the folder's code is not needed. Left out, AutoTokenizer would ask the user whether to trust it.
-        processor = processor_class.from_pretrained(path, trust_remote_code=False)
+        at = {"revision": revision} if revision else {}
+        processor = processor_class.from_pretrained(path, trust_remote_code=False, **at)
         with whole_weights():
-            return model_class.from_pretrained(path, **settings), processor
+            return model_class.from_pretrained(path, **at, **settings), processor
     with whole_weights():
         model = model_class.from_causal_lm(path, adapter=adapter, **axes, **settings, **gguf)
 
@@ -125,7 +128,7 @@ def chat_prompt(tokenizer: Any) -> tuple[str, str]:
     return (prompt if prompt.startswith(start) or not first.startswith(start) else start + prompt), suffix
 
 
-def is_gircse(path: str) -> bool:
+def is_gircse(path: str, revision: str | None = None) -> bool:
     """Whether a folder or Hub repo is a GIRCSE model.
 
     Raises:
@@ -143,7 +146,7 @@ def is_gircse(path: str) -> bool:
         else:
             remedy = "has no config.json: give the folder of a causal LM or of a GIRCSE model"
         raise ValueError(f"model_name_or_path={path!r} {remedy}")
-    return PretrainedConfig.get_config_dict(path)[0].get("model_type") == "gircse"
+    return PretrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type") == "gircse"
 
 
 def only_gguf_file(path: str) -> str | None:
@@ -161,9 +164,10 @@ def saving_problem(processor: Any) -> Exception | None:
             return error
 
 
-def commit_of(name: str) -> str | None:
+def commit_of(name: str, revision: str | None = None) -> str | None:
     """The commit of the Hub repo `name` that was loaded, from its files' place in the cache; None for a folder."""
-    found = [try_to_load_from_cache(name, file) for file in ("config.json", "modules.json") if is_hub_id(name)]
+    files = ("config.json", "modules.json") if is_hub_id(name) else ()
+    found = [try_to_load_from_cache(name, file, revision=revision) for file in files]
     return next((Path(path).parent.name for path in found if isinstance(path, str)), None)
 
 

@@ -138,6 +138,8 @@ class RowFile:
                 raise ValueError(
                     f"{len(cells)} cells under {len(names)} column names; quote cells that hold {delimiter!r}"
                 )
+            if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                raise ValueError("a quote opens a cell of several lines and columns; write quotes twice, and around it")
             try:
                 "".join(cells).encode()
             except UnicodeEncodeError as error:

@@ -258,6 +258,40 @@ def test_what_others_write_is_left_to_them(tmp_path):
     assert sorted(file.name for file in output.glob(".*")) == sorted(kept)
 
 
+def test_an_empty_shard_is_written_again(tmp_path, capsys):
+    """As a loss of power leaves one."""
+    call = finished(tmp_path, [{"text": "x"}], "--k", "1")
+    shard = tmp_path / "out/000000.parquet"
+    shard.write_bytes(b"")
+    assert main(call) == 0 and "0 of before" in capsys.readouterr().out
+    assert len(read(tmp_path / "out")) == 1
+
+
+def test_files_below_the_output_are_no_input(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    output = tmp_path / "corpus/vectors"
+    write_lines(tmp_path / "corpus/a.jsonl", [{"text": "x"}])
+    call = arguments(tmp_path / "corpus/**/*", output, "--k", "1")
+    assert main(call) == 0 and main(call) == 0
+
+
+@pytest.mark.parametrize("given, joined", [("", "local"), ("1.2.3.4:6379", "1.2.3.4:6379")])
+def test_only_the_named_cluster_is_joined(monkeypatch, given, joined):
+    """Ray by itself would look for one that `ray start` has left here, dead or alive."""
+    calls = []
+
+    def init(address, **settings):
+        calls.append(address)
+        raise InterruptedError
+
+    monkeypatch.setenv("RAY_ADDRESS", given)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(InterruptedError):
+        embed_gircse.run(None, {}, [])
+    assert calls == [joined]
+
+
 @pytest.mark.parametrize("name", ["a-1.b", "", "x/y:*?", "B\u00fcro \u4e2d", "\udcff", "n" * 300])
 def test_a_machine_may_be_called_anything(tmp_path, monkeypatch, name):
     """And nobody is killed to find out whether he lives, as Windows understands signal 0."""

@@ -227,13 +227,21 @@ def test_files_have_names_whatever_they_are_called_and_wherever_they_lie(tmp_pat
 
 
 def test_another_adapter_for_the_same_output_is_refused(tmp_path):
-    """An adapter-only model keeps its weights in a folder of their own."""
+    """An adapter-only model keeps its weights in a folder of their own, and most of them in its base's."""
     model, data = tmp_path / "model", write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     (model / "lora").mkdir(parents=True)
     (model / "config.json").write_text('{"model_type": "gircse", "adapter": "lora"}')
     (model / "lora" / "adapter_model.safetensors").write_bytes(b"1")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model.safetensors").write_bytes(b"1")
+    (model / "lora/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
     call = arguments(data, tmp_path / "out", "--model", str(model), "--trust_remote_code")
     assert make_plan(parse(call)) == make_plan(parse(call))
+    (base / "model.safetensors").write_bytes(b"12")
+    with pytest.raises(ValueError, match="base file model.safetensors was "):
+        make_plan(parse(call))
+    (base / "model.safetensors").write_bytes(b"1")
     (model / "lora" / "adapter_model.safetensors").write_bytes(b"12")
     with pytest.raises(ValueError, match="model file lora/adapter_model.safetensors was "):
         make_plan(parse(call))

@@ -61,14 +61,14 @@ def test_several_models_in_one_run(static_folder, model_folder, data_folder, tmp
     models = [
         {"model": str(model_folder), "model_name": "us/ours"},
         {"model": str(static_folder), "prompt_template": "Task: {instruction} "},
-        {"model": str(tmp_path / "nowhere"), "model_name": "lost"},
+        {"model": str(tmp_path / "nowhere"), "model_name": "us/lost"},
     ]
     (tmp_path / "models.json").write_text(json.dumps(models))
     beside = ROOT / "recipes/paper/table2.json"
     options = ["--models", tmp_path / "models.json", "--beside", beside, "--data", data_folder, "--device", "cpu"]
     out = tmp_path / "out"
     assert main(["--tasks", "local", *map(str, options), "--output_dir", str(out), "--k", "1", "3"]) == 1
-    assert "lost was not evaluated" in capsys.readouterr().out
+    assert "us/lost was not evaluated" in capsys.readouterr().out
     found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     assert {line["model"]: line["k"] for line in found["models"]} == {"us/ours": 3, static_folder.name: None}
     assert sum(found["tasks"].values()) == len(TASKS)

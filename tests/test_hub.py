@@ -95,6 +95,18 @@ if importlib.util.find_spec("sentence_transformers"):
 torch.save(result, sys.argv[2])
 """
 
+LOAD_HERE = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from gircse.loading import commit_of, is_gircse, load
+assert is_gircse("me/tiny", sys.argv[2])
+model, processor = load("me/tiny", revision=sys.argv[2])
+inputs = processor(["a red thing", "cold"], instruction="find the answer")
+result = {"commit": commit_of("me/tiny", sys.argv[2]), "embeddings": model.eval().generate_embedding(**inputs)}
+torch.save(result, sys.argv[3])
+"""
+
 
 def xet_hashes(files: list[Path]) -> dict[str, str]:
     """What the real Hub learns of an upload by xet: the xet hash of each file's SHA-256."""
@@ -176,6 +188,16 @@ def test_loads_by_id_pinned_and_offline(pushed, loaded):
         assert {"pinned", "newest", "hand", "adapter"} <= result.keys()
     assert float((pushed.first - pushed.second).abs().max()) > 1e-3  # the pin matters
     assert any(path.endswith("/model.safetensors") for _, path in loaded.asked)
+
+
+def test_this_repos_commands_load_a_commit(pushed):
+    """The same one, whatever is pushed later."""
+    home = pushed.folder / "commands"
+    home.mkdir()
+    run(LOAD_HERE, ROOT, first_commit(pushed.hub), home / "found.pt", **settings(pushed.hub, home, HF_TOKEN=""))
+    found = torch.load(home / "found.pt")
+    assert found["commit"] == first_commit(pushed.hub)
+    torch.testing.assert_close(found["embeddings"], pushed.first, rtol=0, atol=1e-6)
 
 
 def test_large_files_went_the_chosen_way(pushed, loaded):

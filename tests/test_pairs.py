@@ -181,6 +181,16 @@ def test_rows_that_a_label_may_make_a_non_pair_are_refused(tmp_path, query, posi
     assert load_pairs(null)["query"][:] == ["q"]
 
 
+def test_one_label_for_all_leaves_no_negatives(tmp_path):
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "label": 1} for i in range(3)]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    with pytest.raises(ValueError, match="label is '1' in all 3 rows, and there are no hard negatives"):
+        load_pairs(path)
+    assert load_pairs(path, columns=parse_columns(["query=query", "pos=positive"]))["label"][:] == [None] * 3
+    path = write_rows(tmp_path / "y.jsonl", [{**row, "negative": "n"} for row in rows])
+    assert load_pairs(path)["label"][:] == ["1"] * 3
+
+
 def test_columns_with_several_pairs_are_refused(tmp_path):
     path = write_rows(tmp_path / "x.jsonl", [{"title": "t", "question": "q", "answer": "a"}])
     with pytest.raises(

@@ -130,6 +130,14 @@ def test_the_header_tells_the_delimiter_of_a_csv(tmp_path, delimiter):
     assert fields(write_table(tmp_path / "x.csv", rows, delimiter)) == rows
 
 
+def test_quotes_of_a_tsv_that_does_not_quote_swallow_no_rows(tmp_path):
+    """As in MS MARCO's: a text that begins with a quote, and a later one that ends with one."""
+    path = write(tmp_path / "x.tsv", 'id\ttext\n1\t"Hello world\n2\tplain\n3\tbye"\n4\tz\n5\t"two\nlines"\n')
+    found = [(row.fields, row.error) for row in RowFile(path).read()]
+    error = "a quote opens a cell of several lines and columns; write quotes twice, and around it"
+    assert found == [(None, error), ({"id": "4", "text": "z"}, None), ({"id": "5", "text": "two\nlines"}, None)]
+
+
 def test_a_header_may_have_quotes_and_a_line_break(tmp_path):
     assert fields(write(tmp_path / "x.csv", '"the\nquery",pos\nq,p\n')) == [{"the\nquery": "q", "pos": "p"}]
 

@@ -19,7 +19,7 @@ for package in ("ray.serve", "starlette", "uvicorn"):
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from gircse.serving.front import Front
+from gircse.serving.front import MAX_TEXTS, Front
 from gircse.serving.replica import Replica
 from serve_helpers import STS, TEXTS, closest
 
@@ -28,7 +28,7 @@ SETTINGS = {"dtype": "float32", "device": "cpu", "k": None, "max_batch_tokens": 
 
 @pytest.fixture(scope="module")
 def replica(exported):
-    return Replica(str(exported), "tiny", **SETTINGS)
+    return Replica(str(exported), None, "tiny", **SETTINGS)
 
 
 def together(replica: Replica, *bodies: dict) -> list[tuple[int, dict]]:
@@ -204,8 +204,12 @@ def test_the_queue_is_bounded():
         first = asyncio.create_task(post(front, {"input": ["a"] * 50})())  # more than the queue, but alone
         await asyncio.sleep(0.01)
         assert (await post(front, {"input": "a"})())[0] == 429
+        # What no waiting would mend goes to a replica, which says what is wrong.
+        wrong = [asyncio.create_task(post(front, {"input": it})()) for it in ([7] * 9, ["a"] * (MAX_TEXTS + 1), None)]
+        await asyncio.sleep(0.01)
+        assert front.texts == 50
         opened.set()
-        assert (await first)[0] == 200
+        assert [found[0] for found in await asyncio.gather(first, *wrong)] == [200] * 4
         opened.clear()
         some = [asyncio.create_task(post(front, {"input": ["a"] * 4})()) for _ in range(2)]
         await asyncio.sleep(0.01)
@@ -214,7 +218,7 @@ def test_the_queue_is_bounded():
         await asyncio.sleep(0.01)
         opened.set()
         assert [found[0] for found in await asyncio.gather(*some, last)] == [200] * 3
-        assert front.texts == 0 and count == [4]
+        assert front.texts == 0 and count == [7]
         return status, headers, answer
 
     status, headers, answer = asyncio.run(ask())

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser, TrainingArguments
 
 from gircse.training.arguments import WITHOUT_EFFECT, DataArguments, GircseTrainingArguments, ModelArguments
-from gircse.training.trainer import add_lora
 from helpers import make_rows
-from train_gircse import check_settings, load_model, main
+from train_gircse import add_lora, check_settings, load_model, main
 from training_helpers import make_trainer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("training_cache")

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from transformers import AutoModel, AutoTokenizer
 from gircse.training.arguments import GircseTrainingArguments, ModelArguments
 from gircse.training.card import REMOTE_CODE, model_card
 from gircse.training.publishing import CODE_FILES, copy_on_cpu, export
-from gircse.training.trainer import add_lora
 from helpers import environment, make_rows
+from train_gircse import add_lora
 from training_helpers import make_trainer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("training_cache")
@@ -149,6 +150,21 @@ def test_copy_for_export_is_apart_from_the_model():
     assert all(torch.equal(tensor, before[name]) for name, tensor in copied.state_dict().items())
     kept, changed = (dict(m.named_buffers()) for m in (copied, model))
     assert kept.keys() == changed.keys() and not any(torch.equal(kept[name], changed[name]) for name in kept)
+
+
+@pytest.mark.parametrize("sharded_first", [True, False])
+def test_weights_of_an_earlier_run_in_other_files_go(processor, tmp_path, sharded_first):
+    """Loading would take one file before shards, and their index before nothing."""
+    for seed, sharded in enumerate((sharded_first, not sharded_first)):
+        model = tiny_model()
+        torch.nn.init.constant_(model.get_input_embeddings().weight, float(seed))
+        if sharded:
+            model.save_pretrained = partial(model.save_pretrained, max_shard_size="20KB")
+        export(model, processor, tmp_path)
+    names = {path.name for path in tmp_path.glob("model*.safetensors*")}
+    assert ("model.safetensors" in names) == sharded_first == ("model.safetensors.index.json" not in names)
+    found = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert {*found.get_input_embeddings().weight.unique().tolist()} == {1.0}
 
 
 def test_untrained_adapter_is_not_exported(processor, tmp_path):

@@ -22,6 +22,7 @@ from ..command_line import progress
 from ..rows import PARQUET, RowFile, is_text
 from .shards import write_whole
 
+WEIGHTS = (".json", ".safetensors", ".bin")  # the kinds of files that vectors depend on
 PLAN = "_plan.json"  # readers of a folder of Parquet pass over names that start with "_" or "."
 
 
@@ -33,7 +34,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
         ValueError: if the folder is in use for anything else, a file can't be read, has another ending or lacks a
             column, one is of a wrong type, ids are of several types, or the model is no GIRCSE model or not trusted.
     """
-    files = find_files(options.input)
+    files = find_files(options.input, options.output)
     names = ("text_column", "id_column", "k", "instruction", "dtype", "rows_per_shard")
     path = options.output / PLAN
     plan = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -82,8 +83,8 @@ def list_shards(plan: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def find_files(patterns: Sequence[str]) -> list[Path]:
-    """The absolute paths of all input files, sorted, each once."""
+def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
+    """The absolute paths of all input files, sorted, each once; without those of an output below them."""
     files: set[Path] = set()
     for pattern in patterns:
         path = Path(pattern).expanduser()
@@ -92,6 +93,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         if not found:
             raise FileNotFoundError(f"input={pattern!r} matches no file (working directory: {Path.cwd()})")
         files |= found
+    files = {file for file in files if output.absolute() not in file.parents}
     for file in files:
         RowFile(file)  # raises for an ending that it can't read
     return sorted(files)
@@ -123,13 +125,25 @@ def identify_model(options: argparse.Namespace, begun: dict[str, Any]) -> tuple[
         )
     if folder.is_dir():
         folders = {Path(model), Path(model, config.get("adapter") or "")}  # an adapter may take the weights' place
-        files = [f for path in folders for f in path.glob("*") if f.suffix in (".json", ".safetensors", ".bin")]
+        files = [f for path in folders for f in path.glob("*") if f.suffix in WEIGHTS]
         names = {f"model file {file.relative_to(model).as_posix()}": file for file in files}
-        return {"model": model, "revision": None}, names
+        base, its_files = identify_base(Path(model, config["adapter"])) if config.get("adapter") else ({}, {})
+        return {"model": model, "revision": None, **base}, names | its_files
     cached = try_to_load_from_cache(model, "config.json", revision=revision)
     if not isinstance(cached, str):
         raise ValueError(f"model={model!r}: its commit can't be told, as its files are not in the cache of the Hub")
     return {"model": model, "revision": Path(cached).parent.name}, {}
+
+
+def identify_base(adapter: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The same of the causal LM that an adapter goes with."""
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    base, revision = settings["base_model_name_or_path"], settings.get("revision")
+    if Path(base).is_dir():
+        files = sorted(f for f in Path(base).iterdir() if f.suffix in WEIGHTS)
+        return {"base": base}, {f"base file {file.name}": file for file in files}
+    cached = try_to_load_from_cache(base, "config.json", revision=revision)
+    return {"base": base, "base revision": Path(cached).parent.name if isinstance(cached, str) else revision}, {}
 
 
 def digest(files: dict[str, Path]) -> dict[str, str]:

@@ -39,7 +39,14 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     they write the same, and the last one to rename its file wins."""
     temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.tmp")
     write(temporary)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())  # else a loss of power may leave the name without the content
     temporary.replace(path)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a shard was written. An empty one wasn't: its disk lost the content."""
+    return path.exists() and path.stat().st_size > 0
 
 
 def is_abandoned(temporary: Path) -> bool:

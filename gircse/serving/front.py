@@ -68,9 +68,11 @@ class Front:
         except (ValueError, RecursionError) as error:
             return failure(400, f"the request is not JSON ({error}): send an object with input")
         texts = body.get("input") if isinstance(body, dict) else None
-        count = max(1, len(texts)) if isinstance(texts, list) else 1
+        several = isinstance(texts, list) and len(texts) <= MAX_TEXTS and not any(type(text) is int for text in texts)
+        # 0 for what can't be embedded, as too long a list: a replica says so, for which nobody need try again.
+        count = len(texts) if several else int(isinstance(texts, str))
         # A list that is longer than the whole queue is taken when there is nothing else to do.
-        if self.texts and self.texts + count > self.max_queue:
+        if count and self.texts and self.texts + count > self.max_queue:
             return failure(429, f"{self.texts} texts wait, and the queue holds {self.max_queue}: try again")
         self.texts += count
         try:

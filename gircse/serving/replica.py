@@ -30,6 +30,7 @@ class Replica:
 
     Args:
         model: Hub id or folder of a GIRCSE model. The code is this repo's own.
+        revision: the commit of a Hub id, one for all replicas, whenever they start.
         name: under which clients ask for it.
         dtype: of the weights, a name such as "bfloat16".
         device: "cuda" or "cpu".
@@ -43,6 +44,7 @@ class Replica:
     def __init__(
         self,
         model: str,
+        revision: str | None,
         name: str,
         dtype: str,
         device: str,
@@ -54,9 +56,9 @@ class Replica:
         # transformers copies the model's code there when it loads it; another process of this node must not import half
         # a file.
         with FileLock(Path(HF_MODULES_CACHE) / "embed_gircse.lock"):
-            self.model, self.processor = load(model, dtype=dtype)
+            self.model, self.processor = load(model, dtype=dtype, revision=revision)
         self.model.to(device).eval()
-        file = cached_file(model, PROMPTS, _raise_exceptions_for_missing_entries=False)
+        file = cached_file(model, PROMPTS, revision=revision, _raise_exceptions_for_missing_entries=False)
         self.prompts = json.loads(Path(file).read_text(encoding="utf-8")).get("prompts", {}) if file else {}
         self.name, config = name, self.model.config
         self.k = k or (None if config.step_token == "none" else config.num_steps)

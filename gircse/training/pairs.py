@@ -115,7 +115,22 @@ def load_pairs(
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None  # it names file and line; datasets' error says neither
         raise
-    return pairs if max_bad_share is None else _without_bad_rows(pairs, source, max_bad_share, bad_rows_file)
+    pairs = pairs if max_bad_share is None else _without_bad_rows(pairs, source, max_bad_share, bad_rows_file)
+    _check_labels(pairs, source)
+    return pairs
+
+
+def _check_labels(pairs: datasets.Dataset, name: str) -> None:
+    """Raises a ValueError if no text is a negative of another, which leaves nothing to learn."""
+    labels, negatives = pairs.data.column("label"), pairs.data.column("neg")
+    if len(pairs) < 2 or len(labels.unique()) > 1 or not labels[0].is_valid:
+        return
+    if not pyarrow.compute.sum(pyarrow.compute.list_value_length(negatives)).as_py():
+        raise ValueError(
+            f"{name}: label is {labels[0].as_py()!r:.60} in all {len(pairs)} rows, and there are no hard negatives. "
+            "Texts of one label are no negatives of each other, so that nothing could be learned. If it says whether a "
+            "row's texts belong together, leave the column out, or name those of the pair, by --columns query=.. pos=.."
+        )
 
 
 def parse_columns(words: Sequence[str]) -> dict[str, list[str]]:

@@ -57,7 +57,14 @@ def export(
         if tuned:  # in the wider dtype, as bfloat16 would round off much of what was learned
             model = model.to(torch.promote_types(model.dtype, saved)).merge_and_unload()
         model = model.to(saved)
+        earlier = {file: file.stat().st_mtime_ns for file in folder.glob("model*.safetensors*")}
         model.save_pretrained(folder)
+        for (
+            file,
+            time,
+        ) in earlier.items():  # in files of other names, of which one would be loaded
+            if file.exists() and file.stat().st_mtime_ns == time:
+                file.unlink()
     complete(folder, processor)
     return model
 

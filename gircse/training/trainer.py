@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..loading import whole_weights
 from .accuracy import accuracy_steps, retrieval_accuracy
-from .arguments import FULL_RATE, LORA_RATE, GircseTrainingArguments, ModelArguments
+from .arguments import FULL_RATE, LORA_RATE, GircseTrainingArguments
 from .callbacks import EpochSetter, LogFile, Watch
 from .card import model_card
 from .data import PairCollator, SourceBatches, TrainingPairs
@@ -75,13 +75,7 @@ class GircseTrainer(Trainer):
             raise ValueError(f"{args.n_gpu} GPUs in one process: start one process a GPU, by `accelerate launch`")
         if args.save_adapter:
             check_adapter(model, base_models, args.push_to_hub)
-        if args.learning_rate is None:
-            args.learning_rate = LORA_RATE if hasattr(model, "get_base_model") else FULL_RATE
-        # A head that nothing is asked of gets no gradient. DDP has to look for it, which Trainer turns off itself under
-        # gradient checkpointing.
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if args.ddp_find_unused_parameters is None and base.config.step_token != "soft":
-            args.ddp_find_unused_parameters = True
+        set_defaults(args, model)
         collator = PairCollator(processor, max_length)
         dataset = TrainingPairs(pairs, args.num_negatives, args.seed)
         self._epoch_setter = EpochSetter(dataset)
@@ -390,6 +384,8 @@ class GircseTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         api, where = HfApi(token=token), {"repo_id": self.hub_model_id, "revision": revision}
+        if revision:
+            api.create_branch(self.hub_model_id, branch=revision, exist_ok=True)
         self._write_card("COMMIT")
         commit = api.upload_folder(
             folder_path=self.args.output_dir,
@@ -431,22 +427,13 @@ class GircseTrainer(Trainer):
         return folder / "README.md"
 
 
-def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> nn.Module:
-    """LoRA on every linear layer of the backbone but the LM head (appendix C: r 64, alpha 32); learned step tokens are
-    trained as they are."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules="all-linear",
-        modules_to_save=["learned_tokens"] if model.config.step_token == "learned" else None,
-        task_type="FEATURE_EXTRACTION",
-    )
-    peft_model = get_peft_model(model, config)
-    for weight in peft_model.parameters():
-        if weight.requires_grad:  # the learned tokens' copy is of the model's dtype, which may lose small updates
-            weight.data = weight.data.float()
-    peft_model.print_trainable_parameters()
-    return peft_model
+def set_defaults(args: GircseTrainingArguments, model: PreTrainedModel | nn.Module) -> None:
+    """Sets what depends on the model and was not given."""
+    tuned = hasattr(model, "get_base_model")
+    if args.learning_rate is None:
+        args.learning_rate = LORA_RATE if tuned else FULL_RATE
+    # A head that nothing is asked of gets no gradient. DDP has to look for it, which Trainer by itself doesn't do under
+    # gradient checkpointing.
+    config = (model.get_base_model() if tuned else model).config
+    if args.ddp_find_unused_parameters is None and config.step_token != "soft":
+        args.ddp_find_unused_parameters = True
