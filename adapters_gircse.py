@@ -14,6 +14,8 @@ from transformers.utils import cached_file
 from .backbone_gircse import HUB_ARGUMENTS, REPO_ARGUMENTS, is_tied, load_backbone
 from .configuration_gircse import dtype_name
 
+ADDS_TO_EMBEDDINGS = "it adds to the token embeddings, whose weight the steps read as it is"
+
 
 class AdapterMixin:
     """The methods of a `GircseModel` that load and drop adapters."""
@@ -46,6 +48,8 @@ class AdapterMixin:
             language_model = load_backbone(base, **common, **kwargs)
         language_model = merge_adapter(language_model, folder)
         config.text_config, config.adapter = language_model.config, None  # it is saved with weights from now on
+        if Path(base).exists():
+            config.text_config._name_or_path = ""  # a path of this machine, which would be published
         # Building the model hands the outer configuration's attention down; None there would erase the backbone's
         # (transformers < 5).
         config._attn_implementation = language_model.config._attn_implementation
@@ -99,16 +103,41 @@ class AdapterMixin:
     def _check_kept(self, name: str, weights: dict[str, Tensor], replacement: type) -> None:
         """Raises a ValueError unless all weights of an adapter are loaded, and the steps use them."""
         if not isinstance(self.get_input_embeddings(), (nn.Embedding, replacement)):
-            raise ValueError(
-                "it adds to the token embeddings, whose weight the steps read as it is; merge it by "
-                "GircseModel.from_causal_lm(adapter=...)"
-            )
+            raise ValueError(f"{ADDS_TO_EMBEDDINGS}; merge it by GircseModel.from_causal_lm(adapter=...)")
         kept = self.get_adapter_state_dict(name)
         lost = weights.keys() ^ kept.keys()
         # transformers 5 leaves DoRA's magnitudes at their start, though their keys are there: values are compared, too.
         lost |= {key for key in weights.keys() - lost if not torch.equal(weights[key].to(kept[key]), kept[key])}
         if lost:
             raise ValueError(f"unmatched {sorted(lost)[:3]}; GircseModel.from_causal_lm(adapter=...) may take it")
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """As [`PreTrainedModel.add_adapter`].
+
+        Raises:
+            ValueError: if it adds to the token embeddings; then it is removed.
+        """
+        super().add_adapter(adapter_config, adapter_name)
+        if not isinstance(self.get_input_embeddings(), (nn.Embedding, peft_package("").utils.ModulesToSaveWrapper)):
+            self.delete_adapter(adapter_name or "default")
+            raise ValueError(f"adapter_config: {ADDS_TO_EMBEDDINGS}; leave them out of it, or in modules_to_save")
+
+    def set_adapter(self, adapter_name: list[str] | str) -> None:
+        """As [`PreTrainedModel.set_adapter`].
+
+        Raises:
+            ValueError: if another adapter brings whole modules (`modules_to_save`), which stay in use, and this one
+                has none in their place; nothing is changed then.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for path, module in self.named_modules():
+            kept = getattr(module, "modules_to_save", None)
+            if isinstance(kept, nn.ModuleDict) and (lacking := [name for name in names if name not in kept]):
+                raise ValueError(
+                    f"adapter_name={adapter_name!r}: {path} is of {', '.join(kept)} (modules_to_save), and "
+                    f"{lacking[0]!r} has none of its own there: free the former by delete_adapter first"
+                )
+        super().set_adapter(adapter_name)
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
         """As [`PreTrainedModel.delete_adapter`]; layers without any adapter left become plain layers again."""

@@ -24,7 +24,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from gircse.command_line import lenient_console, parser_of, unescape
-from gircse.loading import is_gircse, load
+from gircse.loading import commit_of, is_gircse, load, only_gguf_file
 from gircse.training.publishing import ADAPTER_FOLDER, complete, export, place_of, save_configuration
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -65,7 +65,7 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"output_dir={str(folder)!r} is there and not an empty folder: choose another")
     if options.save_adapter and not options.adapter:
         raise ValueError("save_adapter needs the adapter that is to be saved: add --adapter")
-    if is_gircse(options.model):
+    if not only_gguf_file(options.model) and is_gircse(options.model):
         raise ValueError(f"model={options.model!r} is a GIRCSE model already: load it as it is")
 
 
@@ -75,7 +75,9 @@ def convert(options: argparse.Namespace) -> None:
     # An adapter that doesn't fit raises, also where it is not saved merged.
     model, processor = load(options.model, adapter=options.adapter, **prompts, **axes)
     if options.max_length is not None:
-        processor.max_length = model.text_limit(options.max_length)
+        longest = model.text_limit(options.max_length)
+        prompts = {"prompt_template": processor.prompt_template, "suffix": processor.suffix}
+        processor = type(processor)(processor.tokenizer, max_length=longest, **prompts)  # raises if it is too small
     if options.save_adapter:
         copy_adapter(options.adapter, options.model, options.output_dir / ADAPTER_FOLDER)
         save_configuration(model, options.output_dir)
@@ -93,7 +95,9 @@ def copy_adapter(adapter: str, model: str, folder: Path) -> None:
     """Copies an adapter, which then names `model` as what it belongs to, also where it has named another place."""
     found = Path(adapter if Path(adapter).is_dir() else snapshot_download(adapter, allow_patterns=[*ADAPTER_FILES]))
     settings = json.loads((found / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = place_of(model)
+    if not (found / ADAPTER_FILES[1]).exists():
+        raise ValueError(f"adapter={adapter!r} has no {ADAPTER_FILES[1]}: leave --save_adapter out, and it is merged")
+    settings |= {"base_model_name_or_path": place_of(model), "revision": commit_of(model), "inference_mode": True}
     folder.mkdir(parents=True)
     (folder / ADAPTER_FILES[0]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(found / ADAPTER_FILES[1], folder / ADAPTER_FILES[1])

@@ -282,7 +282,8 @@ class GircseModel(GircsePreTrainedModel):
             prompt, states = static_states(self, *check_inputs(self, input_ids, attention_mask, k))
         else:  # a call of the module, so that hooks on it (device maps, FSDP) run
             output = self(input_ids, attention_mask, k)
-            prompt, states = output.prompt_state, output.step_states
+            output = output if isinstance(output, tuple) else output.to_tuple()  # one, with return_dict=False
+            states, prompt = (*output[2:], None)[:2]
         embeddings = self._pool(prompt, states, steps)  # (B, K, d)
         embeddings = F.normalize(embeddings, dim=-1) if normalize else embeddings
         embeddings = embeddings if return_steps else embeddings[:, -1]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import cached_file
 
 try:
@@ -207,13 +208,15 @@ class SentenceGircse(InputModule):
 
     def merge_adapter(self) -> None:
         """Merges the active adapters (`add_adapter`, `load_adapter`) into the weights and removes all adapters. The
-        embeddings stay the same and take less time, and the model is saved with all of its weights.
+        embeddings stay the same and take less time, and the model is saved with all of its weights. Where an adapter
+        changes the token embeddings or the LM head by themselves, these are no longer tied.
 
         Raises:
             ValueError: if there is no adapter.
         """
         if not hasattr(self.model, "peft_config"):
             raise ValueError("merge_adapter: the model has no adapter; load or add one first")
+        _untie_adapted(self.model)
         for module in list(self.model.modules()):
             if hasattr(module, "base_layer"):  # PEFT's wrapper of a layer (LoRA, ...)
                 if not module.disable_adapters:
@@ -222,6 +225,7 @@ class SentenceGircse(InputModule):
                 for name in module.active_adapters:
                     module.original_module.load_state_dict(module.modules_to_save[name].state_dict())
         self.model.delete_adapter(list(self.model.peft_config))
+        self.model.config.name_or_path = ""  # it is no longer the model of that folder or repo
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Saves weights, configuration, tokenizer, settings and all code; the library adds its own JSON files.
@@ -234,8 +238,14 @@ class SentenceGircse(InputModule):
         if not hasattr(model, "peft_config"):
             model.save_pretrained(output_path, safe_serialization=safe_serialization)
         # Merged, since the adapter alone would not give the model again: one made in memory has no folder to load from,
-        # one saved over its own folder has lost it, and an adapter's file lacks the learned tokens.
-        elif not config.name_or_path or base.resolve() == Path(output_path).resolve() or config.step_token == "learned":
+        # one saved over its own folder has lost it, an adapter's file lacks the learned tokens, and a disabled one
+        # would be loaded as an active one.
+        elif (
+            not config.name_or_path
+            or base.resolve() == Path(output_path).resolve()
+            or config.step_token == "learned"
+            or any(hasattr(module, "base_layer") and module.disable_adapters for module in model.modules())
+        ):
             merged = copy.deepcopy(self)
             merged.merge_adapter()
             merged.model.save_pretrained(output_path, safe_serialization=safe_serialization)
@@ -256,19 +266,36 @@ class SentenceGircse(InputModule):
         config = copy.deepcopy(self.model.config)
         config.adapter = ADAPTER_FOLDER
         config.save_pretrained(output_path)
-        tuned = {name for name, module in backbone.named_modules() if hasattr(module, "base_layer")}
         backbone.peft_config, backbone._hf_peft_config_loaded = copy.deepcopy(self.model.peft_config), True
-        for adapter in backbone.peft_config.values():
+        for name, adapter in backbone.peft_config.items():
             adapter.base_model_name_or_path, adapter.revision = base, getattr(config, "_commit_hash", None)
             adapter.inference_mode = False
             if isinstance(adapter.target_modules, str) or any("." in name for name in adapter.target_modules or ()):
-                adapter.target_modules = tuned  # the backbone's names in place of a GircseModel's
+                # the backbone's names in place of a GircseModel's
+                adapter.target_modules = {path for path, it in backbone.named_modules() if _has_adapter(it, name)}
         try:
             backbone.save_pretrained(folder)
         finally:
             del backbone.peft_config
             backbone._hf_peft_config_loaded = False
         Path(folder, "generation_config.json").unlink(missing_ok=True)
+
+
+def _untie_adapted(model: Any) -> None:
+    """Gives the LM head a weight of its own if it shares that of the token embeddings and an adapter changes either."""
+    backbone = model.language_model
+    ends = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
+    table, head = (getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends)
+    if head.weight is table.weight and (table, head) != ends:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+        for part in (model, backbone):
+            part.config.get_text_config().tie_word_embeddings = part.config.tie_word_embeddings = False
+            part.all_tied_weights_keys = {}
+
+
+def _has_adapter(module: Any, name: str) -> bool:
+    """Whether a layer of PEFT has weights of the adapter."""
+    return any(name in getattr(module, part, ()) for part in getattr(module, "adapter_layer_names", ()))
 
 
 def _load_model(name: str, where: dict[str, Any], settings: dict[str, Any]) -> Any:
@@ -286,10 +313,14 @@ def _load_model(name: str, where: dict[str, Any], settings: dict[str, Any]) -> A
         saved = json.loads(Path(cached_file(name, "adapter_config.json", **place)).read_text(encoding="utf-8"))
     if adapter is None or saved["inference_mode"]:
         return AutoModel.from_pretrained(name, **{**where, **settings})
-    # Only this folder's code is run, and none of the repo that the adapter was trained on.
-    with torch.device("meta"):
-        code = type(AutoModel.from_config(config, trust_remote_code=where["trust_remote_code"]))
-    kept = {key: getattr(config, key) for key in ("num_steps", "logit_temperature")}
+    if not where["trust_remote_code"]:
+        raise ValueError(f"{name!r} brings code of its own: read it, then load it with trust_remote_code=True")
+    # Only this folder's code is run, of the commit that was asked for, and none of the repo that the adapter was
+    # trained on.
+    at = {key: where[key] for key in ("revision", "token", "cache_dir", "local_files_only")}
+    code = get_class_from_dynamic_module(config.auto_map["AutoModel"], name, **at)
+    settings_of_steps = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
+    kept = {key: getattr(config, key) for key in settings_of_steps}
     settings = {**place, "subfolder": "", "revision": saved["revision"], **kept, **settings}
     settings.pop("trust_remote_code", None)
     model = code.from_pretrained(saved["base_model_name_or_path"], **settings)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .backbone_gircse import (
@@ -209,7 +209,16 @@ def prefill_groups(
 def runs_in_step(language_model: PreTrainedModel) -> bool:
     """Whether this process has to call layers as often as the others do: sharded weights (FSDP, ZeRO-3) are gathered by
     all processes together at each call."""
-    return language_model.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return language_model.training or is_sharded(language_model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process has a part of the weights: FSDP2's tensors have a mesh, ZeRO-3's an id."""
+    if any(hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in model.parameters()):
+        return True
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
 
 def shared_prefix(language_model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, k: int) -> int:

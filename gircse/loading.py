@@ -64,7 +64,7 @@ def load(
         adapter: a PEFT adapter of the plain causal LM, which is merged.
         gguf_file: which GGUF file of a repo to load; by default the only one of a folder without a config.json.
         prompt_template, suffix: of a new model's processor; without both, as [`chat_prompt`] says.
-        revision: branch, tag or commit of a GIRCSE model on the Hub.
+        revision: branch, tag or commit on the Hub.
         axes: of a new model, as `GircseModel.from_causal_lm` takes them.
 
     Raises:
@@ -77,20 +77,20 @@ def load(
     settings: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attn_implementation:
         settings["attn_implementation"] = attn_implementation
+    at = {"revision": revision} if revision else {}
     gguf = {"gguf_file": name} if (name := gguf_file or only_gguf_file(path)) else {}
     if not gguf and is_gircse(path, revision):
         if adapter:
             raise ValueError(f"adapter={adapter!r} needs a plain causal LM, and {path!r} is a GIRCSE model")
         # False, since the folder's code is not needed. Left out, AutoTokenizer would ask the user whether to trust it.
-        at = {"revision": revision} if revision else {}
         processor = processor_class.from_pretrained(path, trust_remote_code=False, **at)
         with whole_weights():
             return model_class.from_pretrained(path, **at, **settings), processor
     with whole_weights():
-        model = model_class.from_causal_lm(path, adapter=adapter, **axes, **settings, **gguf)
+        model = model_class.from_causal_lm(path, adapter=adapter, **axes, **settings, **gguf, **at)
 
     def make_processor(**options: Any) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(path, **gguf, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **gguf, **at, **options)
         chosen = (prompt_template, suffix) if prompt_template or suffix is not None else chat_prompt(tokenizer)
         return processor_class(tokenizer, prompt_template=chosen[0] or PAPER_PROMPT, suffix=chosen[1] or "")
 

@@ -203,13 +203,15 @@ def make_processor(**settings):
     return processor_class()(AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True), max_length=64, **settings)
 
 
-def export_tiny(gircse, folder: Path, *, seed: int = 0, axes: dict | None = None, **settings) -> Path:
-    """A tiny model with the root's tokenizer, exported as training does."""
+def export_tiny(
+    gircse, folder: Path, *, seed: int = 0, axes: dict | None = None, text: dict | None = None, **settings
+) -> Path:
+    """A tiny model with the root's tokenizer, exported as training does; `text` is of the backbone's configuration."""
     from gircse.training.publishing import export  # not needed by those who only load
 
     torch.manual_seed(seed)
     processor = make_processor(**settings)
-    text = text_config("qwen2", vocab_size=len(processor.tokenizer), pad_token_id=0)
+    text = text_config("qwen2", vocab_size=len(processor.tokenizer), pad_token_id=0, **(text or {}))
     config = gircse.GircseConfig(text_config=text, num_steps=3, **(axes or {}))
     export(gircse.GircseModel(config), processor, folder)
     return folder

@@ -142,6 +142,7 @@ def test_adapter_only_folder_becomes_a_whole_one(trained, inputs, tmp_path):
     model = AutoModel.from_pretrained(trained / "adapter_only", trust_remote_code=True)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
+    assert str(trained.parent) not in (tmp_path / "config.json").read_text(encoding="utf-8")  # no path of this machine
     again = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     assert torch.equal(embed(again, inputs), embed(model, inputs))
 
@@ -422,3 +423,24 @@ def test_adapter_with_token_embeddings_of_its_own(inputs, gircse, tmp_path):
     model.load_adapter(adapter)
     merged = gircse.GircseModel.from_causal_lm(str(tmp_path / "base"), adapter=adapter)
     torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-5)
+
+
+@unmerged
+def test_an_adapter_that_would_leave_anothers_modules_in_use_is_not_set(plain, adapters, inputs, gircse, tmp_path):
+    norms = save_adapter(AutoModelForCausalLM.from_pretrained(plain), tmp_path, modules_to_save=["norm"])
+    model = gircse.GircseModel.from_causal_lm(str(plain))
+    model.load_adapter(adapters.first, "first")
+    model.load_adapter(norms, "norms")
+    expected = embed(model, inputs)
+    with pytest.raises(ValueError, match="adapter_name='first': .*norm is of norms .*'first' has none of its own"):
+        model.set_adapter("first")
+    assert torch.equal(embed(model, inputs), expected)
+
+
+@unmerged
+def test_an_own_adapter_of_the_token_embeddings_is_not_added(plain, inputs, gircse):
+    model = gircse.GircseModel.from_causal_lm(str(plain))
+    start = embed(model, inputs)
+    with pytest.raises(ValueError, match="adapter_config: it adds to the token embeddings"):
+        model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+    assert torch.equal(embed(model, inputs), start) and not getattr(model, "peft_config", None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from convert_gircse import main
@@ -69,6 +70,7 @@ def test_an_adapter_stays_one(plain, adapter, tmp_path):
     assert (made / "adapter" / name).read_bytes() == Path(adapter, name).read_bytes()
     settings = json.loads((made / "adapter/adapter_config.json").read_text(encoding="utf-8"))
     assert settings["base_model_name_or_path"] == str(Path(plain[1]).resolve()) and settings["r"] == 4
+    assert settings["revision"] is None and settings["inference_mode"]  # as Sentence Transformers looks for
     if not loads_beside_others():
         pytest.skip("this transformers needs a newer peft to load it")
     model, processor = loaded(made)
@@ -92,6 +94,18 @@ def test_what_can_not_be_right_is_refused(plain, tmp_path, arguments, error):
     with pytest.raises(ValueError, match=error):
         main([plain[1], *(argument.format(**places) for argument in arguments)])
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"] and not (tmp_path / "new").exists()
+
+
+def test_too_short_a_text_and_an_adapter_of_pickles_are_refused(plain, adapter, tmp_path):
+    arguments = [plain[1], "--output_dir", str(tmp_path / "new"), "--suffix", "a b c d e f"]
+    with pytest.raises(ValueError, match="max_length"):
+        main([*arguments, "--max_length", "3"])
+    file = Path(adapter, "adapter_model.safetensors")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(ValueError, match="has no adapter_model.safetensors: leave --save_adapter out"):
+        main([*arguments, "--adapter", adapter, "--save_adapter"])
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_gircse_model_is_refused(exported, tmp_path):

@@ -85,6 +85,15 @@ def test_normalize_false_is_the_mean_of_the_states(make_model, batch):
     torch.testing.assert_close(output.embeddings.norm(dim=-1), torch.ones(4))
 
 
+def test_a_configuration_that_asks_for_tuples(make_model, batch):
+    """`from_pretrained(repo, return_dict=False)`: a call gives a tuple, embedding works all the same."""
+    model = make_model()
+    expected = model.generate_embedding(*batch, k=2)
+    model.config.return_dict = False
+    assert isinstance(model(*batch, k=2), tuple)
+    assert torch.equal(model.generate_embedding(*batch, k=2), expected)
+
+
 def test_empty_batch(make_model):
     model = make_model()
     empty = torch.zeros(0, 0, dtype=torch.long)

@@ -96,3 +96,15 @@ def test_texts_with_one_prefix_that_exceed_a_window_equal_algorithm_1(make_model
     with torch.no_grad():
         expected = F.normalize(algorithm_1(model, ids, mask, 4), dim=-1)
         assert relative(model(ids, mask, k=4).step_embeddings, expected) < 1e-5
+
+
+def test_processes_that_share_weights_call_layers_alike(make_model, monkeypatch):
+    """In training, and with sharded weights: these are gathered at each call, by all processes together."""
+    model = make_model()
+    loop, weight = room(model, "step_loop_gircse"), next(model.language_model.parameters())
+    assert not loop.runs_in_step(model.language_model.train())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert loop.runs_in_step(model.language_model.train())
+    assert not loop.runs_in_step(model.language_model.eval())
+    weight.ds_id = 0  # as DeepSpeed marks a weight of which this process holds a part
+    assert loop.runs_in_step(model.language_model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from helpers import ROOT, run_fresh
+from helpers import ROOT, export_tiny, run_fresh
 from sentence_helpers import PROMPT, SUFFIX, TEXTS, Inputs, auto_embeddings, cosines, golden_ids, load
 
 CODE = [f"{part}_gircse.py" for part in ("configuration", "modeling", "processing", "sentence")]
@@ -280,14 +282,74 @@ def test_merged_adapters_are_saved_as_weights(exported, adapted, tmp_path):
         merged[0].merge_adapter()
 
 
-def test_modules_beside_an_adapter_are_merged(exported):
-    model = add_adapter(load(exported), target_modules=["q_proj"], modules_to_save=["lm_head"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_modules_beside_an_adapter_are_merged(gircse, tmp_path, settings, tied):
+    export_tiny(gircse, tmp_path / "base", text={"tie_word_embeddings": tied})
+    model = add_adapter(load(tmp_path / "base"), **settings)
     with torch.no_grad():
-        model[0].model.language_model.lm_head.modules_to_save["default"].weight.neg_()
+        for name, weight in model.named_parameters():
+            if ".modules_to_save.default." in name:
+                weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
     expected = model.encode(TEXTS)
-    assert cosines(expected, load(exported).encode(TEXTS)).max() < 0.999
+    assert cosines(expected, load(tmp_path / "base").encode(TEXTS)).min() < 0.999
     model[0].merge_adapter()
     assert cosines(model.encode(TEXTS), expected).min() > 0.9999
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert cosines(auto_embeddings(tmp_path / "saved"), expected).min() > 0.9999
+
+
+def test_an_adapter_of_a_merged_model_is_saved_with_all_weights(exported, tmp_path):
+    model = add_adapter(load(exported))
+    model[0].merge_adapter()
+    add_adapter(model).save_pretrained(str(tmp_path / "saved"))
+    assert cosines(load(tmp_path / "saved").encode(TEXTS), model.encode(TEXTS)).min() > 0.9999
+
+
+def test_a_disabled_adapter_is_not_saved_as_an_active_one(exported, tmp_path):
+    model = add_adapter(load(exported))
+    model.disable_adapters()
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert cosines(load(tmp_path / "saved").encode(TEXTS), load(exported).encode(TEXTS)).min() > 0.9999
+
+
+def test_the_active_one_of_two_adapters_is_saved(exported, tmp_path):
+    model = add_adapter(load(exported), target_modules=["q_proj"])
+    settings = {"target_modules": ["language_model.model.layers.1.mlp.up_proj"], "init_lora_weights": False}
+    model.add_adapter(pytest.importorskip("peft").LoraConfig(**settings), "other")
+    model.set_adapter("other")
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert cosines(load(tmp_path / "saved").encode(TEXTS), model.encode(TEXTS)).min() > 0.9999
+
+
+@pytest.mark.parametrize("changed", [{"pooling": "last"}, {"step_token": "hard"}])
+def test_a_saved_adapter_keeps_the_settings_of_its_model(exported, tmp_path, changed):
+    model = add_adapter(load(exported, config_kwargs=changed))
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = load(tmp_path / "saved").encode(TEXTS)
+    assert cosines(again, model.encode(TEXTS)).min() > 0.9999
+    assert cosines(again, auto_embeddings(tmp_path / "saved")).min() > 0.9999
+
+
+def test_the_code_beside_a_saved_adapter_is_of_the_commit_that_is_loaded(adapted, monkeypatch):
+    module, asked = sys.modules[type(adapted[0][0]).__module__], []
+
+    def get_class(reference, repo, **where):
+        asked.append(where)
+        return get_class_from_dynamic_module(reference, repo, **where)
+
+    monkeypatch.setattr(module, "get_class_from_dynamic_module", get_class)
+    where = {"subfolder": "", "revision": "main", "token": None, "cache_dir": None, "local_files_only": True}
+    module._load_model(str(adapted[1]), where | {"trust_remote_code": True}, {})
+    assert asked == [{name: where[name] for name in ("revision", "token", "cache_dir", "local_files_only")}]
 
 
 @pytest.mark.parametrize("place", ["its own folder", "memory"])
