@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import cached_file
 
 try:
@@ -313,12 +312,11 @@ def _load_model(name: str, where: dict[str, Any], settings: dict[str, Any]) -> A
         saved = json.loads(Path(cached_file(name, "adapter_config.json", **place)).read_text(encoding="utf-8"))
     if adapter is None or saved["inference_mode"]:
         return AutoModel.from_pretrained(name, **{**where, **settings})
-    if not where["trust_remote_code"]:
-        raise ValueError(f"{name!r} brings code of its own: read it, then load it with trust_remote_code=True")
     # Only this folder's code is run, of the commit that was asked for, and none of the repo that the adapter was
     # trained on.
-    at = {key: where[key] for key in ("revision", "token", "cache_dir", "local_files_only")}
-    code = get_class_from_dynamic_module(config.auto_map["AutoModel"], name, **at)
+    trusted = {"trust_remote_code": where["trust_remote_code"], "code_revision": where["revision"]}
+    with torch.device("meta"):
+        code = type(AutoModel.from_config(config, **trusted))
     settings_of_steps = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
     kept = {key: getattr(config, key) for key in settings_of_steps}
     settings = {**place, "subfolder": "", "revision": saved["revision"], **kept, **settings}

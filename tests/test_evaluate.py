@@ -126,7 +126,9 @@ def test_scores_equal_an_independent_computation(evaluated, embed, k):
 
 def test_a_sample_has_the_same_rows_each_time_and_is_filed_apart(data_folder, model_folder, tmp_path):
     def loaded() -> dict[str, object]:
-        tasks = {task.metadata.name: task for task in local_tasks(data_folder, sample=2)}
+        """Two queries, and of other tasks four rows, whose labels differ."""
+        found = {count: {task.metadata.name: task for task in local_tasks(data_folder, count)} for count in (2, 4)}
+        tasks = found[4] | {"retrieval_little": found[2]["retrieval_little"]}
         for task in tasks.values():
             task.load_data()
         return tasks
@@ -139,12 +141,12 @@ def test_a_sample_has_the_same_rows_each_time_and_is_filed_apart(data_folder, mo
     assert judged < set(search["corpus"]["id"])
     assert search["relevant_docs"] == {query: RELEVANT[query] for query in search["queries"]["id"]}
     for name, task in first.items():
-        assert task.metadata.revision == f"{whole[name].metadata.revision}-sample2"
+        assert task.metadata.revision == f"{whole[name].metadata.revision}-sample{task.sample}"
         if name != "retrieval_little":
             rows = {split: part.to_list() for split, part in task.dataset.items()}
             to_fit = rows.get("train", [])  # as many as a classifier takes
-            assert all(len(part) <= 2 or part is to_fit for part in rows.values())
-            assert len(to_fit) > 2 or name != "classification_rooms"
+            assert all(len(part) <= 4 or part is to_fit for part in rows.values())
+            assert len(to_fit) > 4 or name != "classification_rooms"
             assert rows == {split: part.to_list() for split, part in again[name].dataset.items()}
     report = run(model_folder, tmp_path, "--k", "1", "--sample", "5", data=data_folder, tasks=["sts_pairs"])
     assert report["settings"] == {"sample": 5} and report["tasks"][0]["revision"].endswith("-sample5")
@@ -237,7 +239,7 @@ def test_other_weights_data_and_settings_are_evaluated_anew(gircse, evaluated, m
     other = make_folder(gircse, tmp_path / "tiny", seed=1)
     assert texts(other) == 14
     assert scores(json.loads((out / "results.json").read_text(encoding="utf-8"))) != first
-    assert texts(model_folder, "--max_length", "8") == 14
+    assert texts(model_folder, "--max_length", "30") == 14
     assert texts(model_folder) == 0
     assert scores(json.loads((out / "results.json").read_text(encoding="utf-8"))) == first
     rows = [json.loads(line) for line in (data / "sts_pairs.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -17,7 +17,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import AutoModel
 
 from helpers import ROOT, export_tiny, run_fresh
 from sentence_helpers import PROMPT, SUFFIX, TEXTS, Inputs, auto_embeddings, cosines, golden_ids, load
@@ -340,16 +340,11 @@ def test_a_saved_adapter_keeps_the_settings_of_its_model(exported, tmp_path, cha
 
 
 def test_the_code_beside_a_saved_adapter_is_of_the_commit_that_is_loaded(adapted, monkeypatch):
-    module, asked = sys.modules[type(adapted[0][0]).__module__], []
-
-    def get_class(reference, repo, **where):
-        asked.append(where)
-        return get_class_from_dynamic_module(reference, repo, **where)
-
-    monkeypatch.setattr(module, "get_class_from_dynamic_module", get_class)
+    module, asked, from_config = sys.modules[type(adapted[0][0]).__module__], [], AutoModel.from_config
+    monkeypatch.setattr(AutoModel, "from_config", lambda *args, **kw: (asked.append(kw), from_config(*args, **kw))[1])
     where = {"subfolder": "", "revision": "main", "token": None, "cache_dir": None, "local_files_only": True}
     module._load_model(str(adapted[1]), where | {"trust_remote_code": True}, {})
-    assert asked == [{name: where[name] for name in ("revision", "token", "cache_dir", "local_files_only")}]
+    assert asked == [{"trust_remote_code": True, "code_revision": "main"}]
 
 
 @pytest.mark.parametrize("place", ["its own folder", "memory"])
