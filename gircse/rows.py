@@ -139,7 +139,10 @@ class RowFile:
                     f"{len(cells)} cells under {len(names)} column names; quote cells that hold {delimiter!r}"
                 )
             if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
-                raise ValueError("a quote opens a cell of several lines and columns; write quotes twice, and around it")
+                raise ValueError(
+                    "a quote opens a cell that goes on over lines and tabs, in which rows may be lost; put quotes around "
+                    "a text that begins with one, and write its own twice"
+                )
             try:
                 "".join(cells).encode()
             except UnicodeEncodeError as error:

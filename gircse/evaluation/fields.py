@@ -107,10 +107,10 @@ def located_rows(path: Path, checks: dict[str, Check]) -> Iterator[tuple[str, di
         raise ValueError(f"{path} has no rows: fill it or remove it")
 
 
-def must_differ(path: Path, field: str, values: Sequence[Any]) -> None:
+def must_differ(where: Path | str, field: str, values: Sequence[Any]) -> None:
     """Raises a ValueError if all are the same, which leaves nothing to score."""
     if len({*values}) < 2:
-        raise ValueError(f"{path}: {field} is {values[0]!r:.80} in all rows: at least two different ones are needed")
+        raise ValueError(f"{where}: {field} is {values[0]!r:.80} in all rows: at least two different ones are needed")
 
 
 def columns(rows: list[dict[str, Any]], **names: str) -> Dataset:

@@ -59,10 +59,7 @@ def export(
         model = model.to(saved)
         earlier = {file: file.stat().st_mtime_ns for file in folder.glob("model*.safetensors*")}
         model.save_pretrained(folder)
-        for (
-            file,
-            time,
-        ) in earlier.items():  # in files of other names, of which one would be loaded
+        for file, time in earlier.items():  # under other names, one of which would be loaded
             if file.exists() and file.stat().st_mtime_ns == time:
                 file.unlink()
     complete(folder, processor)

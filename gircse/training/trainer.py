@@ -432,8 +432,8 @@ def set_defaults(args: GircseTrainingArguments, model: PreTrainedModel | nn.Modu
     tuned = hasattr(model, "get_base_model")
     if args.learning_rate is None:
         args.learning_rate = LORA_RATE if tuned else FULL_RATE
-    # A head that nothing is asked of gets no gradient. DDP has to look for it, which Trainer by itself doesn't do under
-    # gradient checkpointing.
-    config = (model.get_base_model() if tuned else model).config
-    if args.ddp_find_unused_parameters is None and config.step_token != "soft":
+    # A head of its own that nothing is asked of gets no gradient. DDP has to look for it, which it is not told to do by
+    # Trainer under gradient checkpointing.
+    idle = not tuned and model.config.step_token != "soft" and not model.config.text_config.tie_word_embeddings
+    if args.ddp_find_unused_parameters is None and idle:
         args.ddp_find_unused_parameters = True
