@@ -140,8 +140,8 @@ class RowFile:
                 )
             if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
                 raise ValueError(
-                    "a quote opens a cell that goes on over lines and tabs, in which rows may be lost; put quotes around "
-                    "a text that begins with one, and write its own twice"
+                    "a quote opens a cell that goes on over lines and tabs, in which rows may be lost; put quotes "
+                    "around a text that begins with one, and write its own twice"
                 )
             try:
                 "".join(cells).encode()
