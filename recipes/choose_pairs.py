@@ -101,7 +101,7 @@ def choose(sources: dict[str, list[dict]], count: int, seed: int) -> list[dict]:
         share = (count - len(chosen)) // (len(sources) - done)
         rows = rng.sample(sources[name], min(share, len(sources[name])))
         settings = {"symmetric": name in SYMMETRIC}
-        if name in OF_FEW_CLASSES and "label" not in rows[0]:
+        if name in OF_FEW_CLASSES and not any("label" in row for row in rows):
             settings["source"] = "classes"
         chosen += [{**row, **settings} for row in rows]
     return chosen
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, required=True)
     parser.add_argument("--longest", type=int, required=True, help="characters of a text")
     parser.add_argument("--sources", nargs="*", metavar="SOURCE", help="draw from these alone")
+    parser.add_argument("--with_negatives", action="store_true", help="only rows that have a hard negative")
     parser.add_argument("--label_classes", action="store_true")
     parser.add_argument("--twice", nargs="*", default=[], help="sources whose chosen rows count twice")
     parser.add_argument("--seed", type=int, default=0)
@@ -122,6 +123,8 @@ def main() -> None:
     if unknown := {*(args.sources or ())} - sources.keys():
         raise ValueError(f"--sources {', '.join(sorted(unknown))}: there are only {', '.join(sorted(sources))}")
     sources = {name: rows for name, rows in sources.items() if args.sources is None or name in args.sources}
+    if args.with_negatives:
+        sources = {name: [row for row in rows if row["neg"]] for name, rows in sources.items()}
     rows = choose(label(sources) if args.label_classes else sources, args.pairs, args.seed)
     rows += [row for row in rows if row["source"] in args.twice]
     args.output.parent.mkdir(parents=True, exist_ok=True)

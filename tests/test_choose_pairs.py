@@ -42,6 +42,11 @@ def test_pairs_are_drawn_evenly_from_sources_and_short(tmp_path, monkeypatch):
     assert len(drawn(30, longest=99)) == 30
     assert drawn(13, "--twice", "few") == rows + rows[:3]
     assert [row["source"] for row in drawn(6, "--sources", "many", "few")] == ["few"] * 3 + ["many"] * 3
+    same = {"pos": ["p"], "neg": [], "source": "bare", "instruction": "i", "query": "q"}
+    (tmp_path / "train/e.jsonl.gz").write_bytes(gzip.compress(json.dumps(same).encode()))
+    assert [row["source"] for row in drawn(2, "--sources", "few", "bare")] == ["bare", "few"]
+    assert [row["source"] for row in drawn(2, "--sources", "few", "bare", "--with_negatives")] == ["few"] * 2
+    (tmp_path / "train/e.jsonl.gz").unlink()
     with pytest.raises(ValueError, match="--sources lots, some: there are only few, many, snips"):
         drawn(2, "--sources", "lots", "many", "some")
     with pytest.raises(ValueError, match="pairs=22, but there are 21 of that length"):

@@ -16,12 +16,16 @@ from transformers import HfArgumentParser
 from conftest import ROOT
 
 sys.path.extend(str(ROOT / "recipes" / folder) for folder in ("", "root_model", "paper", "figures"))
+import try_lengths
+
 import check_data
 import compare_methods
-import experiments
 import report_results
+import train_autoregembed
 import train_gircse
 from gircse.training.arguments import ModelArguments
+
+LEARNED = ("learned_tokens-seed0", "compressed-seed0", "autoregembed-seed0")  # runs with learned tokens
 
 
 def test_report_leaves_out_what_settings_were_chosen_on():
@@ -42,10 +46,9 @@ def test_report_fills_a_table_in_and_again():
 
 
 def test_pages_hold_the_tables_of_the_results():
-    runs = report_results.experiments()
-    models = {name: report_results.scored(name) for name in ("root", "minilm")}
-    made = report_results.tables(models, runs, min(run["samples"] for run in runs))
-    counts = {"README.md": 2, "docs/results.md": 6, "docs/root_model.md": 2, "docs/training.md": 3, "docs/speed.md": 17}
+    models = {name: report_results.read(ROOT / f"results/{name}.json") for name in ("root", "minilm")}
+    made = report_results.tables(models, report_results.comparison_runs())
+    counts = {"README.md": 2, "docs/results.md": 5, "docs/root_model.md": 2, "docs/training.md": 3, "docs/speed.md": 17}
     assert {page: len(tables) for page, tables in made.items()} == counts
     for page, tables in made.items():
         text = (ROOT / page).read_text(encoding="utf-8")
@@ -56,53 +59,35 @@ def test_pages_hold_the_tables_of_the_results():
         report_results.with_model_index(card.replace("model-index:", "model-list:"), models["root"])
 
 
-def test_every_run_of_the_experiments_has_a_result_and_settings_that_training_takes(tmp_path, monkeypatch):
-    commands = {}
-    monkeypatch.setattr(experiments, "call", lambda command, log, threads: commands.update({log.parent.name: command}))
-    args = SimpleNamespace(backbone=Path("small"), data=Path("DATA"), threads=1)
-    for run in experiments.plan(20_000, 40_000, 3):
-        experiments.train(run, 3e-4, args, tmp_path / run.name)
-    results = {path.stem for path in (ROOT / "results/experiments").glob("*-seed*.json")}
-    assert results == {*commands, "causal_eos_generating-20000-seed0"}
-
-    parser = HfArgumentParser((ModelArguments, train_gircse.GircseTrainingArguments, train_gircse.DataArguments))
-    models, settings = {}, {}
-    for name, command in commands.items():
-        parsed = parser.parse_args_into_dataclasses(command[2:], return_remaining_strings=True)
-        models[name], settings[name], _, rest = parsed
-        assert rest in ([], ["--objective", name.partition("-")[0]])
-        assert settings[name].mix_sources and settings[name].seed == int(name[-1])
-    axes = {name: (model.step_token, model.attention, model.pooling) for name, model in models.items()}
-    assert axes["causal_eos-20000-seed0"] == ("none", "causal", "last")
-    assert axes["bidirectional_avg-20000-seed0"] == ("none", "bidirectional", "mean")
-    assert axes["causal_avg-20000-seed0"] == ("none", "causal", "mean")
-    for method in ("gircse", "causal_eos", "bidirectional_avg"):
-        names = (f"{method}-20000-seed1", f"{method}_long_warm_up-20000-seed1")
-        assert [settings[name].get_warmup_steps(312) for name in names] == [32, 156]
-        assert axes[names[0]] == axes[names[1]]
-    assert models["gircse_end_token-20000-seed2"].suffix == models["causal_eos-20000-seed0"].suffix != ""
-    assert settings["no_refinement-20000-seed0"].refinement_weight == 0
-
-
 def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, monkeypatch):
     commands = {}
     monkeypatch.setattr(
         compare_methods, "call", lambda command, log, threads: commands.update({log.parent.name: command})
     )
-    places = {"backbone": Path("SMOLLM2"), "data": Path("DATA"), "runs": tmp_path}
+    backbone = tmp_path / "backbone"
+    backbone.mkdir()
+    (backbone / "config.json").write_text('{"model_type": "llama"}')
+    places = {"backbone": backbone, "data": Path("DATA"), "runs": tmp_path}
     args = SimpleNamespace(**places, threads=1, training="--logging_steps 7")
     for run in compare_methods.plan():
         compare_methods.train(run, 1e-4, 640, args, tmp_path / run.name)
+        assert not run.start or run.start in commands  # what a run goes on from comes before it
     results = {path.stem for path in (ROOT / "results/comparison").glob("*-seed*.json")}
     assert results <= {*commands, "causal_eos_generating-seed0"}
 
     parser = HfArgumentParser((ModelArguments, train_gircse.GircseTrainingArguments, train_gircse.DataArguments))
     models, settings = {}, {}
     for name, command in commands.items():
-        parsed = parser.parse_args_into_dataclasses(command[2:], return_remaining_strings=True)
+        arguments = command[2:]
+        if command[1] == "train_autoregembed.py":
+            options, arguments = train_autoregembed.parse(arguments)
+            assert options.decoder == str(backbone)
+            arguments += ["--model_name_or_path", options.model_name_or_path, "--step_token", options.step_token]
+        parsed = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         models[name], settings[name], data, rest = parsed
         changed = ["--contrast", "2"] if "_two-" in name else ["--objective", name.partition("-")[0]]
-        assert rest in ([], changed) and bool(rest) == name.startswith(("last_step", "gircse_two", "causal_eos_two"))
+        assert rest in ([], changed)
+        assert bool(rest) == name.startswith(("last_step", "gircse_two", "causal_eos_two", "answers"))
         assert (data.max_length, settings[name].per_device_train_batch_size) == (64, 16)
         assert settings[name].seed == int(name[-1])
         assert settings[name].logging_steps == 7  # the last one given counts
@@ -112,8 +97,34 @@ def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, 
     for name, found in axes.items():
         eos, both_ways = name.startswith("causal_eos"), name.startswith("bidirectional_avg")
         pooling, attention = "last" if eos else "mean", "bidirectional" if both_ways else "causal"
-        assert found == ("none" if eos or both_ways else "soft", attention, pooling)
+        tokens = {"answers-seed0": "hard"} | dict.fromkeys(LEARNED, "learned")
+        token = "none" if eos or both_ways else tokens.get(name, "soft")
+        assert found == (token, attention, pooling)
+    starts = {name: Path(model.model_name_or_path) for name, model in models.items()}
+    assert starts["autoregembed-seed0"] == tmp_path / "compressed-seed0"
+    assert starts["warmed_up-seed0"] == tmp_path / "compressed_soft-seed0"
+    assert starts["compressed-seed0"] == starts["answers-seed0"] == backbone
     assert settings["no_refinement-seed0"].refinement_weight == 0
+
+
+def test_every_length_is_trained_from_its_shortened_backbone(tmp_path, monkeypatch):
+    commands = []
+
+    def call(command: list[str], log: Path, threads: int) -> None:
+        commands.append(command)
+        (log.parent / "config.json").write_text('{"text_config": {"num_hidden_layers": 7}}')
+
+    monkeypatch.setattr(compare_methods, "call", call)
+    monkeypatch.setattr(compare_methods, "held_out_accuracy", lambda folder: {"1": 1.0})
+    monkeypatch.setattr(compare_methods, "scores", lambda folder: [{"scores": {"1": 2.0}}])
+    places = {"backbone": "SMOLLM2", "data": "DATA", "runs": tmp_path, "output": tmp_path / "lengths.json"}
+    monkeypatch.setattr("sys.argv", ["try_lengths.py", *(f"--{name}={place}" for name, place in places.items())])
+    try_lengths.main()
+    rows = json.loads((tmp_path / "lengths.json").read_text())
+    scores = {"held_out_accuracy": {"1": 1.0}, "sts_dev": {"1": 2.0}}
+    assert rows == [{"left_out": left_out, "layers": 7, **scores} for left_out in try_lengths.LEFT_OUT]
+    trained = [command[3] for command in commands if command[1].endswith("train_objective.py")]
+    assert trained == ["SMOLLM2", *(str(tmp_path / f"{name}-backbone") for name in ("18-28", "20-27", "10-17"))]
 
 
 def test_prompts_are_under_mtebs_names_alone():

@@ -31,17 +31,27 @@ NAMES = {
     "causal_eos": "Causal-EOS",
     "bidirectional_avg": "Bidirectional-Avg",
     "gircse": "GIRCSE",
-    "last_step": "generation, loss on the last step",
-    "no_refinement": "+ loss on every step",
-    "mean": "steps averaged",
-    "mixed_steps": "mixed steps",
-    "causal_avg": "no generation, mean of the text's states",
     "causal_eos_generating": "Causal-EOS made to generate",
+    "last_step": "loss on the last step alone",
+    "no_refinement": "without the penalty",
+    "learned_tokens": "ICR on learned tokens",
+    "answers": "hard tokens, trained to answer",
+    "compressed": "AutoRegEmbed, first stage",
+    "autoregembed": "AutoRegEmbed, both stages",
+    "warmed_up": "GIRCSE after AutoRegEmbed's first stage",
 }
+OTHER_SYSTEMS = ("learned_tokens", "answers", "compressed", "autoregembed", "warmed_up")
+# A row of a table: its name, the runs' method, and k.
 COMPARED = [(NAMES[method], method, None) for method in ("causal_eos", "bidirectional_avg")]
 COMPARED += [(f"GIRCSE, k = {k}", "gircse", k) for k in (1, 5, 20)]
-STARTS = [(f"GIRCSE, end token, k = {k}", "gircse_end_token", k) for k in (1, 5, 20)]
-STARTS += [(f"{name}, long warm-up", f"{method}_long_warm_up", k) for name, method, k in COMPARED]
+VARIANTS = [(f"{NAMES['causal_eos_generating']}, k = {k}", "causal_eos_generating", k) for k in (1, 5, 20)]
+VARIANTS += [(f"GIRCSE, {NAMES[method]}, k = 5", method, 5) for method in ("last_step", "no_refinement")]
+VARIANTS += [
+    (f"{name}{change}", f"{method}{variant}", k)
+    for variant, change in (("_two", ", 2 queries contrasted"), ("_lora", ", LoRA"))
+    for name, method, k in COMPARED
+]
+VARIANTS += [(f"{NAMES[method]}, k = 5", method, 5) for method in OTHER_SYSTEMS]
 STABLE = {
     "paper": "paper's prompt, T = 1, LoRA at 1e-4",
     "papers_prompt": "paper's prompt, T = 2",
@@ -57,13 +67,7 @@ STABLE = {
     "lora_5e-4": "T = 2, LoRA at 5e-4",
     "causal_eos": "Causal-EOS",
 }
-UNEQUAL = {
-    "gircse": "GIRCSE, 20k samples",
-    "mixed_steps": "the same, mixed steps",
-    "small_model": "a distilled model of 20 M parameters",
-    "root": "root model",
-}
-COLORS = {"gircse": "tab:green", "causal_eos": "tab:blue", "bidirectional_avg": "tab:orange"}
+COLORS = {"gircse": "tab:green", "causal_eos": "tab:blue"}
 STEPS = [1, 3, 5, 10, 15, 20]
 ALL = "All tasks"
 # A task of each kind that no training pair comes from, for the card's metadata, at the k of the root's configuration.
@@ -73,16 +77,6 @@ SHOWN_K = 5
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def scored(name: str) -> dict:
-    """A model's results. Tasks of which a sample of the rows was evaluated, in a file of their own, say so."""
-    found, file = read(RESULTS / f"{name}.json"), RESULTS / f"{name}_sampled.json"
-    if not file.exists():
-        return found
-    sampled, rows = read(file), {row["task"]: row for row in found["tasks"]}
-    rows |= {row["task"]: {**row, "sample": sampled["settings"]["sample"]} for row in sampled["tasks"]}
-    return {**found, "tasks": list(rows.values())}
 
 
 def group_means(rows: list[dict], k: int | None) -> dict[str, float]:
@@ -96,13 +90,13 @@ def unseen(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["task"] != CHOSEN_ON]
 
 
-def experiments() -> list[dict]:
-    paths = sorted((RESULTS / "experiments").glob("*-seed*.json"))
-    return [read(path) for path in paths]
-
-
-def runs_of(runs: list[dict], method: str, samples: int, seed: int | None = None) -> list[dict]:
-    return [r for r in runs if (r["method"], r["samples"]) == (method, samples) and seed in (None, r["seed"])]
+def comparison_runs() -> dict[str, list[dict]]:
+    """Method to its runs, by seed (recipes/paper/compare_methods.py)."""
+    runs: dict[str, list[dict]] = {}
+    for path in sorted((RESULTS / "comparison").glob("*-seed*.json")):
+        run = read(path)
+        runs.setdefault(run["method"], []).append(run)
+    return runs
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -114,59 +108,62 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
-def line(name: str, runs: list[dict], k: int | None) -> list[str]:
-    means = [group_means(run["tasks"], k) for run in runs]
-    return [name, *(spread([found[group] for found in means]) for group in means[0])]
+def comparison(runs: dict[str, list[dict]]) -> str:
+    """Accuracy on held-out pairs and means by kind of task, of the runs that were made."""
+    lines, head = [], ["", "held-out pairs", *group_means(runs["causal_eos"][0]["tasks"], None)]
+    for name, method, k in COMPARED + VARIANTS:
+        if not (found := runs.get(method)):
+            continue
+        pairs = [accuracy[str(k or 1)] for run in found if (accuracy := run["held_out_accuracy"])]
+        means = [group_means(run["tasks"], k) for run in found]
+        kinds = [spread([group[kind] for group in means]) for kind in means[0]]
+        lines.append([name, spread(pairs) if pairs else "", *kinds])
+    return table(head, lines)
 
 
-def comparison(runs: list[dict], samples: int, rows: list[tuple[str, str, int | None]]) -> str:
-    head = ["", *group_means(runs[0]["tasks"], 1)]
-    return table(head, [line(name, runs_of(runs, method, samples), k) for name, method, k in rows])
-
-
-def comparison_by_task(runs: list[dict], samples: int) -> str:
-    found = []
-    for _, method, k in COMPARED:
-        seeds = [{row["task"]: row["scores"][str(k)] for row in r["tasks"]} for r in runs_of(runs, method, samples)]
-        found.append({task: spread([scores[task] for scores in seeds]) for task in seeds[0]})
-    rows = sorted(runs[0]["tasks"], key=lambda row: (row["group"], row["task"]))
-    lines = [[row["task"], *(column[row["task"]] for column in found)] for row in rows]
-    return table(["task", *(name for name, _, _ in COMPARED)], lines)
+def comparison_by_task(runs: dict[str, list[dict]]) -> str:
+    columns = {}
+    for name, method, k in COMPARED:
+        for run in runs.get(method, []):
+            for row in run["tasks"]:
+                scores = columns.setdefault(name, {}).setdefault(row["task"], [])
+                scores.append(row["scores"].get("None", row["scores"].get(str(k))))
+    tasks = sorted(runs["causal_eos"][0]["tasks"], key=lambda row: (row["group"], row["task"]))
+    lines = [[row["task"], *(spread(column[row["task"]]) for column in columns.values())] for row in tasks]
+    return table(["task", *columns], lines)
 
 
 def learning_rates() -> str:
     """What each method's rate is chosen by (recipes/paper/compare_methods.py)."""
     lines = []
     for method, rates in read(RESULTS / "comparison" / "learning_rates.json").items():
-        for rate, found in rates.items():
+        for rate, found in sorted(rates.items(), key=lambda item: float(item[0])):
             row = [f"{float(rate):g}", f"{found['held_out_accuracy']:.1f}", f"{found['sts_dev']:.1f}"]
             lines.append([NAMES[method], *row])
     return table(["method", "learning rate", "held-out accuracy", "STS-Benchmark, development"], lines)
 
 
 def unequal_steps() -> str:
-    """nDCG@10, mean of the retrieval tasks."""
+    """nDCG@10 by task."""
     columns = ("1 in 1", "5 in 5", "20 in 20", "1 in 5", "1 in 20", "20 in 1")
     head = ["k of queries / of documents", *(column.replace("in", "/") for column in columns)]
     head += ["1, then 20", "relevant in shortlist", "documents that any query asks k = 20 of"]
     lines = []
-    for path in sorted((RESULTS / "unequal_steps").glob("*.json")):
-        tasks = read(path)["tasks"].values()
-        values = [mean(task["ndcg_at_10"][column] for task in tasks) for column in columns]
-        values.append(mean(task["coarse_to_fine"]["ndcg_at_10"] for task in tasks))
-        shares = ("relevant_in_shortlist", "documents_rescored")
-        shares = [mean(task["coarse_to_fine"][name] for task in tasks) for name in shares]
-        lines.append([UNEQUAL[path.stem], *(f"{v:.1f}" for v in values), *(f"{v:.0f} %" for v in shares)])
+    for name, task in read(RESULTS / "unequal_steps.json")["tasks"].items():
+        search = task["coarse_to_fine"]
+        values = [*(task["ndcg_at_10"][column] for column in columns), search["ndcg_at_10"]]
+        shares = [search["relevant_in_shortlist"], search["documents_rescored"]]
+        lines.append([name, *(f"{v:.1f}" for v in values), *(f"{v:.0f} %" for v in shares)])
     return table(head, lines)
 
 
-def ablation(runs: list[dict], samples: int) -> str:
-    head = ["k = 5", *group_means(runs[0]["tasks"], 1)]
-    lines = [line("no generation (Causal-EOS)", runs_of(runs, "causal_eos", samples, 0), None)]
-    lines += [line(NAMES[m], runs_of(runs, m, samples, 0), 5) for m in ("causal_avg", "last_step", "no_refinement")]
-    lines.append(line("+ refinement penalty (GIRCSE)", runs_of(runs, "gircse", samples, 0), 5))
-    lines += [line(f"GIRCSE, {NAMES[m]}", runs_of(runs, m, samples, 0), 5) for m in ("mean", "mixed_steps")]
-    return table(head, lines)
+def several_vectors() -> str:
+    """nDCG@10 by task, way and k."""
+    found = read(RESULTS / "several_vectors.json")["ndcg_at_10"]
+    steps = list(next(iter(found.values()))["mean"])
+    head = ["", *(f"{way}, k = {k}" for k in steps for way in ("mean", "MaxSim"))]
+    cells = {name: [f"{ways[way][k]:.1f}" for k in steps for way in ("mean", "maxsim")] for name, ways in found.items()}
+    return table(head, [[name, *row] for name, row in cells.items()])
 
 
 def root_by_group(models: dict[str, dict]) -> str:
@@ -183,8 +180,7 @@ def root_by_task(models: dict[str, dict]) -> str:
     lines = []
     for row in sorted(models["root"]["tasks"], key=lambda row: (row["group"], row["task"])):
         scores = [f"{row['scores'][str(k)]:.1f}" for k in STEPS]
-        name = f"{row['task']} ({row['sample']} rows)" if "sample" in row else row["task"]
-        lines.append([name, row["metric"], *scores, f"{minilm[row['task']]:.1f}"])
+        lines.append([row["task"], row["metric"], *scores, f"{minilm[row['task']]:.1f}"])
     return table(["task", "metric", *(f"k = {k}" for k in STEPS), "MiniLM"], lines)
 
 
@@ -260,61 +256,31 @@ def save(figure, name: str) -> None:
     pyplot.close(figure)
 
 
-def draw_curves(runs: list[dict], samples: int) -> None:
+def draw_curves(runs: dict[str, list[dict]]) -> None:
     """Figure 2: GIRCSE against its own k = 1, Causal-EOS made to generate against itself without."""
     figure, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
-    for run in runs_of(runs, "gircse", samples):
+    lines = []
+    for run in runs["gircse"]:
         found = curve(run["tasks"])
-        label = "GIRCSE, against k = 1 (a line a seed)" if run["seed"] == 0 else None
-        gains = [value - found[1] for value in found.values()]
-        axes.plot(list(found), gains, color=COLORS["gircse"], marker="o", markersize=3, label=label)
-    plain = group_means(runs_of(runs, "causal_eos", samples, 0)[0]["tasks"], None)[ALL]
-    found = curve(runs_of(runs, "causal_eos_generating", samples, 0)[0]["tasks"])
-    label = "Causal-EOS made to generate, against no generation"
-    gains = [value - plain for value in found.values()]
-    axes.plot(list(found), gains, color=COLORS["causal_eos"], marker="o", markersize=3, label=label)
+        lines.append(("gircse", f"GIRCSE, seed {run['seed']}, against k = 1", found, found[1]))
+    found = curve(runs["causal_eos_generating"][0]["tasks"])
+    plain = group_means(runs["causal_eos"][0]["tasks"], None)[ALL]
+    lines.append(("causal_eos", "Causal-EOS made to generate, against no generation", found, plain))
+    for method, label, found, start in lines:
+        gains = [value - start for value in found.values()]
+        axes.plot(list(found), gains, color=COLORS[method], marker="o", markersize=3, label=label)
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axes.axvspan(5.5, 20.5, color="0.95", zorder=0)
     axes.set_xticks(STEPS)
+    axes.set_xlim(0, 20.5)
     style(axes, xlabel="k, generated tokens (trained with 5)", ylabel="mean of all tasks x 100, difference")
     axes.legend(frameon=False, fontsize=8)
-    save(figure, "experiments_k_curves.png")
-
-
-def draw_ablation(runs: list[dict], samples: int) -> None:
-    rows = [("no generation", "causal_eos", None), ("generation", "last_step", 5)]
-    rows += [("+ stepwise loss", "no_refinement", 5), ("+ refinement", "gircse", 5)]
-    figure, axes = pyplot.subplots(1, 2, figsize=(7.6, 2.6), layout="constrained", sharey=True)
-    for panel, group in zip(axes, (ALL, "Instruction following"), strict=True):
-        values = [group_means(runs_of(runs, m, samples, 0)[0]["tasks"], k)[group] for _, m, k in rows]
-        bars = panel.barh([name for name, _, _ in rows], values, color=["0.75", "#bcdcc2", "#82c091", "tab:green"])
-        panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-        panel.set_xlim(0, 1.15 * max(values))
-        panel.invert_yaxis() if group == ALL else None
-        style(panel, title=group, xlabel="score x 100")
-    save(figure, "ablation.png")
-
-
-def draw_sizes(runs: list[dict]) -> None:
-    """Figure 3: the mean of all tasks over the number of training samples. Lines join the seeds that every size has."""
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
-    for method, color in COLORS.items():
-        sizes = sorted({run["samples"] for run in runs if run["method"] == method})
-        found = [{r["seed"]: group_means(r["tasks"], 5)[ALL] for r in runs_of(runs, method, size)} for size in sizes]
-        joined = set.intersection(*map(set, found))
-        lines = [mean(seeds[seed] for seed in joined) for seeds in found]
-        axes.plot(sizes, lines, marker="o", color=color, label=NAMES[method])
-        for size, seeds in zip(sizes, found, strict=True):
-            axes.plot([size] * len(seeds), list(seeds.values()), ".", color=color, markersize=4, alpha=0.6)
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    style(axes, xlabel="training samples", ylabel="mean of all tasks x 100")
-    axes.legend(frameon=False, fontsize=8)
-    save(figure, "data_size.png")
+    save(figure, "comparison_k_curves.png")
 
 
 def with_model_index(text: str, root: dict) -> str:
     """The card with the root's scores in its metadata, of which `model-index` is the last entry."""
-    rows = [r for r in root["tasks"] if "sample" not in r and any(name in r["task"] for name in SHOWN)]
+    rows = [row for row in root["tasks"] if any(name in row["task"] for name in SHOWN)]
     made = report.card_metadata(rows, SimpleNamespace(name="gircse"), SHOWN_K).removeprefix("---\n")
     found = re.match(r"---\n.*?^(model-index:\n.*?^---\n)", text, re.DOTALL | re.MULTILINE)
     if not found:
@@ -331,7 +297,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str, dict[str, str]]:
+def tables(models: dict[str, dict], runs: dict[str, list[dict]]) -> dict[str, dict[str, str]]:
     """By page and name."""
     return {
         "README.md": {
@@ -340,11 +306,10 @@ def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str,
         },
         "docs/results.md": {
             "root_by_task": root_by_task(models),
-            "comparison": comparison(runs, samples, COMPARED),
-            "starts": comparison(runs, samples, STARTS),
-            "ablation": ablation(runs, samples),
-            "comparison_by_task": comparison_by_task(runs, samples),
+            "comparison": comparison(runs),
+            "comparison_by_task": comparison_by_task(runs),
             "unequal_steps": unequal_steps(),
+            "several_vectors": several_vectors(),
         },
         "docs/root_model.md": {"learning_rates": learning_rates(), "lengths": lengths()},
         "docs/training.md": {
@@ -357,14 +322,11 @@ def tables(models: dict[str, dict], runs: list[dict], samples: int) -> dict[str,
 
 
 def main() -> None:
-    models = {name: scored(name) for name in ("root", "minilm")}
-    runs = experiments()
-    samples = min(run["samples"] for run in runs)
+    models = {name: read(RESULTS / f"{name}.json") for name in ("root", "minilm")}
+    runs = comparison_runs()
     report.plot(unseen(models["root"]["tasks"]), ASSETS / "k_curve.png")
-    draw_curves(runs, samples)
-    draw_ablation(runs, samples)
-    draw_sizes(runs)
-    for page, made in tables(models, runs, samples).items():
+    draw_curves(runs)
+    for page, made in tables(models, runs).items():
         text = fill((ROOT / page).read_text(encoding="utf-8"), made)
         text = with_model_index(text, models["root"]) if page == "README.md" else text
         (ROOT / page).write_text(text, encoding="utf-8")

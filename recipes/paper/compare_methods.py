@@ -16,6 +16,11 @@ held-out accuracy and STS-Benchmark's development split; then follow, with the s
                                      documents, of which 8 make up a step; here those of one batch, so that nothing
                                      else differs
     causal_eos_generating            Causal-EOS as trained, made to generate (Figure 2, bottom)
+    learned_tokens                   ICR on AutoRegEmbed's encoder: learned tokens in one pass, no generation
+    answers                          hard tokens, trained to give short answers
+    compressed, autoregembed         the two stages of train_autoregembed.py: the first has answers, abstracts and
+                                     definitions said, the second contrasts the triplets of the pairs' NLI sources
+    compressed_soft, warmed_up       the first stage with soft tokens, and GIRCSE from there
 
 One JSON a run: the commands, what was trained, and evaluate_gircse.py's scores on samples of all tasks. What was done
 before is not repeated: runs whose JSON is there, models that were saved, tasks that were evaluated; a training that was
@@ -30,6 +35,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,12 +49,24 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIRS, HELD_OUT, BATCH = 10_496, 256, 16
 STEPS = (PAIRS - HELD_OUT) // BATCH
 TUNING_STEPS = 100
+# Arguments of choose_pairs.py. What answers is a word or a name, short enough to be said; what is compressed may be
+# long, since max_length and target_length cut it.
+FILES = {
+    "pairs": f"--pairs {PAIRS} --longest 80",
+    "answers": f"--pairs {PAIRS} --longest 80 --sources opentriviaqa oewn_reverse_dictionary",
+    "contexts": f"--pairs {PAIRS} --longest 3000 --sources opentriviaqa medquad scitldr_title scitldr_tldr "
+    "oewn_word_sense oewn_reverse_dictionary",
+    "triplets": "--pairs 5000 --longest 80 --sources snli cad_nli cad_nli_reverse --with_negatives",
+}
 # Of each method three or more, by factors of 2, until the best was not at an end.
 LEARNING_RATES = {
     "gircse": (5e-5, 1e-4, 2e-4),
     "causal_eos": (2.5e-5, 5e-5, 1e-4),
     "bidirectional_avg": (5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
 }
+# Of the other systems, not tuned; for AutoRegEmbed's stages five and four times its paper's, of a model 50 times as
+# large.
+OTHER_RATES = {"answers": 5e-5, "compression": 5e-5, "alignment": 2e-5}
 # GIRCSE as train_gircse.py makes it of a causal LM. The baselines read the same prompt and suffix, so that Causal-EOS's
 # embedding is the state from which GIRCSE generates.
 METHODS = {
@@ -80,17 +98,34 @@ class Run:
     seed: int
     settings: str
     k: str  # of the evaluation
+    data: str = "pairs"
+    script: str = "recipes/paper/train_objective.py"
+    start: str = ""  # the run whose model it goes on from, instead of the backbone
+
+
+def other_systems() -> list[Run]:
+    script, few = "train_autoregembed.py", "1 5 20"
+    first, second = "--stage compression --target_length 64", "--stage alignment --decoder SMOLLM2 --target_length 64"
+    return [
+        Run("learned_tokens-seed0", "gircse", 0, "--step_token learned --num_steps 5", "1 5"),
+        Run("answers-seed0", "answers", 0, "--objective answers --step_token hard", few, "answers"),
+        Run("compressed-seed0", "compression", 0, first, "1 5", "contexts", script),
+        Run("autoregembed-seed0", "alignment", 0, second, "1 5", "triplets", script, start="compressed-seed0"),
+        Run("compressed_soft-seed0", "compression", 0, f"{first} --step_token soft", few, "contexts", script),
+        Run("warmed_up-seed0", "gircse", 0, "", few, start="compressed_soft-seed0"),
+    ]
 
 
 def plan() -> list[Run]:
-    """All runs, in the order in which tables need them: the compared methods first."""
+    """All runs, in the order in which tables need them: the compared methods first; what another goes on from before
+    it."""
     curve, few = "1 3 5 10 15 20", "1 5 20"
     runs = [Run(f"{method}-seed0", method, 0, settings, curve) for method, settings in METHODS.items()]
     for seed in (1, 2):
         runs += [Run(f"{name}-seed{seed}", name, seed, METHODS[name], few) for name in ("gircse", "causal_eos")]
     for name, (method, changes) in VARIANTS.items():
         runs.append(Run(f"{name}-seed0", method, 0, f"{METHODS[method]} {changes}", few))
-    return runs
+    return runs + other_systems()
 
 
 def call(command: list[str], log: Path, threads: int) -> None:
@@ -102,25 +137,31 @@ def call(command: list[str], log: Path, threads: int) -> None:
         subprocess.run(arguments, stdout=file, stderr=subprocess.STDOUT, check=True, env=environment)
 
 
-def write_pairs(args: argparse.Namespace) -> None:
-    output = args.runs / "pairs.jsonl"
-    if output.exists():
-        return
-    chosen = ["--data", str(args.data), "--pairs", str(PAIRS), "--longest", "80", "--output", str(output)]
-    call(["python", "recipes/choose_pairs.py", *chosen], args.runs / "pairs.log", args.threads)
+def write_pairs(args: argparse.Namespace, names: Iterable[str] = ("pairs",)) -> None:
+    for name in names:
+        output = args.runs / f"{name}.jsonl"
+        if not output.exists():
+            chosen = ["--data", str(args.data), "--output", str(output), *FILES[name].split()]
+            call(["python", "recipes/choose_pairs.py", *chosen], args.runs / f"{name}.log", args.threads)
 
 
 def train(run: Run, rate: float, steps: int, args: argparse.Namespace, folder: Path) -> list[str]:
     """Trains into `folder`, unless that was done before; returns the command."""
-    command = ["python", "recipes/paper/train_objective.py", "--model_name_or_path", str(args.backbone)]
-    command += ["--train_data", str(args.runs / "pairs.jsonl"), "--output_dir", str(folder), *SHARED.split()]
-    command += ["--max_steps", str(steps), "--seed", str(run.seed), "--learning_rate", str(rate), *run.settings.split()]
+    start = args.runs / run.start if run.start else args.backbone
+    settings = run.settings.replace("SMOLLM2", str(args.backbone)).split()
+    command = ["python", run.script, "--model_name_or_path", str(start)]
+    command += ["--train_data", str(args.runs / f"{run.data}.jsonl"), "--output_dir", str(folder), *SHARED.split()]
+    command += ["--max_steps", str(steps), "--seed", str(run.seed), "--learning_rate", str(rate), *settings]
     command += args.training.split()
-    if not (folder / "model.safetensors").exists():
+    log = folder / "run.log"
+    if (folder / "model.safetensors").exists():
+        if shlex.join(command) not in log.read_text(encoding="utf-8"):
+            raise ValueError(f"{folder} holds a model of another command, {log.name} tells which: remove the folder")
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints = [*folder.glob("checkpoint-*/trainer_state.json")]
         resume = ["--resume_from_checkpoint", "last"] if checkpoints else []
-        call([*command, *resume], folder / "run.log", args.threads)
+        call([*command, *resume], log, args.threads)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     return command
@@ -208,12 +249,14 @@ def keep(
     """Writes a run's JSON; its commands read the same wherever backbone, data and runs lie."""
     lines = [shlex.join(command) for command in commands]
     for place, name in ((args.runs, "runs/paper"), (args.data, "DATA"), (args.backbone, "SMOLLM2")):
-        lines = [line.replace(str(place), name) for line in lines]
+        lines = [re.sub(rf"(?<= ){re.escape(str(place))}(?=[/ ]|$)", name, line) for line in lines]
+    # Not where it isn't of these pairs: of other data, of other settings, or where a first stage may have read them.
+    of_pairs = run.data == "pairs" and evaluated == trained and not run.start
     content = {
         "commands": lines,
         "method": result.name.split("-")[0],
         "seed": run.seed,
-        "held_out_accuracy": held_out_accuracy(trained),
+        "held_out_accuracy": held_out_accuracy(trained) if of_pairs else {},
         "log": [line for line in training_log(trained) if "loss" in line],
         "tasks": scores(evaluated),
     }
@@ -234,11 +277,14 @@ def main() -> None:
     args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
     for folder in (args.runs, args.results):
         folder.mkdir(parents=True, exist_ok=True)
-    write_pairs(args)
+    runs = [run for run in plan() if run.name in args.only]
+    write_pairs(args, dict.fromkeys(["pairs", *(run.data for run in runs)]))
+    names = [run.name for run in runs]
+    chains = [[run, *(later for later in runs if later.start == run.name)] for run in runs if run.start not in names]
     with ThreadPoolExecutor(args.jobs) as pool:
-        rates = choose_rates(args, pool.map)
+        rates = choose_rates(args, pool.map) | OTHER_RATES
         print(rates, flush=True)
-        list(pool.map(lambda run: perform(run, rates, args), [run for run in plan() if run.name in args.only]))
+        list(pool.map(lambda chain: [perform(run, rates, args) for run in chain], chains))
 
 
 if __name__ == "__main__":

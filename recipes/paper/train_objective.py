@@ -3,8 +3,7 @@
     python recipes/paper/train_objective.py --objective last_step ...
     python recipes/paper/train_objective.py --soft_token_gradient 0.1 ...
 
-`last_step` is InfoNCE on z_K alone; `mixed_steps` contrasts z_i of the queries with z_j of the documents, the order of
-the j's drawn anew for each batch; `icr` is the objective as it is. `--soft_token_gradient a` multiplies the gradient
+`last_step` is InfoNCE on z_K alone, `icr` the objective as it is. `--soft_token_gradient a` multiplies the gradient
 that reaches h'_{k-1} through d_k by a: 0 truncates back-propagation there, so that steps learn through the KV cache
 alone. `--objective answers` is the instruction tuning of models that embed by the tokens they would answer with
 (InBedder's paradigm, `--step_token hard`): the next token of a row's positive, and its end, after the query's prompt.
@@ -39,11 +38,6 @@ TEMPERATURE_RATE = 200  # times the learning rate of the weights, by which a sin
 class LastStep(GircseTrainer):
     def _joint_loss(self, queries: Tensor, documents: Tensor, inputs: dict[str, Any]) -> Tensor:
         return super()._joint_loss(queries[:, -1:], documents[:, -1:], inputs)
-
-
-class MixedSteps(GircseTrainer):
-    def _joint_loss(self, queries: Tensor, documents: Tensor, inputs: dict[str, Any]) -> Tensor:
-        return super()._joint_loss(queries, documents[:, torch.randperm(documents.shape[1])], inputs)
 
 
 class Answers(GircseTrainer):
@@ -145,7 +139,7 @@ class LearnedTemperature(GircseTrainer):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    trainers = {"icr": GircseTrainer, "last_step": LastStep, "mixed_steps": MixedSteps, "answers": Answers}
+    trainers = {"icr": GircseTrainer, "last_step": LastStep, "answers": Answers}
     parser.add_argument("--objective", choices=trainers, default="icr")
     parser.add_argument("--soft_token_gradient", type=float)
     parser.add_argument("--learn_temperature", action="store_true")
@@ -153,6 +147,8 @@ if __name__ == "__main__":
     chosen, rest = parser.parse_known_args()
     if chosen.contrast is not None and (chosen.contrast < 1 or chosen.objective != "icr" or chosen.learn_temperature):
         parser.error(f"--contrast {chosen.contrast} must be at least 1, and is for the objective icr alone")
+    if chosen.learn_temperature and chosen.objective != "icr":
+        parser.error(f"--learn_temperature is for the objective icr alone, not {chosen.objective}")
     trainer: Callable[..., GircseTrainer] = (
         LearnedTemperature if chosen.learn_temperature else trainers[chosen.objective]
     )

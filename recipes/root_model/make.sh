@@ -3,7 +3,8 @@
 # Usage: recipes/root_model/make.sh BACKBONE DATA RUNS [TEACHER]
 #   BACKBONE SmolLM2-135M-Instruct: HuggingFaceTB/SmolLM2-135M-Instruct or its folder
 #   DATA     a folder with text/, train/ and eval/ (recipes/DATA.md; recipes/check_data.py checks one)
-#   RUNS     where all that is made goes; every step goes on from its last checkpoint when the command is repeated
+#   RUNS     where all that is made goes; when the command is repeated, distillation goes on from its last checkpoint,
+#            and no step that is done is done again
 #   TEACHER  a Sentence Transformers model, by default sentence-transformers/all-MiniLM-L6-v2
 # The model ends in RUNS/gircse, and no file of the repository changes: publish.sh copies it to the root.
 #

@@ -31,12 +31,11 @@ keep() { sed -e "s#$data/#DATA/#g" -e "s#$runs/#runs/#g" -e "s#$teacher#$minilm#
 
 # 256 tokens a text for both models alike, which is also where MiniLM cuts by itself. The batch changes the time alone.
 settings=(--tasks local --data "$data/eval" --max_length 256 --batch_size 64)
-rm -f results/{root,minilm}_sampled.json  # of an evaluation of fewer rows, which would take these scores' place
 python evaluate_gircse.py --model . "${settings[@]}" --dtype bfloat16 --output_dir "$runs/eval-root"
 keep "$runs/eval-root/results.json" results/root.json
 python evaluate_gircse.py --model "$teacher" --model_name "$minilm" "${settings[@]}" --output_dir "$runs/eval-minilm"
 keep "$runs/eval-minilm/results.json" results/minilm.json
-python recipes/paper/unequal_steps.py --model . --data "$data/eval" --max_length 256 --output "$runs/unequal_steps.json"
-keep "$runs/unequal_steps.json" results/unequal_steps/root.json
+python recipes/paper/unequal_steps.py --model . "${settings[@]}" --dtype bfloat16 --output "$runs/unequal_steps.json"
+keep "$runs/unequal_steps.json" results/unequal_steps.json
 python recipes/figures/draw_tokens.py --model . assets/tokens.png
 python recipes/figures/report_results.py

@@ -49,6 +49,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--training", default="", help="more arguments of train_gircse.py, as one string")
     args = parser.parse_args()
     os.chdir(compare.ROOT)
     args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
