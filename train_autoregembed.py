@@ -53,9 +53,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     sign = "of the reference term: 1 as in the authors' code, -1 as in DPO (1)"
     parser.add_argument("--reference_sign", type=int, choices=[1, -1], help=sign)
     options, rest = parser.parse_known_args(argv)
-    if not options.decoder and (gguf := only_gguf_file(options.model_name_or_path)):
-        rest += ["--gguf_file", gguf]
-    merged = sorted({"--adapter", "--gguf_file"} & {argument.partition("=")[0] for argument in rest})
+    found = ["--gguf_file"] if only_gguf_file(options.model_name_or_path) else []
+    merged = sorted({"--adapter", "--gguf_file"} & {argument.partition("=")[0] for argument in rest + found})
     if merged and not options.decoder:
         parser.error(f"{', '.join(merged)} needs --decoder too: the folder or id of the causal LM that is to say texts")
     if options.target_length < 2:

@@ -247,6 +247,13 @@ def test_arguments_that_do_not_go_together(options, message, exported, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_folder_of_one_gguf_file_needs_a_decoder(tmp_path, capsys):
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(SystemExit):
+        train_autoregembed.parse(["--stage", "compression", "--model_name_or_path", str(tmp_path)])
+    assert "--gguf_file needs --decoder too" in capsys.readouterr().err
+
+
 def test_what_training_does_not_take_is_refused(place, tmp_path):
     with pytest.raises(ValueError, match="num_negatives=2 must be 1"):
         place("alignment", place.plain, "two", "--num_negatives", "2")

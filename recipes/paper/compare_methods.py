@@ -148,7 +148,7 @@ def write_pairs(args: argparse.Namespace, names: Iterable[str] = ("pairs",)) -> 
 def train(run: Run, rate: float, steps: int, args: argparse.Namespace, folder: Path) -> list[str]:
     """Trains into `folder`, unless that was done before; returns the command."""
     start = args.runs / run.start if run.start else args.backbone
-    settings = run.settings.replace("SMOLLM2", str(args.backbone)).split()
+    settings = [str(args.backbone) if part == "SMOLLM2" else part for part in run.settings.split()]
     command = ["python", run.script, "--model_name_or_path", str(start)]
     command += ["--train_data", str(args.runs / f"{run.data}.jsonl"), "--output_dir", str(folder), *SHARED.split()]
     command += ["--max_steps", str(steps), "--seed", str(run.seed), "--learning_rate", str(rate), *settings]
