@@ -11,8 +11,9 @@ Sentence Transformers loads. Only a GIRCSE model with steps has several k, z_1..
 
 Texts go under the prompts of the model's `config_sentence_transformers.json`, by mteb's name of the task: the paper's
 instructions. A task without one there takes that of the task it was adapted from, then mteb's own, then its type's;
-documents of a search are embedded bare. A model of others that has no prompts gets those of mteb's registry. A run that
-is started again with the same output_dir does what is missing.
+documents of a search are embedded bare. A model of others that has no prompts gets those of mteb's registry; one for
+which that has a loader of its own, as it does for most embedders of 7B, is loaded by it. A run that is started again
+with the same output_dir does what is missing.
 
 `--expand_with` embeds each text with an augmentation that a causal LM wrote for its instruction (the paper's appendix
 F); they are kept in output_dir/expansions.
@@ -47,8 +48,9 @@ from gircse.command_line import lenient_console, unescape
 from gircse.evaluation.cache import Results, prompts_of
 from gircse.evaluation.comparison import markdown as comparison_table
 from gircse.evaluation.comparison import write_comparison
+from gircse.evaluation.encoding import LoadedEncoder, StepEncoder, Vectors
 from gircse.evaluation.report import markdown, write_report
-from gircse.evaluation.subjects import STEPS, StepEncoder, Subject, Vectors, load_subject, say
+from gircse.evaluation.subjects import STEPS, Subject, load_subject, say
 from gircse.evaluation.tasks import local_tasks
 
 BENCHMARKS = {"mteb": "MTEB(eng, v2)", "nanobeir": "NanoBEIR", "followir": "FollowIR"}
@@ -137,7 +139,7 @@ def evaluate_task(task: AbsTask, subject: Subject, cache: Results, batch_size: i
             task.rng_state.setstate(drawn)
             task.np_rng.bit_generator.state = drawn_by_numpy
             mteb.evaluate(
-                StepEncoder(vectors, k),
+                LoadedEncoder(subject) if subject.loaded else StepEncoder(vectors, k),
                 task,
                 cache=cache,
                 overwrite_strategy="always",

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,6 +226,25 @@ def static_folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("static") / "model"
     model.save_pretrained(str(path))
     return path
+
+
+@pytest.fixture
+def registry(static_folder, monkeypatch) -> Callable:
+    """Enters the static model into mteb's registry as org/NAME, with a loader of its own, as 7B embedders have."""
+    from mteb.models import ModelMeta
+    from mteb.models.instruct_wrapper import InstructSentenceTransformerModel
+    from mteb.models.model_implementations import MODEL_REGISTRY
+
+    def enter(name: str, loader: Callable = InstructSentenceTransformerModel, **kwargs) -> str:
+        def load_folder(model: str, revision: str, **options):
+            return loader(str(static_folder), None, **options)
+
+        fields = ModelMeta.create_empty().model_dump() | {"name": f"org/{name}", "revision": "1"}
+        meta = ModelMeta(**fields | {"loader": load_folder, "loader_kwargs": kwargs})
+        monkeypatch.setitem(MODEL_REGISTRY, meta.name, meta)
+        return meta.name
+
+    return enter
 
 
 # Bulk embedding

@@ -41,7 +41,8 @@ from evaluation_helpers import (
 )
 from gircse.evaluation import report, subjects
 from gircse.evaluation.cache import Results
-from gircse.evaluation.subjects import StepEncoder, Subject, Vectors
+from gircse.evaluation.encoding import StepEncoder, Vectors
+from gircse.evaluation.subjects import Subject
 from gircse.evaluation.tasks import INSTRUCTIONS, LOCAL, LocalTriplets, local_tasks
 from gircse.loading import load
 from helpers import write_rows

@@ -84,8 +84,12 @@ def test_any_character_is_kept_and_read_again(make_writer, monkeypatch):
     assert make_writer()(["é", "b"], "Find.") == first == ["é\né\u2028\x85é\n", "b\nb\u2028\x85é\n"]
 
 
-def test_tasks_are_evaluated_on_augmented_texts(static_folder, data_folder, writer_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("loaded", [False, True], ids=["Sentence Transformers", "mteb's loader"])
+def test_tasks_are_evaluated_on_augmented_texts(
+    loaded, static_folder, registry, data_folder, writer_folder, tmp_path, monkeypatch
+):
     """Under the bare instruction of each, and filed apart from the plain ones."""
+    model = registry("model", instruction_template="{instruction} ") if loaded else static_folder
     asked: list[tuple[str, set[str]]] = []
 
     def told(self: Writer, texts: list[str], instruction: str) -> list[str]:
@@ -93,10 +97,10 @@ def test_tasks_are_evaluated_on_augmented_texts(static_folder, data_folder, writ
         return [f"{text} {text.upper()}" for text in texts]
 
     tasks, out = ["instruct_scenes-animal", "retrieval_little"], tmp_path / "out"
-    plain = run(static_folder, out, data=data_folder, tasks=tasks)
+    plain = run(model, out, data=data_folder, tasks=tasks)
     monkeypatch.setattr(Writer, "__call__", told)
     options = ("--expand_with", str(writer_folder), "--expansion_tokens", "4")
-    report = run(static_folder, out, *options, data=data_folder, tasks=tasks)
+    report = run(model, out, *options, data=data_folder, tasks=tasks)
     name = f"writer@{subjects.content_hash(writer_folder)}"
     assert report["settings"] == {"expand_with": name, "expansion_tokens": 4}
     instructions = {instruction: texts for instruction, texts in asked}

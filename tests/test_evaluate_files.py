@@ -22,7 +22,8 @@ import evaluate_gircse
 from evaluate_gircse import choose_tasks, unavailable
 from evaluation_helpers import SCENES, TASKS, run, scores, write_data
 from gircse.evaluation import subjects
-from gircse.evaluation.subjects import StepEncoder, Subject, Vectors
+from gircse.evaluation.encoding import StepEncoder, Vectors
+from gircse.evaluation.subjects import Subject
 from gircse.evaluation.tasks import local_tasks
 from helpers import write_rows
 

@@ -88,6 +88,40 @@ def test_prompts_that_only_the_registry_of_mteb_has(static_folder, data_folder, 
     assert prompts(bare, "--model_name", name) == ({"query": "ask: ", "document": "passage: "}, False)
 
 
+def test_a_model_for_which_mteb_has_a_loader_of_its_own(registry, static_folder, data_folder, tmp_path, monkeypatch):
+    """Its prompts are the loader's: here an instruction for queries alone, which its folder knows nothing of."""
+    template = "Instruct: {instruction}\nQuery: "
+    name = registry("seven", instruction_template=template, apply_instruction_to_passages=False)
+    model, encode, asked = SentenceTransformer(str(static_folder), device="cpu"), SentenceTransformer.encode, {}
+
+    def recorded(self, texts, *args, prompt=None, **kwargs):
+        asked.update(dict.fromkeys(texts, prompt))
+        return encode(self, texts, *args, prompt=prompt, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SentenceTransformer, "encode", recorded)
+        options = {"data": data_folder, "tasks": ["sts_pairs", "retrieval_little"]}
+        report = run(name, tmp_path / "out", "--dtype", "bfloat16", **options)
+    query = template.format(instruction=INSTRUCTIONS["retrieval"])
+    assert {text: asked[text] for text in QUERIES.values()} == dict.fromkeys(QUERIES.values(), query)
+    assert {prompt for text, prompt in asked.items() if "document " in text} == {None}
+    prompt = template.format(instruction=INSTRUCTIONS["sts"])
+    left, right = (model.encode([pair[i] for pair in PAIRS], prompt=prompt) for i in (0, 1))
+    expected = 100 * spearmanr(model.similarity_pairwise(left, right), [pair[2] for pair in PAIRS])[0]
+    assert scores(report)["sts_pairs"] == {"None": pytest.approx(expected, abs=0.01)}
+    assert (report["model"], report["revision"], report["settings"]) == (name, "1", {})
+    assert report["tasks"][0]["prompts"] == {"both": "as mteb's loader writes it"}
+
+
+def test_what_mteb_would_load_is_checked(registry, data_folder, tmp_path):
+    name = registry("coded", trust_remote_code=True)
+    with pytest.raises(ValueError, match=f"model='{name}' runs code of its own, .* give --trust_remote_code"):
+        run(name, tmp_path, data=data_folder, tasks=["sts_pairs"])
+    name = registry("reranker", lambda *_, **options: SimpleNamespace(predict=None))
+    with pytest.raises(ValueError, match=f"model='{name}' is a SimpleNamespace in mteb's registry, which embeds no"):
+        run(name, tmp_path, data=data_folder, tasks=["sts_pairs"])
+
+
 @pytest.mark.parametrize(
     ("axes", "suffix"),
     [({"pooling": "last"}, "<|endoftext|>"), ({"attention": "bidirectional"}, "")],

@@ -33,7 +33,7 @@ PACKAGE_ORDER = """
     gircse.embedding gircse.embedding.shards gircse.embedding.plan gircse.embedding.actors
     gircse.evaluation gircse.evaluation.fields gircse.evaluation.tasks gircse.evaluation.report
     gircse.evaluation.comparison gircse.evaluation.expansion gircse.evaluation.subjects
-    gircse.evaluation.cache
+    gircse.evaluation.encoding gircse.evaluation.cache
     gircse.serving gircse.serving.protocol gircse.serving.batcher gircse.serving.replica gircse.serving.front
     gircse.onnx gircse.onnx.assemble gircse.onnx.graph gircse.onnx.formats gircse.onnx.folder
     gircse.training.conditional gircse.training.autoregembed

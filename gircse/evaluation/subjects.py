@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import io
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ import torch
 from huggingface_hub import ModelCard
 from mteb.abstasks.abstask import get_abstask_prompt
 from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
-from mteb.models.abs_encoder import AbsEncoder, get_prompt
+from mteb.models.abs_encoder import get_prompt
 from mteb.models.model_meta import ScoringFunction
+from mteb.models.models_protocols import EncoderProtocol
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
@@ -36,6 +36,7 @@ STEPS = (1, 3, 5, 10, 15, 20)
 PROMPTS = "config_sentence_transformers.json"
 REPORTS = ("results.json", "comparison.json", "prompts.json")  # which an evaluation writes, also into a model's folder
 SECONDS_BETWEEN_LINES = 60  # of progress, in a log
+LOADER = "as mteb's loader writes it"  # in the place of a prompt
 
 
 @dataclass
@@ -46,21 +47,24 @@ class Subject:
         meta: mteb's metadata. Name and revision tell the model from all others, and from other states of its weights.
         settings: what else changes its embeddings or scores, beside k.
         steps: the values of k, or `[None]` for a model without steps.
-        embed: (texts, prompt, side, steps) to (B, len(steps), d) float32; side is "query", "document" or None.
+        embed: (texts, prompt, side, steps) to (B, len(steps), d) float32; side is "query", "document" or None. None for
+            a model that mteb loaded.
         prompts: literal prefixes by mteb's names.
         template: makes a prompt of an instruction; None if only `prompts` are used, by mteb's rule.
         shown: the k of the model card.
         expand: augments texts before they are embedded.
+        loaded: the model that mteb's registry loaded, which writes its own prompts.
     """
 
     meta: ModelMeta
     settings: dict[str, Any]
     steps: list[int | None]
-    embed: Callable[[list[str], str, str | None, list[int | None]], np.ndarray]
+    embed: Callable[[list[str], str, str | None, list[int | None]], np.ndarray] | None
     prompts: dict[str, str]
     template: str | None
     shown: int | None
     expand: Writer | None = None
+    loaded: EncoderProtocol | None = None
 
     def meta_at(self, k: int | None) -> ModelMeta:
         """The metadata under which results of k are filed: mteb's cache goes by name, revision and these settings."""
@@ -69,6 +73,8 @@ class Subject:
 
     def prompt(self, metadata: Any, side: str | None) -> str:
         """The literal prefix of one side of a task; `side` is None for tasks whose texts are all alike."""
+        if self.loaded:
+            return LOADER
         if self.template is None:
             prompt_type = PromptType(side) if side else None
             return get_prompt(self.prompts, metadata, prompt_type) or ""
@@ -98,20 +104,36 @@ def say(line: str) -> None:
     print(line, flush=True)  # unflushed, a log would get it hours later
 
 
+def progress(starts: range) -> Iterator[int]:
+    """Goes through the starts of batches with a bar in a terminal; in a log, which has no room for one, with a line
+    every minute."""
+    bar, said = tqdm(starts, desc="batches", leave=False, disable=None), time.monotonic()
+    for done, start in enumerate(bar):
+        if bar.disable and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            say(f"  {done:,} of {len(starts):,} batches")
+        yield start
+
+
 def load_subject(args: argparse.Namespace) -> Subject:
     """Loads the model that the arguments name.
 
     Raises:
-        ValueError: for a k that the model doesn't have.
+        ValueError: for a k that the model doesn't have; for one of mteb's registry that is no encoder, or runs code of
+            its own unasked.
     """
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         ours = is_gircse(args.model)
     except (OSError, ValueError):  # Sentence Transformers' modules may lie in subfolders
         ours = False
-    subject = (gircse_subject if ours else sentence_transformers_subject)(args, device)
+    registered = None if ours or args.prompt_template or Path(args.model).is_dir() else registry_meta(args.model)
     # Options at their defaults are left out: a run that names a default finds the results of one that does not.
     options = {"dtype": "float32", "max_length": None, "prompt_template": None, "sample": None}
+    if registered and registered.loader not in (None, SentenceTransformerEncoderWrapper):
+        subject, options = registry_subject(args, registered, device), {"sample": None}
+    else:
+        subject = (gircse_subject if ours else sentence_transformers_subject)(args, device)
     subject.settings |= {
         name: getattr(args, name) for name, default in options.items() if getattr(args, name) != default
     }
@@ -220,14 +242,32 @@ def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subj
     return Subject(model_meta(args, facts), settings, [None], embed, prompts, args.prompt_template, None)
 
 
+def registry_subject(args: argparse.Namespace, meta: ModelMeta, device: str) -> Subject:
+    """A model for which mteb has a loader of its own: most embedders of 7B need an end token, an instruction's template
+    or a side of padding that their repos don't tell Sentence Transformers."""
+    if meta.loader_kwargs.get("trust_remote_code") and not args.trust_remote_code:
+        raise ValueError(f"model={args.model!r} runs code of its own, in mteb's loader too: give --trust_remote_code")
+    say("  mteb's loader for it brings prompts, dtype and length limit: --dtype and --max_length don't count")
+    loaded = meta.load_model(device=device)
+    if not isinstance(loaded, EncoderProtocol):
+        raise ValueError(f"model={args.model!r} is a {type(loaded).__name__} in mteb's registry, which embeds no texts")
+    named = meta.model_copy(update={"name": args.model_name or meta.name})
+    return Subject(named, {}, [None], None, {}, None, None, loaded=loaded)
+
+
+def registry_meta(name: str) -> ModelMeta | None:
+    """What mteb's registry has on a model, if it knows it."""
+    try:
+        return mteb.get_model_meta(name, fetch_from_hf=False)
+    except KeyError:
+        return None
+
+
 def registry_prompts(name: str) -> dict[str, str]:
     """The prompts that mteb's registry has for a model whose repo has none, such as those of E5."""
-    try:
-        meta = mteb.get_model_meta(name, fetch_from_hf=False)
-    except KeyError:
-        return {}
+    meta = registry_meta(name)
     # For a model with a loader of its own, they may be no prefixes but names of adapters (Jina) or templates (UAE).
-    prefixes = meta.loader is SentenceTransformerEncoderWrapper
+    prefixes = meta is not None and meta.loader is SentenceTransformerEncoderWrapper
     return meta.loader_kwargs.get("model_prompts") or {} if prefixes else {}
 
 
@@ -305,78 +345,3 @@ def without_requirements(path: Path) -> bytes:
     if settings.pop("requirements", None) is None:
         return content
     return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-# Encoding -----------------------------------------------------------------------------------------------------------
-
-
-class Vectors:
-    """z_k of every distinct text of a task under its prompt, for several k, from one pass.
-
-    They wait on disk in a folder for temporary files (`TMPDIR`), which goes when the block ends: 4 bytes x d x number
-    of k for each text, so 2 GB for 100,000 documents with d = 896 and six k. In memory there is one k at a time.
-    """
-
-    def __init__(self, subject: Subject, steps: list[int | None], batch_size: int) -> None:
-        self.subject, self.steps, self.batch_size = subject, steps, batch_size
-        self.rows: dict[bytes, int] = {}
-
-    def __enter__(self) -> Vectors:
-        self.folder = tempfile.TemporaryDirectory(prefix="gircse-vectors-")
-        self.files = {k: Path(self.folder.name, f"{k}.f32").open("wb") for k in self.steps}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for file in self.files.values():
-            file.close()
-        self.folder.cleanup()
-
-    def __call__(self, texts: list[str], prompt: str, side: str | None, k: int | None) -> np.ndarray:
-        """(len(texts), d) float32: z_k of each text, embedded now unless it was before, at any k."""
-        keys = [self._key(text, prompt, side) for text in texts]
-        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.rows}
-        by_length = sorted(new, key=lambda key: len(new[key]), reverse=True)  # so that little is padded
-        if new:
-            say(f"  embedding {len(new):,} texts")
-        for start in progress(range(0, len(by_length), self.batch_size)):
-            batch = by_length[start : start + self.batch_size]
-            embeddings = self.subject.embed([new[key] for key in batch], prompt, side, self.steps)  # (B, |k|, d)
-            for column, file in enumerate(self.files.values()):
-                np.ascontiguousarray(embeddings[:, column], dtype=np.float32).tofile(file)
-            self.rows.update(zip(batch, range(len(self.rows), len(self.rows) + len(batch)), strict=True))
-        self.files[k].flush()
-        stored = np.memmap(self.files[k].name, np.float32, "r").reshape(len(self.rows), -1)
-        return np.asarray(stored[[self.rows[key] for key in keys]])
-
-    @staticmethod
-    def _key(text: str, prompt: str, side: str | None) -> bytes:
-        parts = json.dumps([text, prompt, side])
-        return hashlib.blake2b(parts.encode(), digest_size=16).digest()  # texts as keys would fill the memory
-
-
-def progress(starts: range) -> Iterator[int]:
-    """Goes through the starts of batches with a bar in a terminal; in a log, which has no room for one, with a line
-    every minute."""
-    bar, said = tqdm(starts, desc="batches", leave=False, disable=None), time.monotonic()
-    for done, start in enumerate(bar):
-        if bar.disable and time.monotonic() - said > SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            say(f"  {done:,} of {len(starts):,} batches")
-        yield start
-
-
-class StepEncoder(AbsEncoder):
-    """The model at one k, as mteb calls it (its `EncoderProtocol`)."""
-
-    def __init__(self, vectors: Vectors, k: int | None) -> None:
-        self.vectors, self.k = vectors, k
-        self.mteb_model_meta = vectors.subject.meta_at(k)
-
-    def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **kwargs: Any) -> np.ndarray:
-        side, subject = prompt_type.value if prompt_type else None, self.vectors.subject
-        texts = [text for batch in inputs for text in batch["text"]]
-        if subject.expand:
-            say("  augmenting texts")
-            bare = "{instruction}"
-            texts = subject.expand(texts, task_prompt(repo_prompts(bare), bare, task_metadata, side))
-        return self.vectors(texts, subject.prompt(task_metadata, side), side, self.k)

@@ -26,6 +26,7 @@ from mteb.types import PromptType
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate_gircse
 from gircse.evaluation import subjects
+from gircse.evaluation.encoding import StepEncoder, Vectors
 from gircse.evaluation.tasks import LocalRetrieval
 
 STEPS = [1, 5, 20]
@@ -34,9 +35,9 @@ STEPS = [1, 5, 20]
 class UnequalEncoder(AbsEncoder):
     """The model with a k for queries and one for documents, as mteb calls it."""
 
-    def __init__(self, vectors: subjects.Vectors, k_query: int, k_document: int) -> None:
-        encoder = subjects.StepEncoder
-        self.sides = {PromptType.query: encoder(vectors, k_query), PromptType.document: encoder(vectors, k_document)}
+    def __init__(self, vectors: Vectors, k_query: int, k_document: int) -> None:
+        sides = ((PromptType.query, k_query), (PromptType.document, k_document))
+        self.sides = {side: StepEncoder(vectors, k) for side, k in sides}
         self.mteb_model_meta = vectors.subject.meta
 
     def encode(self, inputs: Any, *, prompt_type: PromptType, **kwargs: Any) -> Any:
@@ -51,7 +52,7 @@ def search(encoder: UnequalEncoder, task: LocalRetrieval, folder: str | None = N
 
 def measure(task: LocalRetrieval, subject: subjects.Subject, shortlist: int, batch_size: int) -> dict[str, Any]:
     task.load_data()
-    with subjects.Vectors(subject, STEPS, batch_size) as vectors, tempfile.TemporaryDirectory() as folder:
+    with Vectors(subject, STEPS, batch_size) as vectors, tempfile.TemporaryDirectory() as folder:
         # The least k's search leaves its lists in the folder, for the shortlist.
         grid = {
             f"{k_query} in {k_document}": search(
