@@ -35,8 +35,8 @@ WINDOW = r"window(_size|_length)?$"
 # What decoders raise for a cache or a mask that they can't take: the next way of calling them is tried then.
 REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 SLOW = (
-    "{} has no KV cache of transformers {} that could be gone on from, so each step runs the whole sequence: the same "
-    "vectors, and far slower."
+    "{} has no KV cache in transformers {} that a later call can continue, so each step runs the whole sequence again: "
+    "the same vectors, far slower."
 )
 
 logger = logging.get_logger(__name__)
@@ -262,7 +262,7 @@ def find_way(
     mask[1, 0] = 0
     training = [module for module in language_model.modules() if module.training]
     language_model.eval()  # with dropout, no two passes would agree
-    problem = "its states depend on padding, or can't be gone on from"
+    problem = "its states depend on padding, or a later call can't continue them"
     try:
         expected = states(ids[1:, 1:], mask[1:, 1:], Way())
         other = states(ids[1:, -1:], mask[1:, -1:], Way())

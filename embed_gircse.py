@@ -33,14 +33,13 @@ from tqdm import tqdm
 
 import gircse
 from gircse import ROOT
-from gircse.command_line import lenient_console, parser_of, progress
+from gircse.command_line import DTYPES, lenient_console, parser_of, positive_int, progress
 from gircse.embedding.actors import Embedder, Tally, size_pool
 from gircse.embedding.plan import list_shards, make_plan
 from gircse.embedding.shards import BAD_ROWS, is_abandoned, is_there, report
 from gircse.rows import ENDINGS
 
 EXIT_BAD_ROWS = 3
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,19 +53,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--revision", help="branch, tag or commit of a model on the Hub")
     add("--trust_remote_code", action="store_true", help="run the code of --model; this repo's model needs none but it")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights; embeddings are float32")
-    add("--k", type=_count, help="generated tokens, by default what the model's config says")
+    add("--k", type=positive_int, help="generated tokens, by default what the model's config says")
     add("--instruction", help="of every text; by default none, as for the documents of a retrieval task")
-    add("--batch_size", type=_count, default=32)
-    add("--rows_per_shard", type=_count, default=10_000, help="what a kill costs an actor at most (default: 10000)")
-    add("--num_actors", type=_count, help="models on each node; by default one for each GPU, or one on all CPU cores")
+    add("--batch_size", type=positive_int, default=32)
+    add("--rows_per_shard", type=positive_int, default=10_000, help="the most that a kill costs an actor (10000)")
+    add("--num_actors", type=positive_int, help="models on a node; by default one a GPU, or one on all CPU cores")
     add("--num_gpus", type=float, help="GPUs of each actor, also a part of one; by default 1 where there are any")
     return parser.parse_args(argv)
-
-
-def _count(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number above 0")
-    return int(value)
 
 
 def run(options: argparse.Namespace, plan: dict[str, Any], waiting: Sequence[dict[str, Any]]) -> None:

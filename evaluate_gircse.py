@@ -44,7 +44,7 @@ from huggingface_hub import HfApi, constants
 from mteb.abstasks.abstask import AbsTask
 
 from gircse import ROOT
-from gircse.command_line import lenient_console, unescape
+from gircse.command_line import DTYPES, lenient_console, unescape
 from gircse.evaluation.cache import Results, prompts_of
 from gircse.evaluation.comparison import markdown as comparison_table
 from gircse.evaluation.comparison import write_comparison
@@ -62,7 +62,6 @@ TABLE_9 = {
 }
 # What a model of --models may have of its own.
 OWN = {"model": str, "model_name": str, "prompt_template": str, "dtype": str, "max_length": int, "batch_size": int}
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 # Tasks --------------------------------------------------------------------------------------------------------------

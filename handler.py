@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoProcessor
 
 # Limits of one request.
@@ -101,9 +103,9 @@ class EndpointHandler:
         ids = self.processor(texts, prompt=prompt, max_length=most, padding=False, return_tensors=None)["input_ids"]
         result: list = [None] * len(texts)
         for rows in batches([len(row) for row in ids], steps):
-            inputs = self.processor([texts[row] for row in rows], prompt=prompt, max_length=most)
+            inputs = padded([ids[row] for row in rows], self.model.device)
             embeddings = self.model.generate_embedding(
-                **inputs.to(self.model.device), k=k, normalize=False, return_steps=parameters["return_steps"]
+                *inputs, k=k, normalize=False, return_steps=parameters["return_steps"]
             )[..., :size]
             if parameters["normalize"]:
                 embeddings = F.normalize(embeddings, dim=-1)
@@ -136,7 +138,7 @@ class EndpointHandler:
         return PARAMETERS | given
 
 
-# What `serve_gircse.py` checks, too.
+# What `serve_gircse.py` uses, too.
 
 
 def check_values(given: dict[str, Any], hidden_size: int) -> dict[str, Any]:
@@ -179,12 +181,19 @@ def check_texts(texts: Any, prompt: str, argument: str = "inputs") -> None:
 
 
 def batches(lengths: list[int], k: int) -> Iterator[list[int]]:
-    """Row numbers by batch, longest texts first: batches have little padding, and a too long text fails at once."""
+    """Row numbers by batch, longest texts first, so that batches have little padding."""
     rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     while rows:
         count = most_rows(lengths[rows[0]], k)
         yield rows[:count]
         rows = rows[count:]
+
+
+def padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids of B texts -> ids and mask, int64 (B, N) each."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # whatever stands where the mask is 0
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    return ids.to(device), mask.to(device)
 
 
 def most_rows(longest: int, k: int, tokens: int | None = None) -> int:

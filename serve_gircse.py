@@ -31,13 +31,12 @@ import uvicorn
 from ray import serve
 
 from gircse import ROOT
-from gircse.command_line import lenient_console, parser_of
+from gircse.command_line import DTYPES, lenient_console, parser_of, positive_int
 from gircse.loading import commit_of, is_gircse, is_hub_id
 from gircse.serving.front import Front
 from gircse.serving.replica import Replica
 from handler import MAX_K, TEXTS_PER_BATCH, TOKENS_PER_BATCH
 
-DTYPES = ("float32", "bfloat16", "float16")
 # Requests that a replica has at a time, so that the next batch is there when one ends; and how many there are for each
 # replica before another one is started.
 MOST_REQUESTS, BUSY_REQUESTS = 2 * TEXTS_PER_BATCH, 32
@@ -49,30 +48,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default=str(ROOT), help="GIRCSE model, Hub id or folder; by default the one of this repo")
     add("--revision", help="branch, tag or commit of a model on the Hub")
     add("--name", help="of the model in requests; by default its Hub id or its folder's name, and gircse for this repo")
-    add("--k", type=_count, help="generated tokens where a request doesn't say; by default the config's number")
+    add("--k", type=positive_int, help="generated tokens where a request doesn't say; by default the config's number")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="0 is any that is free (default: 8000)")
     add("--dtype", choices=DTYPES, help="of the weights; by default bfloat16 on GPUs and float32 on CPUs")
     add("--num_gpus", type=float, help="GPUs of each replica, also a part of one; by default 1 where there are any")
-    add("--num_cpus", type=_count, help="CPU cores of each replica; by default 1 beside a GPU, else all are shared out")
-    add("--min_replicas", type=_count, default=1, help="that run at all times (default: 1)")
-    add("--max_replicas", type=_count, help="that run when there is much to do; by default as many as --min_replicas")
+    add(
+        "--num_cpus",
+        type=positive_int,
+        help="CPU cores of a replica; by default 1 beside a GPU, else a share of all",
+    )
+    add("--min_replicas", type=positive_int, default=1, help="replicas that always run (default: 1)")
+    add("--max_replicas", type=positive_int, help="the most replicas, under load; by default as many as --min_replicas")
     batch = f"tokens of a batch, generated ones included: rows times the longest (default: {TOKENS_PER_BATCH})"
-    add("--max_batch_tokens", type=_count, default=TOKENS_PER_BATCH, help=batch)
-    wait = "that a batch with room left waits for more; after a larger one it waits for longer (default: 5)"
+    add("--max_batch_tokens", type=positive_int, default=TOKENS_PER_BATCH, help=batch)
+    wait = "milliseconds that a batch with room left waits for more texts; longer after a larger batch (default: 5)"
     add("--batch_wait_ms", type=float, default=5, help=wait)
     queue = "texts that wait or are in work, in all replicas; beyond it the answer is 429 (default: 4096)"
-    add("--max_queue", type=_count, default=4096, help=queue)
+    add("--max_queue", type=positive_int, default=4096, help=queue)
     add("--timeout", type=float, default=300, help="seconds after which a request is given up (default: 300)")
     options = parser.parse_args(argv)
     options.max_replicas = options.max_replicas or options.min_replicas
     return options
-
-
-def _count(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number above 0")
-    return int(value)
 
 
 def check(options: argparse.Namespace) -> None:

@@ -123,19 +123,17 @@ def settled_states(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h'_0, (B, d), g_1..g_K, (B, K, d), and how many of them each text took until cos(z_k, z_{k-1}) > 1 - tolerance,
     (B,) int64. A text that has settled leaves the batch; its later states are zeros."""
-    batch, device, pooling = len(input_ids), input_ids.device, model.config.pooling
+    batch, device = len(input_ids), input_ids.device
     steps = torch.full((batch,), k, device=device)
     if batch == 0:
         none = torch.zeros(0, k + 1, model.config.hidden_size, device=device)
         return none[:, 0], none[:, 1:], steps
     loop = StepLoop(model, input_ids, attention_mask, k)
-    prompt, running, found, previous = loop.state, torch.arange(batch, device=device), [], None
-    total, more = (at_least_float32(prompt), 1) if pooling == "mean_with_prompt" else (0, 0)
+    prompt, running, previous = loop.state, torch.arange(batch, device=device), None
+    states = at_least_float32(prompt).new_zeros(batch, k, prompt.shape[-1])
     for step in range(1, k + 1):
-        state = at_least_float32(loop.step()[1])
-        found.append(state.new_zeros(batch, state.shape[-1]).index_copy(0, running, state))
-        total = total + state
-        current = state if pooling == "last" else total / (step + more)
+        states[running, step - 1] = at_least_float32(loop.step()[1])
+        current = model._pool(prompt[running], states[running, :step])[:, -1]
         if previous is not None:
             settled = F.cosine_similarity(current, previous, dim=-1) > 1 - tolerance
             steps[running[settled]] = step
@@ -144,9 +142,9 @@ def settled_states(
             if settled.any() and step < k:
                 rows = (~settled).nonzero()[:, 0]
                 loop.keep(rows)
-                running, total, current = running[rows], total[rows], current[rows]
+                running, current = running[rows], current[rows]
         previous = current
-    return prompt, F.pad(torch.stack(found, dim=1), (0, 0, 0, k - len(found))), steps
+    return prompt, states, steps
 
 
 @torch.no_grad()

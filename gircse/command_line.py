@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+DTYPES = ("float32", "bfloat16", "float16")
 LOG_SECONDS = 30  # between the lines of a log that stand for a bar
 
 
@@ -16,6 +17,13 @@ def unescape(text: str) -> str:
     r"""Text of a command line: a shell's quotes leave `\n` as two characters, which stand for a line break (`\t` for a
     tab, `\\` for one backslash)."""
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
+
+
+def positive_int(value: str) -> int:
+    """An argument that is a whole number from 1."""
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number above 0")
+    return int(value)
 
 
 def lenient_console() -> None:

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import deepspeed
-from transformers.utils import logging
+from transformers.utils import HF_MODULES_CACHE, logging
 
 from . import ROOT
 
 # What the paper puts before a text (appendix C), and what stands for the text in `chat_prompt`.
 PAPER_PROMPT, TEXT = "Instruct: {instruction}\nQuery: ", "{text}"
+# What an evaluation writes, also into a model's folder.
+REPORTS = ("results.json", "comparison.json", "prompts.json")
 # A new model's max_length leaves positions for at least this many steps, which evaluation takes.
 STEPS_OF_EVALUATION = 20
 
@@ -41,6 +44,15 @@ def whole_weights() -> Iterator[None]:
         yield
     finally:
         deepspeed.set_hf_deepspeed_config(config)
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Among the processes of a machine: transformers copies a model's code to a folder when it loads it, and another
+    process must not import half a file."""
+    Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(HF_MODULES_CACHE) / "gircse.lock"):
+        yield
 
 
 def load(
@@ -173,6 +185,23 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
 
 def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"([\w.-]+/)?[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that the vectors of a folder's model depend on, in the same order on any system: weights and settings
+    of the model, of Sentence Transformers' modules, and of an adapter that takes the weights' place. Not the reports of
+    an evaluation, nor shards that no index names, as nothing loads them."""
+    listed, config = folder / "modules.json", folder / "config.json"
+    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+    folders = {folder} | {folder / module["path"] for module in modules}
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    if settings.get("model_type") == "gircse" and settings.get("adapter"):
+        folders.add(folder / settings["adapter"])
+    kinds = (".safetensors", ".bin", ".json", ".jinja")
+    paths = {p for f in folders if f.is_dir() for p in f.iterdir() if p.suffix in kinds and p.name not in REPORTS}
+    indexed = {path.parent for path in paths if path.name.endswith(".index.json")}
+    paths -= {path for path in paths if "-of-" in path.name and path.parent not in indexed}
+    return sorted(paths, key=lambda path: path.relative_to(folder).parts)
 
 
 def sentence_transformers_settings(processor: Any) -> dict[str, Any]:

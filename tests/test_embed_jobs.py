@@ -237,7 +237,9 @@ def test_another_adapter_for_the_same_output_is_refused(tmp_path):
     (base / "model.safetensors").write_bytes(b"1")
     (model / "lora/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
     call = arguments(data, tmp_path / "out", "--model", str(model), "--trust_remote_code")
-    assert make_plan(parse(call)) == make_plan(parse(call))
+    plan = make_plan(parse(call))
+    (model / "results.json").write_text("{}")  # an evaluation into the model's folder makes it no other model
+    assert make_plan(parse(call)) == plan
     (base / "model.safetensors").write_bytes(b"12")
     with pytest.raises(ValueError, match="base file model.safetensors was "):
         make_plan(parse(call))

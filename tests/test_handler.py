@@ -150,7 +150,7 @@ def test_no_gradients_are_kept(handler, monkeypatch):
     kept = []
     original = handler.model.generate_embedding
     monkeypatch.setattr(
-        handler.model, "generate_embedding", lambda **inputs: kept.append(original(**inputs)) or kept[-1]
+        handler.model, "generate_embedding", lambda *ids, **k: kept.append(original(*ids, **k)) or kept[-1]
     )
     with torch.enable_grad():
         handler({"inputs": TEXTS})

@@ -11,12 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import ray
 import torch
-from filelock import FileLock
 from transformers import AutoModel, AutoProcessor
-from transformers.utils import HF_MODULES_CACHE
 
 from .. import ROOT
-from ..loading import load
+from ..loading import load, one_at_a_time
 from ..rows import RowFile
 from .shards import BAD_ROWS_KEY, write_whole
 
@@ -47,10 +45,7 @@ class Embedder:
         self.settings, self.files, self.id_kind = plan["settings"], plan["files"], plan["id"]
         self.output, self.batch_size, self.device = Path(output), batch_size, device
         self.tally, self.reader = tally, None
-        Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
-        # transformers copies the model's code there when it loads it; another actor of this node must not import half a
-        # file.
-        with FileLock(Path(HF_MODULES_CACHE) / "embed_gircse.lock"):
+        with one_at_a_time():
             self.model, self.processor = load_model(self.settings, trust_remote_code)
         self.model.to(device)
         self.max_length = self.model.text_limit(self.processor.max_length, self.settings["k"])

@@ -14,15 +14,14 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig
 
 from .. import ROOT
 from ..command_line import progress
+from ..loading import commit_of, model_files
 from ..rows import PARQUET, RowFile, is_text
 from .shards import write_whole
 
-WEIGHTS = (".json", ".safetensors", ".bin")  # the kinds of files that vectors depend on
 PLAN = "_plan.json"  # readers of a folder of Parquet pass over names that start with "_" or "."
 
 
@@ -124,15 +123,13 @@ def identify_model(options: argparse.Namespace, begun: dict[str, Any]) -> tuple[
             f"model={model!r} is no GIRCSE model but of type {config.get('model_type')!r}; train one first"
         )
     if folder.is_dir():
-        folders = {Path(model), Path(model, config.get("adapter") or "")}  # an adapter may take the weights' place
-        files = [f for path in folders for f in path.glob("*") if f.suffix in WEIGHTS]
-        names = {f"model file {file.relative_to(model).as_posix()}": file for file in files}
+        names = {f"model file {file.relative_to(model).as_posix()}": file for file in model_files(Path(model))}
         base, its_files = identify_base(Path(model, config["adapter"])) if config.get("adapter") else ({}, {})
         return {"model": model, "revision": None, **base}, names | its_files
-    cached = try_to_load_from_cache(model, "config.json", revision=revision)
-    if not isinstance(cached, str):
+    commit = commit_of(model, revision)
+    if commit is None:
         raise ValueError(f"model={model!r}: its commit can't be told, as its files are not in the cache of the Hub")
-    return {"model": model, "revision": Path(cached).parent.name}, {}
+    return {"model": model, "revision": commit}, {}
 
 
 def identify_base(adapter: Path) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -140,10 +137,8 @@ def identify_base(adapter: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     base, revision = settings["base_model_name_or_path"], settings.get("revision")
     if Path(base).is_dir():
-        files = sorted(f for f in Path(base).iterdir() if f.suffix in WEIGHTS)
-        return {"base": base}, {f"base file {file.name}": file for file in files}
-    cached = try_to_load_from_cache(base, "config.json", revision=revision)
-    return {"base": base, "base revision": Path(cached).parent.name if isinstance(cached, str) else revision}, {}
+        return {"base": base}, {f"base file {file.name}": file for file in model_files(Path(base))}
+    return {"base": base, "base revision": commit_of(base, revision) or revision}, {}
 
 
 def digest(files: dict[str, Path]) -> dict[str, str]:

@@ -28,13 +28,12 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
-from ..loading import commit_of, is_gircse, load, sentence_transformers_settings
+from ..loading import commit_of, is_gircse, load, model_files, sentence_transformers_settings
 from .expansion import Writer
 from .report import CODE_OF_ITS_OWN
 
 STEPS = (1, 3, 5, 10, 15, 20)
 PROMPTS = "config_sentence_transformers.json"
-REPORTS = ("results.json", "comparison.json", "prompts.json")  # which an evaluation writes, also into a model's folder
 SECONDS_BETWEEN_LINES = 60  # of progress, in a log
 LOADER = "as mteb's loader writes it"  # in the place of a prompt
 
@@ -313,23 +312,12 @@ def file_of(model: str, name: str) -> Path | None:
 
 
 def content_hash(folder: Path) -> str:
-    """12 digits that change with the weights or a setting of a model's folder. Shards that no index names don't
-    count, as nothing loads them."""
-    listed = folder / "modules.json"
-    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
-    folders = {folder} | {folder / module["path"] for module in modules}
-    config = folder / "config.json"  # names the folder of an adapter that takes the weights' place
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    if settings.get("model_type") == "gircse" and settings.get("adapter"):
-        folders.add(folder / settings["adapter"])
-    kinds = (".safetensors", ".bin", ".json", ".jinja")
-    paths = {p for f in folders if f.is_dir() for p in f.iterdir() if p.suffix in kinds and p.name not in REPORTS}
-    indexed = {path.parent for path in paths if path.name.endswith(".index.json")}
-    paths -= {path for path in paths if "-of-" in path.name and path.parent not in indexed}
+    """12 digits that change with the weights or a setting of a model's folder."""
     digest = hashlib.sha256()
-    for path in sorted(paths, key=lambda path: path.relative_to(folder).parts):  # in the same order on any system
+    for path in model_files(folder):
         digest.update(path.relative_to(folder).as_posix().encode())
-        if path == config:  # the dtype of a load without one, which an evaluation never is, makes no other model
+        if path == folder / "config.json":  # the dtype of a load without one, which an evaluation never is, is no part
+            settings = json.loads(path.read_text(encoding="utf-8"))
             kept = {name: value for name, value in settings.items() if name not in ("dtype", "torch_dtype")}
             digest.update(json.dumps(kept, sort_keys=True).encode())
             continue

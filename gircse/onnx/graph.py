@@ -43,7 +43,7 @@ class StepGraph(nn.Module):
         empty_id: the token that a text without any gets, if there are no suffix ids.
 
     Raises:
-        ValueError: if the backbone has no KV cache that can be gone on from, or layers that see otherwise than in full
+        ValueError: if the backbone has no KV cache that a later call can continue, or layers that see otherwise than in full
             or in a sliding window.
     """
 
@@ -59,7 +59,7 @@ class StepGraph(nn.Module):
             raise unfit(model, f"how far its layers of the kind {', '.join(unknown)} see is not known")
         self.cache_name = model._find_way(torch.device("cpu")).cache
         if self.cache_name is None and self.generates:
-            raise unfit(model, "it has no KV cache that the steps inside the graph could go on from")
+            raise unfit(model, "it has no KV cache that the steps inside the graph could continue")
         slides = "sliding_attention" in self.kinds or not self.kinds and getattr(config, "use_sliding_window", True)
         # A mask of both directions is the same for all layers in PyTorch, too: see `single_pass_gircse`.
         slides = slides and model.config.attention == "causal"

@@ -37,10 +37,10 @@ class Batcher:
     Args:
         run: embeds rows of one k; returns one result for each.
         max_tokens: of a batch: its rows times the longest of them, generated tokens included.
-        wait: seconds that a batch which could have more rows waits for them; 0 for none. Then, as long as there are
-            fewer than were in the last batch or waited at its end, it waits for up to [`WAIT_SHARE`] of the time that
-            that one took, [`MOST_WAIT`] seconds at most: clients that were answered send their next texts, which would
-            otherwise make a batch of their own each time.
+        wait: seconds that a batch with room left waits for more rows; 0 for none. Then, while fewer rows wait than the
+            last batch had or left behind, it waits for up to [`WAIT_SHARE`] of the time that the last batch took,
+            [`MOST_WAIT`] seconds at most: clients that were just answered send their next texts, which would otherwise
+            make a batch of their own each time.
     """
 
     def __init__(self, run: Callable[[list[list[int]], int | None], Sequence[Any]], max_tokens: int, wait: float):

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers.utils import HF_MODULES_CACHE, cached_file
+from transformers.utils import cached_file
 
-from ..loading import load
+from handler import padded
+
+from ..loading import load, one_at_a_time
 from .batcher import Batcher
 from .protocol import UnknownModelError, read, write, write_error
 
@@ -52,10 +52,7 @@ class Replica:
         max_batch_tokens: int,
         batch_wait: float,
     ) -> None:
-        Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
-        # transformers copies the model's code there when it loads it; another process of this node must not import half
-        # a file.
-        with FileLock(Path(HF_MODULES_CACHE) / "embed_gircse.lock"):
+        with one_at_a_time():
             self.model, self.processor = load(model, dtype=dtype, revision=revision)
         self.model.to(device).eval()
         file = cached_file(model, PROMPTS, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -96,10 +93,7 @@ class Replica:
 
     def run(self, rows: list[list[int]], k: int | None) -> Tensor:
         """(B, d) float32 on the CPU, not normalized, of B lists of tokens."""
-        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # whatever stands where the mask is 0
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
-        device = self.model.device
-        return self.model.generate_embedding(ids.to(device), mask.to(device), k=k, normalize=False).cpu()
+        return self.model.generate_embedding(*padded(rows, self.model.device), k=k, normalize=False).cpu()
 
     def write(self, embeddings: list[Tensor], size: int, form: str, tokens: int) -> bytes:
         vectors = F.normalize(torch.stack(embeddings)[:, :size], dim=-1).tolist() if embeddings else []

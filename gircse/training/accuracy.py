@@ -15,7 +15,7 @@ from .gradient_cache import place_rows, rows_of
 from .losses import candidate_mask
 
 ACCURACY_STEPS = (1, 3, 5, 10, 20)
-# Tokens that a text of --per_device_eval_batch_size stands for: a batch has so many for each, and more short texts.
+# A batch holds at most --per_device_eval_batch_size times so many tokens, so that of short texts there are more.
 TOKENS_OF_A_TEXT = 512
 
 

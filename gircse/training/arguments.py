@@ -62,7 +62,7 @@ class ModelArguments:
         default=None, metadata={"help": "a PEFT adapter of the plain causal LM, merged before training"}
     )
     gguf_file: str | None = field(
-        default=None, metadata={"help": "the file to take of a repo in GGUF; the one that there is in a folder"}
+        default=None, metadata={"help": "GGUF file to load from a Hub repo; a folder's only one is found by itself"}
     )
     dtype: str = field(
         default="float32",
@@ -114,7 +114,9 @@ class DataArguments:
     skip_bad_rows: bool = field(
         default=False, metadata={"help": f"leave rows with errors out, and list them in {BAD_ROWS} of the output"}
     )
-    max_bad_share: float = field(default=0.01, metadata={"help": "the most of them, as a share of all rows"})
+    max_bad_share: float = field(
+        default=0.01, metadata={"help": "with --skip_bad_rows: the largest share of rows to leave out"}
+    )
     held_out: int | None = field(
         default=None,
         metadata={
