@@ -48,11 +48,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--suffix",
         help="what follows every text; by default as in training: of the chat template, unless the other is given",
     )
-    add("--document_prompt", default="", help="what precedes a document, for Sentence Transformers and mteb (nothing)")
+    add("--document_prompt", default="", help="what precedes a document, but in training and AutoProcessor (nothing)")
     add(
         "--max_length",
         type=int,
-        help="longest text in tokens, prompt and suffix included (512, or the room of the backbone)",
+        help="most tokens of a text, prompt and suffix included (512, if there is room)",
     )
     add("--save_dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the saved weights (bfloat16)")
     options = parser.parse_args(argv)

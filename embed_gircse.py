@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--trust_remote_code", action="store_true", help="run the code of --model; this repo's model needs none but it")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights; embeddings are float32")
     add("--k", type=positive_int, help="generated tokens, by default what the model's config says")
-    add("--instruction", help="of every text; by default none, as for the documents of a retrieval task")
+    add("--instruction", help="of every text; by default none: texts are documents of a retrieval task")
     add("--batch_size", type=positive_int, default=32)
     add("--rows_per_shard", type=positive_int, default=10_000, help="the most that a kill costs an actor (10000)")
     add("--num_actors", type=positive_int, help="models on a node; by default one a GPU, or one on all CPU cores")

@@ -53,11 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--port", type=int, default=8000, help="0 is any that is free (default: 8000)")
     add("--dtype", choices=DTYPES, help="of the weights; by default bfloat16 on GPUs and float32 on CPUs")
     add("--num_gpus", type=float, help="GPUs of each replica, also a part of one; by default 1 where there are any")
-    add(
-        "--num_cpus",
-        type=positive_int,
-        help="CPU cores of a replica; by default 1 beside a GPU, else a share of all",
-    )
+    add("--num_cpus", type=positive_int, help="CPU cores of a replica; by default 1 beside a GPU, else a share of all")
     add("--min_replicas", type=positive_int, default=1, help="replicas that always run (default: 1)")
     add("--max_replicas", type=positive_int, help="the most replicas, under load; by default as many as --min_replicas")
     batch = f"tokens of a batch, generated ones included: rows times the longest (default: {TOKENS_PER_BATCH})"

@@ -7,6 +7,7 @@ graphs need.
 from __future__ import annotations
 
 import functools
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +29,8 @@ from .step_loop_gircse import StepLoop, checkpoints
 
 # Static caches come in lengths that are multiples of this, so that few shapes are compiled.
 STATIC_CACHE_MULTIPLE = 64
+# At a time, whatever the thread: a model's calls use the same cache.
+ONE_CALL = Lock()
 
 
 def static_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -35,6 +38,12 @@ def static_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
     slots = -(-(attention_mask.shape[1] + k) // STATIC_CACHE_MULTIPLE) * STATIC_CACHE_MULTIPLE
     check_static(model, slots, input_ids.device)
     loop = StepLoop(model, input_ids, attention_mask, k)
+    with ONE_CALL:
+        return compiled_loop(model, loop, k, slots)
+
+
+def compiled_loop(model: PreTrainedModel, loop: StepLoop, k: int, slots: int) -> tuple[Tensor, Tensor]:
+    """The rest of `static_states`, after the prefill."""
     mask, positions, prompt = loop.mask, loop.positions, loop.state
     past = {loop.way.cache: fixed_cache(model, loop.past[loop.way.cache], len(mask), slots)}
     hidden = additive_mask(F.pad(mask, (0, slots - mask.shape[1])), model.language_model.dtype)[:, None, None]

@@ -46,7 +46,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--model_name_or_path", required=True, help="the causal LM, or what the first stage has made")
     parser.add_argument("--decoder", help="the causal LM (the model, if it is one)")
     tokens = "of a new model: learned, or soft or hard (learned)"
-    parser.add_argument("--step_token", choices=["learned", "soft", "hard"], default="learned", help=tokens)
+    parser.add_argument("--step_token", choices=["learned", "soft", "hard"], help=tokens)
     parser.add_argument("--target_length", type=int, default=128, help="most tokens that the decoder says (128)")
     parser.add_argument("--beta", type=float, help="of the alignment (0.1)")
     parser.add_argument("--tau", type=float, help="of the alignment (0.1)")
@@ -73,8 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, rest = parse(argv)
     settings = {name: value for name in OF_ALIGNMENT if (value := getattr(options, name)) is not None}
     trainer = partial(STAGES[options.stage], target_length=options.target_length, **settings)
-    given = [*SHARED.split(), *DEFAULTS[options.stage].split(), "--step_token", options.step_token]
-    given += ["--num_steps", "5"] if options.step_token == "learned" else []
+    given = [*SHARED.split(), *DEFAULTS[options.stage].split()]
+    new = only_gguf_file(options.model_name_or_path) or not is_gircse(options.model_name_or_path)
+    if step_token := options.step_token or ("learned" if new else None):
+        given += ["--step_token", step_token]
+    given += ["--num_steps", "5"] if new and step_token == "learned" else []
     given += [*rest, "--model_name_or_path", options.model_name_or_path]
     train_gircse.main(given, partial(with_decoder, trainer, options.decoder))
 

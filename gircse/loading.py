@@ -16,12 +16,14 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import deepspeed
-from transformers.utils import HF_MODULES_CACHE, logging
+from transformers.utils import HF_MODULES_CACHE, cached_file, logging
 
 from . import ROOT
 
 # What the paper puts before a text (appendix C), and what stands for the text in `chat_prompt`.
 PAPER_PROMPT, TEXT = "Instruct: {instruction}\nQuery: ", "{text}"
+LOGIT_TEMPERATURE = 2.0  # T of a new model; at the papers' 1 gradients explode (docs/training.md)
+PROMPTS = "config_sentence_transformers.json"
 # What an evaluation writes, also into a model's folder.
 REPORTS = ("results.json", "comparison.json", "prompts.json")
 # A new model's max_length leaves positions for at least this many steps, which evaluation takes.
@@ -77,12 +79,14 @@ def load(
         gguf_file: which GGUF file of a repo to load; by default the only one of a folder without a config.json.
         prompt_template, suffix: of a new model's processor; without both, as [`chat_prompt`] says.
         revision: branch, tag or commit on the Hub.
-        axes: of a new model, as `GircseModel.from_causal_lm` takes them.
+        axes: of a new model, as `GircseModel.from_causal_lm` takes them; None where they are not given.
 
     Raises:
-        ValueError: if the arguments don't go together, the folder is none of these, or the backbone is refused.
+        ValueError: if the arguments don't go together, the folder is none of these, or the backbone is refused; if what
+            is given of a new model differs from what a GIRCSE model has.
     """
     path = str(path)
+    axes = {name: value for name, value in axes.items() if value is not None}
     model_class = get_class_from_dynamic_module("modeling_gircse.GircseModel", str(ROOT))
     processor_class = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))
     AutoConfig.register("gircse", model_class.config_class, exist_ok=True)  # else tokenizers ask for trust in code
@@ -97,8 +101,12 @@ def load(
         # False, since the folder's code is not needed. Left out, AutoTokenizer would ask the user whether to trust it.
         processor = processor_class.from_pretrained(path, trust_remote_code=False, **at)
         with whole_weights():
-            return model_class.from_pretrained(path, **at, **settings), processor
+            model = model_class.from_pretrained(path, **at, **settings)
+        check_axes(path, model.config, axes)
+        check_axes(path, processor, {"prompt_template": prompt_template, "suffix": suffix})
+        return model, processor
     with whole_weights():
+        axes.setdefault("logit_temperature", LOGIT_TEMPERATURE)
         model = model_class.from_causal_lm(path, adapter=adapter, **axes, **settings, **gguf, **at)
 
     def make_processor(**options: Any) -> Any:
@@ -112,6 +120,16 @@ def load(
         processor = make_processor(mistral_format=False)
     processor.max_length = model.text_limit(processor.max_length, max(model.config.num_steps, STEPS_OF_EVALUATION))
     return model, processor
+
+
+def check_axes(path: str, owner: Any, given: dict[str, Any]) -> None:
+    """Raises a ValueError if something is given that a GIRCSE model, or its processor, has otherwise."""
+    for name, value in given.items():
+        if value is not None and value != getattr(owner, name):
+            raise ValueError(
+                f"{name}={value!r} is for a new model, and {path!r} is a GIRCSE model with {getattr(owner, name)!r}: "
+                "leave it out, or start from a causal LM"
+            )
 
 
 def chat_prompt(tokenizer: Any) -> tuple[str, str]:
@@ -187,6 +205,12 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"([\w.-]+/)?[\w.-]+", name) is not None and not Path(name).exists()
 
 
+def prompts_of(model: str, revision: str | None = None) -> dict[str, str]:
+    """The literal prompts by name in the `config_sentence_transformers.json` of a folder or Hub id, if it has one."""
+    file = cached_file(model, PROMPTS, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(file).read_text(encoding="utf-8")).get("prompts", {}) if file else {}
+
+
 def model_files(folder: Path) -> list[Path]:
     """The files that the vectors of a folder's model depend on, in the same order on any system: weights and settings
     of the model, of Sentence Transformers' modules, and of an adapter that takes the weights' place. Not the reports of
@@ -206,8 +230,9 @@ def model_files(folder: Path) -> list[Path]:
 
 def sentence_transformers_settings(processor: Any) -> dict[str, Any]:
     """This repo's `config_sentence_transformers.json`, its prompts in the template of `processor`."""
-    names = ("config_sentence_transformers.json", "processor_config.json")
-    settings, own = (json.loads((ROOT / name).read_text(encoding="utf-8")) for name in names)
+    settings, own = (
+        json.loads((ROOT / name).read_text(encoding="utf-8")) for name in (PROMPTS, "processor_config.json")
+    )
     before, _, after = own["prompt_template"].partition("{instruction}")
     for name, prompt in settings["prompts"].items():
         settings["prompts"][name] = processor.prompt_for(prompt.removeprefix(before).removesuffix(after))

@@ -14,6 +14,7 @@ from helpers import ROOT
 
 ROWS = [json.loads(line) for line in (ROOT / "sample_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
 TEXTS = [text for row in ROWS for text in (row["query"], *row["pos"])]
+MODEL: Path | None = None  # of the tests of a file that sets it; else that of this repo
 
 
 def write_lines(file: Path, lines: list[bytes | dict]) -> Path:
@@ -23,7 +24,8 @@ def write_lines(file: Path, lines: list[bytes | dict]) -> Path:
 
 
 def arguments(pattern: Path | str, output: Path, *more: str) -> list[str]:
-    return ["--input", str(pattern), "--output", str(output), "--num_actors", "2", "--num_gpus", "0", *more]
+    model = ["--model", str(MODEL), "--trust_remote_code"] if MODEL else []
+    return ["--input", str(pattern), "--output", str(output), "--num_actors", "2", "--num_gpus", "0", *model, *more]
 
 
 def read(output: Path) -> dict:
@@ -46,7 +48,8 @@ def machine(folder: Path) -> str:
     return names[0].removeprefix(".probe.").rpartition("-")[0]
 
 
-def expected(texts: list[str], k: int, instruction: str | None = None) -> torch.Tensor:
-    settings = {"model": str(ROOT), "revision": None, "dtype": "float32"}
-    model, processor = actors.load_model(settings, trust_remote_code=False)
-    return model.generate_embedding(**processor(texts, instruction=instruction), k=k)
+def expected(texts: list[str], k: int, model: Path | None = None, **options: str | int) -> torch.Tensor:
+    """`options` are the processor's."""
+    settings = {"model": str(model or MODEL or ROOT), "revision": None, "dtype": "float32"}
+    loaded, processor = actors.load_model(settings, trust_remote_code=True)
+    return loaded.generate_embedding(**processor(texts, **options), k=k)

@@ -188,5 +188,5 @@ def test_states_may_differ_by_what_the_weights_round(make_model, axes, dtype, mo
     if dtype == torch.bfloat16:
         model._find_way(torch.device("cpu"))
     else:
-        with pytest.raises(ValueError, match="its states depend on padding, or can't be gone on from"):
+        with pytest.raises(ValueError, match="its states depend on padding, or a later call can't"):
             model._find_way(torch.device("cpu"))

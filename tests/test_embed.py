@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import embed_gircse
+import embed_helpers
 from embed_gircse import EXIT_BAD_ROWS, main, parse
 from embed_helpers import TEXTS, arguments, expected, machine, read, stamps, write_lines
 from gircse import command_line, rows
@@ -33,13 +35,17 @@ from gircse.embedding import actors, shards
 from gircse.embedding import plan as plans
 from gircse.embedding.plan import make_plan
 from gircse.embedding.shards import BAD_ROWS
-from helpers import ROOT
-
-if not (ROOT / "model.safetensors").exists():
-    pytest.skip("the repo root holds no model.safetensors to embed with", allow_module_level=True)
-
+from helpers import ROOT, export_tiny
 
 INSTRUCTION = "Given a question, retrieve an answer."
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(gircse, tmp_path_factory) -> Iterator[Path]:
+    """A tiny one, where a test doesn't name another."""
+    embed_helpers.MODEL = export_tiny(gircse, tmp_path_factory.mktemp("embedder") / "model")
+    yield embed_helpers.MODEL
+    embed_helpers.MODEL = None
 
 
 def bad_rows(output: Path) -> list[tuple[str, int]]:
@@ -74,8 +80,8 @@ def test_every_kind_of_input_keeps_ids_and_sets_bad_rows_aside(cluster, tmp_path
     assert list(found) == ids  # in the order of the input, too
     vectors = torch.stack(list(found.values()))
     assert vectors.dtype == torch.float32
-    cosines = F.cosine_similarity(vectors, expected([text for part in parts for text in part], 2, INSTRUCTION))
-    assert cosines.min() > 0.9999
+    texts = [text for part in parts for text in part]
+    assert F.cosine_similarity(vectors, expected(texts, 2, instruction=INSTRUCTION)).min() > 0.9999
     kind = pq.read_schema(output / "000000.parquet").field("embedding").type
     assert kind == pa.list_(pa.float32(), vectors.shape[1])
 
@@ -106,22 +112,18 @@ def test_every_kind_of_input_keeps_ids_and_sets_bad_rows_aside(cluster, tmp_path
 
 
 @pytest.mark.slow
-def test_another_model_default_ids_and_status_0(cluster, tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in (*ROOT.glob("*.json"), *ROOT.glob("*_gircse.py"), ROOT / "model.safetensors"):
-        shutil.copy(file, model)
+def test_the_model_of_this_repo_default_ids_and_status_0(cluster, tmp_path):
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
         write_lines(tmp_path / name / "same.jsonl", [{"text": f"{name} {i}"} for i in range(3)])
     output = tmp_path / "out"
-    call = arguments(tmp_path / "?" / "same.jsonl", output, "--model", str(model), "--trust_remote_code")
-    call += ["--num_actors", "1"]  # two are in the test above
+    files = str(tmp_path / "?" / "same.jsonl")
+    call = ["--input", files, "--output", str(output), "--num_actors", "1"]  # two are in the test above
     assert main(call) == 0
     found = read(output)
     assert list(found) == [f"{name}/same.jsonl:{row}" for name in "xy" for row in (1, 2, 3)]
     texts = [f"{name} {i}" for name in "xy" for i in range(3)]  # k is that of the config
-    assert F.cosine_similarity(torch.stack(list(found.values())), expected(texts, 5)).min() > 0.9999
+    assert F.cosine_similarity(torch.stack(list(found.values())), expected(texts, 5, ROOT)).min() > 0.9999
     assert bad_rows(output) == []
 
 
@@ -129,7 +131,7 @@ def embed_alone(call: list[str], order: int = 1) -> int:
     """Runs a job without Ray, its shards in this order; returns its exit status."""
     options = parse(call)
     plan = make_plan(options)
-    embedder = actors.Embedder(plan, str(options.output), options.batch_size, "cpu", False)
+    embedder = actors.Embedder(plan, str(options.output), options.batch_size, "cpu", True)
     for shard in plans.list_shards(plan)[::order]:
         if not (options.output / shard["name"]).exists():
             assert embedder(shard)["rows"] == shard["stop"] - shard["start"]
@@ -225,20 +227,32 @@ def test_a_column_of_nothing_is_told_of_each_row(tmp_path):
 
 
 def test_a_large_k_truncates_long_texts(tmp_path):
-    """They and the steps share the backbone's 512 positions."""
+    """They and the steps share the backbone's 128 positions."""
     texts = ["x " * 2000, "short"]
-    call = finished(tmp_path, [{"text": text} for text in texts], "--k", "30")
+    call = finished(tmp_path, [{"text": text} for text in texts], "--k", "100")
     assert main(call) == 0
-    settings = {"model": str(ROOT), "revision": None, "dtype": "float32"}
-    model, processor = actors.load_model(settings, trust_remote_code=False)
-    vectors = model.generate_embedding(**processor(texts, max_length=512 - 30), k=30)
+    vectors = expected(texts, 100, max_length=128 - 100)
     found = torch.stack(list(read(tmp_path / "out").values()))
     assert F.cosine_similarity(found, vectors).min() > 0.9999
 
 
+@pytest.mark.parametrize("instruction", [None, INSTRUCTION])
+def test_documents_get_the_models_prompt_for_them(tmp_path, model, instruction):
+    """As a converted model may have one."""
+    changed = shutil.copytree(model, tmp_path / "model")
+    settings = json.loads((changed / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    settings["prompts"]["document"] = "passage: "
+    (changed / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    options = ["--instruction", instruction] if instruction else []
+    finished(tmp_path, [{"text": "a red thing"}], "--k", "2", "--model", str(changed), *options)
+    kept = {"instruction": instruction} if instruction else {"prompt": "passage: "}
+    found = torch.stack(list(read(tmp_path / "out").values()))
+    assert F.cosine_similarity(found, expected(["a red thing"], 2, changed, **kept)).min() > 0.9999
+
+
 def test_a_k_that_leaves_no_room_for_text_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="k=512 takes all positions"):
-        finished(tmp_path, [{"text": "x"}], "--k", "512")
+    with pytest.raises(ValueError, match="k=128 takes all positions"):
+        finished(tmp_path, [{"text": "x"}], "--k", "128")
 
 
 def test_what_others_write_is_left_to_them(tmp_path):
@@ -258,7 +272,8 @@ def test_what_others_write_is_left_to_them(tmp_path):
     assert sorted(file.name for file in output.glob(".*")) == sorted(kept)
 
 
-def test_an_empty_shard_is_written_again(tmp_path, capsys):
+@pytest.mark.slow
+def test_an_empty_shard_is_written_again(cluster, tmp_path, capsys):
     """As a loss of power leaves one."""
     call = finished(tmp_path, [{"text": "x"}], "--k", "1")
     shard = tmp_path / "out/000000.parquet"
@@ -267,7 +282,8 @@ def test_an_empty_shard_is_written_again(tmp_path, capsys):
     assert len(read(tmp_path / "out")) == 1
 
 
-def test_files_below_the_output_are_no_input(tmp_path):
+@pytest.mark.slow
+def test_files_below_the_output_are_no_input(cluster, tmp_path):
     (tmp_path / "corpus").mkdir()
     output = tmp_path / "corpus/vectors"
     write_lines(tmp_path / "corpus/a.jsonl", [{"text": "x"}])
@@ -351,7 +367,7 @@ def test_an_actor_tells_how_far_it_is(tmp_path, monkeypatch):
     tally = actors.Tally()
     told = []
     remote = SimpleNamespace(tell=SimpleNamespace(remote=lambda *of: (told.append(of), tally.tell(*of))))
-    embedder = actors.Embedder(make_plan(parse(call)), str(tmp_path / "out"), 2, "cpu", False, remote)
+    embedder = actors.Embedder(make_plan(parse(call)), str(tmp_path / "out"), 2, "cpu", True, remote)
     seconds = iter(range(0, 100, 2))
     monkeypatch.setattr(actors, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     embedder({"name": "000000.parquet", "file": 0, "start": 0, "stop": 6})

@@ -22,7 +22,7 @@ UNWANTED_MODULES = {"ctypes", "ftplib", "http", "importlib", "marshal", "multipr
 UNWANTED_MODULES |= {"shutil", "socket", "ssl", "subprocess", "tempfile", "urllib", "webbrowser"}
 UNWANTED_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "input", "breakpoint"}
 # All that the files may call when they are imported.
-CALLS_AT_IMPORT = {"logging.get_logger", "torch.no_grad", "dataclass"} | {
+CALLS_AT_IMPORT = {"logging.get_logger", "torch.no_grad", "dataclass", "Lock"} | {
     f"{name}.register_for_auto_class" for name in ("GircseConfig", "GircseModel", "GircseProcessor")
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -253,6 +254,15 @@ def test_static_cache_is_kept_for_its_shape_and_not_with_the_weights(make_model,
     del model
     gc.collect()
     assert len(kept) == count - 1
+
+
+def test_static_steps_of_several_threads_are_their_own(make_model, batch, uncompiled):
+    model = make_model()
+    calls = [(batch[0].roll(shift, 1), batch[1]) for shift in range(12)]
+    expected = [model.generate_embedding(*call, k=4) for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda call: model.generate_embedding(*call, k=4, cache_implementation="static"), calls))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_static_cache_of_inference_mode_is_not_written_to_outside_of_it(make_model, batch, uncompiled):

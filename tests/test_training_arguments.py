@@ -27,6 +27,7 @@ def test_warm_up(processor, tmp_path):
     assert arguments.get_warmup_steps(100) == 10
     chosen = GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", warmup_steps=3)
     assert chosen.get_warmup_steps(100) == 3
+    assert [arguments.get_warmup_steps(steps) for steps in (1, 2, 10, 11)] == [0, 1, 1, 2]  # one step alone is a step
     trainer = make_trainer(tiny_model(), processor, tmp_path, make_rows(4), learning_rate=1.0)
     trainer.create_optimizer_and_scheduler(num_training_steps=100)
     rates = []
@@ -41,6 +42,12 @@ def test_warm_up(processor, tmp_path):
 def test_counts_below_one_are_refused(tmp_path, setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* must be >= 1"):
         GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **setting)
+
+
+def test_a_query_alone_with_its_document_is_refused(processor, tmp_path):
+    rows = [{**row, "neg": []} for row in make_rows(4)]
+    with pytest.raises(ValueError, match="per_device_train_batch_size=1 without hard negatives leaves a query nothing"):
+        make_trainer(tiny_model(), processor, tmp_path, rows, per_device_train_batch_size=1)
 
 
 # What `Trainer` does with all other arguments holds here, too.

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gircse.loading import PAPER_PROMPT
 from gircse.training.arguments import ModelArguments
+from gircse.training.publishing import export
 from helpers import make_tokenizer
 from train_gircse import load_model, main
 
@@ -25,6 +26,18 @@ def test_text_of_a_shell_is_read_as_it_is_meant(lora):
     arguments = ModelArguments(model_name_or_path=str(lora.base), prompt_template=template, suffix=r"\n\\n")
     processor = load_model(arguments)[1]
     assert processor.prompt_template == "Instruct: {instruction}\nQuery:\t" and processor.suffix == "\n\\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("step_token", "none"), ("num_steps", 7), ("logit_temperature", 1.5), ("suffix", "<eos>")]
+)
+def test_what_is_of_a_new_model_is_not_given_up_silently(lora, tmp_path, name, value):
+    """As where somebody trains a baseline, but from the default model."""
+    model, processor = load_model(ModelArguments(str(lora.base), num_steps=3))
+    export(model, processor, tmp_path / "gircse")
+    with pytest.raises(ValueError, match=f"{name}={value!r} is for a new model, and .* is a GIRCSE model with"):
+        load_model(ModelArguments(str(tmp_path / "gircse"), **{name: value}))
+    assert load_model(ModelArguments(str(tmp_path / "gircse"), num_steps=3))[0].config.num_steps == 3
 
 
 CHATML = (

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from .. import ROOT
-from ..loading import load, one_at_a_time
+from ..loading import load, one_at_a_time, prompts_of
 from ..rows import RowFile
 from .shards import BAD_ROWS_KEY, write_whole
 
@@ -48,6 +48,9 @@ class Embedder:
         with one_at_a_time():
             self.model, self.processor = load_model(self.settings, trust_remote_code)
         self.model.to(device)
+        self.prompt = self.processor.prompt_for(self.settings["instruction"])
+        if not self.prompt:
+            self.prompt = prompts_of(self.settings["model"], self.settings["revision"]).get("document", "")
         self.max_length = self.model.text_limit(self.processor.max_length, self.settings["k"])
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, int]:
@@ -90,8 +93,7 @@ class Embedder:
         told = time.monotonic()
         for start in range(0, len(texts), self.batch_size):
             rows = order[start : start + self.batch_size]
-            part, instruction = [texts[row] for row in rows], self.settings["instruction"]
-            inputs = self.processor(part, instruction=instruction, max_length=self.max_length)
+            inputs = self.processor([texts[row] for row in rows], prompt=self.prompt, max_length=self.max_length)
             vectors = self.model.generate_embedding(**inputs.to(self.device), k=self.settings["k"])
             embeddings[rows] = vectors.cpu()
             if time.monotonic() - told > 1:

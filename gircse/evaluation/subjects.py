@@ -28,12 +28,11 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
-from ..loading import commit_of, is_gircse, load, model_files, sentence_transformers_settings
+from ..loading import PROMPTS, commit_of, is_gircse, load, model_files, prompts_of, sentence_transformers_settings
 from .expansion import Writer
 from .report import CODE_OF_ITS_OWN
 
 STEPS = (1, 3, 5, 10, 15, 20)
-PROMPTS = "config_sentence_transformers.json"
 SECONDS_BETWEEN_LINES = 60  # of progress, in a log
 LOADER = "as mteb's loader writes it"  # in the place of a prompt
 
@@ -174,8 +173,7 @@ def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
         return states[:, [k - 1 for k in steps]].cpu().numpy()
 
     template = args.prompt_template or processor.prompt_template
-    settings = file_of(args.model, PROMPTS)
-    prompts = json.loads(settings.read_text(encoding="utf-8")).get("prompts", {}) if settings else {}
+    prompts = prompts_of(args.model)
     if args.prompt_template or not any(prompts.values()):
         prompts = repo_prompts(template)
     size = model.num_parameters()

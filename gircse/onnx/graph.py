@@ -43,8 +43,8 @@ class StepGraph(nn.Module):
         empty_id: the token that a text without any gets, if there are no suffix ids.
 
     Raises:
-        ValueError: if the backbone has no KV cache that a later call can continue, or layers that see otherwise than in full
-            or in a sliding window.
+        ValueError: if the backbone has no KV cache that a later call can continue, or layers that see otherwise than in
+            full or in a sliding window.
     """
 
     def __init__(self, model: Any, k: int, suffix_ids: list[int], empty_id: int) -> None:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.utils import cached_file
 
 from handler import padded
 
-from ..loading import load, one_at_a_time
+from ..loading import load, one_at_a_time, prompts_of
 from .batcher import Batcher
 from .protocol import UnknownModelError, read, write, write_error
-
-PROMPTS = "config_sentence_transformers.json"
 
 logger = logging.getLogger("ray.serve")  # which ends up in the replica's log
 
@@ -55,8 +50,7 @@ class Replica:
         with one_at_a_time():
             self.model, self.processor = load(model, dtype=dtype, revision=revision)
         self.model.to(device).eval()
-        file = cached_file(model, PROMPTS, revision=revision, _raise_exceptions_for_missing_entries=False)
-        self.prompts = json.loads(Path(file).read_text(encoding="utf-8")).get("prompts", {}) if file else {}
+        self.prompts = prompts_of(model, revision)
         self.name, config = name, self.model.config
         self.k = k or (None if config.step_token == "none" else config.num_steps)
         self.batcher = Batcher(self.run, max_batch_tokens, batch_wait)

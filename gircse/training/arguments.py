@@ -73,13 +73,17 @@ class ModelArguments:
     lora_r: int = 64
     lora_alpha: int = 32
     lora_dropout: float = 0.0
-    num_steps: int = field(default=20, metadata={"help": "K at inference, written to a new model's config"})
-    logit_temperature: float = field(
-        default=2.0, metadata={"help": "T of the soft tokens, for a new model; the paper's 1 makes gradients explode"}
+    num_steps: int | None = field(default=None, metadata={"help": "K at inference of a new model (20)"})
+    logit_temperature: float | None = field(
+        default=None, metadata={"help": "T of a new model's soft tokens (2; the paper's 1 makes gradients explode)"}
     )
-    step_token: str = field(default="soft", metadata={"help": "soft, hard, learned or none, for a new model"})
-    attention: str = field(default="causal", metadata={"help": "causal or bidirectional, for a new model"})
-    pooling: str = field(default="mean", metadata={"help": "mean, mean_with_prompt or last, for a new model"})
+    step_token: str | None = field(
+        default=None, metadata={"help": "of a new model: soft (default), hard, learned or none"}
+    )
+    attention: str | None = field(default=None, metadata={"help": "of a new model: causal (default) or bidirectional"})
+    pooling: str | None = field(
+        default=None, metadata={"help": "of a new model: mean (default), mean_with_prompt or last"}
+    )
     prompt_template: str | None = field(
         default=None,
         metadata={
@@ -114,9 +118,7 @@ class DataArguments:
     skip_bad_rows: bool = field(
         default=False, metadata={"help": f"leave rows with errors out, and list them in {BAD_ROWS} of the output"}
     )
-    max_bad_share: float = field(
-        default=0.01, metadata={"help": "with --skip_bad_rows: the largest share of rows to leave out"}
-    )
+    max_bad_share: float = field(default=0.01, metadata={"help": "with --skip_bad_rows: the most, as a share of rows"})
     held_out: int | None = field(
         default=None,
         metadata={
@@ -211,4 +213,5 @@ class GircseTrainingArguments(TrainingArguments):
     def get_warmup_steps(self, num_training_steps: int) -> int:
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
-        return math.ceil(num_training_steps * (self.warmup_steps or self.warmup_ratio))
+        steps = math.ceil(num_training_steps * (self.warmup_steps or self.warmup_ratio))
+        return min(steps, num_training_steps - 1)  # the first step of a warm-up has a rate of 0

@@ -73,6 +73,12 @@ class GircseTrainer(Trainer):
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start one process a GPU, by `accelerate launch`")
+        alone = args.per_device_train_batch_size * args.world_size == 1
+        if alone and self.objective is None and not (args.num_negatives and any(pairs["neg"])):
+            raise ValueError(
+                "per_device_train_batch_size=1 without hard negatives leaves a query nothing to be told from: raise "
+                "it, with --sub_batch_size 1 if memory is short"
+            )
         if args.save_adapter:
             check_adapter(model, base_models, args.push_to_hub)
         set_defaults(args, model)

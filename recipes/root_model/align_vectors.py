@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", required=True, help="a causal LM or a GIRCSE model")
     parser.add_argument("--vectors", required=True, help="folder of teacher_vectors.py")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--logit_temperature", type=float, default=2.0, help="T of a new model")
+    parser.add_argument("--logit_temperature", type=float, help="T of a new model (2)")
     parser.add_argument("--fit_on", type=int, default=4000, help="texts, drawn at random")
     parser.add_argument("--k", type=int, default=5)
     args = parser.parse_args()

@@ -36,6 +36,7 @@ texts=(
 # without one, leave the lengths out.
 gpu=(--attn_implementation eager --graph_lengths)
 distillation=(
+    --num_steps 5              # beyond which the model gains nothing
     --max_steps 700            # what 150 s of an H200 had room for
     --batch_size 256           # not tuned
     --learning_rate 4e-4       # for batches of 256; not tuned
