@@ -215,7 +215,7 @@ def check_version_of_peft(peft: Any) -> None:
     except ValueError as error:
         raise ImportError(
             f"transformers {transformers.__version__} needs peft >= {MIN_PEFT_VERSION} for unmerged adapters, and "
-            f"this is peft {peft.__version__}: pip install -U peft, or merge the adapter by "
+            f"this is peft {peft.__version__}: install a newer one, or merge the adapter by "
             "GircseModel.from_causal_lm(adapter=...), which works with this one"
         ) from error
 

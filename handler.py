@@ -121,20 +121,20 @@ class EndpointHandler:
         if not isinstance(inside, dict):
             raise ValueError(f"parameters={inside!r:.80} must be an object, such as {{'k': 5}}")
         given = {name: value for name, value in data.items() if name not in ("inputs", "parameters")} | inside
-        # Clients send some parameters by themselves: `options`, for the scheduling of the old Inference API; `truncate`
-        # and `truncation_direction`, which ask for what is done anyway; `dimensions`, another name of `truncate_dim`.
+        # Clients send some parameters by themselves: `options`, for the scheduling of the old Inference API; the next
+        # three, which ask for what is done anyway; `dimensions`, another name of `truncate_dim`.
         given.pop("options", None)
-        for name, done in (("truncate", (True,)), ("truncation_direction", ("right", "Right"))):
-            if (value := given.pop(name, None)) not in (None, *done):
-                raise ValueError(
-                    f"{name}={value!r:.80}: a text that is too long is always cut at its end; leave it out"
-                )
+        for name, done in (("truncate", True), ("truncation_direction", "right"), ("encoding_format", "float")):
+            if (value := given.pop(name, None)) not in (None, done, str(done).capitalize()):
+                raise ValueError(f"{name}={value!r:.80} is not done: only {done!r} is, which may be left out")
         unknown = sorted(given.keys() - PARAMETERS.keys() - {"dimensions"})
         if unknown:
             raise ValueError(f"{', '.join(unknown):.80}: no such parameter; there are {', '.join(PARAMETERS)}")
         given = check_values(given, self.model.config.hidden_size)
         if "dimensions" in given:
-            given.setdefault("truncate_dim", given.pop("dimensions"))
+            size = given.pop("dimensions")
+            if given.setdefault("truncate_dim", size) != size:
+                raise ValueError(f"truncate_dim={given['truncate_dim']} and dimensions={size} are one: leave one out")
         return PARAMETERS | given
 
 

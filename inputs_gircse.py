@@ -16,6 +16,10 @@ def check_inputs(
 ) -> tuple[Tensor, Tensor, int]:
     """The checked inputs, with each row's tokens moved to the right and columns of nothing but padding removed."""
     k = check_k(model, k)
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids must be a tensor, not {type(input_ids).__name__}: call generate_embedding(**processor(texts))"
+        )
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
@@ -65,7 +69,13 @@ def check_values(model: Any, input_ids: Tensor, mask: Tensor) -> int:
     if not lengths.all():
         row = int((lengths == 0).nonzero()[0])
         raise ValueError(f"attention_mask: row {row} has no token; give every text at least one (such as eos)")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    embed = model.get_input_embeddings()
+    if not hasattr(embed, "num_embeddings"):
+        raise ValueError(
+            f"the token embeddings are wrapped as {type(embed).__name__}, and soft tokens are mixed from the table "
+            "itself: leave it out of the adapter, or merge that"
+        )
+    vocabulary = embed.num_embeddings
     outside = mask & ((input_ids < 0) | (input_ids >= vocabulary))
     if outside.any():
         raise ValueError(

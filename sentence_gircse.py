@@ -189,7 +189,10 @@ class SentenceGircse(InputModule):
             ValueError: if `backend` is not "torch".
         """
         if backend != "torch":
-            raise ValueError(f"backend={backend!r} has no loop that feeds hidden states back: use backend='torch'")
+            raise ValueError(
+                f"backend={backend!r} is not one of this model: use backend='torch'. export_gircse.py writes an ONNX "
+                "graph with its steps, which onnxruntime runs by itself (docs/onnx.md)"
+            )
         common = {
             "subfolder": subfolder,
             "token": token,
@@ -206,15 +209,21 @@ class SentenceGircse(InputModule):
         )
 
     def merge_adapter(self) -> None:
-        """Merges the active adapters (`add_adapter`, `load_adapter`) into the weights and removes all adapters. The
-        embeddings stay the same and take less time, and the model is saved with all of its weights. Where an adapter
-        changes the token embeddings or the LM head by themselves, these are no longer tied.
+        """Merges the active adapters (`add_adapter`, `load_adapter`, or a `PeftModel` around the model) into the
+        weights and removes all adapters. The embeddings stay the same and take less time, and the model is saved with
+        all of its weights. Where an adapter changes the token embeddings or the LM head by themselves, these are no
+        longer tied.
 
         Raises:
             ValueError: if there is no adapter.
         """
         if not hasattr(self.model, "peft_config"):
             raise ValueError("merge_adapter: the model has no adapter; load or add one first")
+        if hasattr(self.model, "merge_and_unload"):  # PEFT's own wrapper around the model
+            _untie_adapted(self.model.get_base_model())
+            self.model = self.model.merge_and_unload()
+            self.model.config.name_or_path = ""
+            return
         _untie_adapted(self.model)
         for module in list(self.model.modules()):
             if hasattr(module, "base_layer"):  # PEFT's wrapper of a layer (LoRA, ...)

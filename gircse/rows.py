@@ -129,7 +129,8 @@ class RowFile:
         records = csv.reader(chain([header], file), delimiter=delimiter, strict=True)
         names = [name.strip() for name in next(records)]
         if len({*names}) < len(names) or "" in names:
-            raise ValueError(f"{self.path}: the header must name each column once, not {names!r:.200}")
+            remedy = "; pandas writes it so with to_csv(..., index=False)" if names[0] == "" else ""
+            raise ValueError(f"{self.path}: the header must name each column once, not {names!r:.200}{remedy}")
 
         def parse(cells: list[str] | csv.Error) -> dict[str, Any]:
             if isinstance(cells, csv.Error):

@@ -94,6 +94,7 @@ def test_parameters_may_stand_beside_the_inputs(handler, embed):
         {"options": {}},  # Weaviate's text2vec-huggingface
         {"options": {"wait_for_model": True, "use_cache": True}},  # LangChain
         {"truncate": True, "normalize": True},  # Haystack
+        {"encoding_format": "float"},  # InferenceClient
         {"truncate": None, "truncation_direction": "Right", "dimensions": None},  # InferenceClient
     ],
 )
@@ -177,8 +178,10 @@ def test_on_a_gpu_it_runs_in_bfloat16(handler):
         ({"inputs": "a", "parameters": [3]}, "parameters=[3] must be an object"),
         ({"inputs": "a", "parameters": {"K": 3}}, "K: no such parameter; there are k, instruction, prompt_name"),
         ({"inputs": "a", "use_cache": True}, "use_cache: no such parameter"),
-        ({"inputs": "a", "truncate": False}, "truncate=False: a text that is too long is always cut at its end"),
-        ({"inputs": "a", "truncation_direction": "left"}, "truncation_direction='left': a text that is too long"),
+        ({"inputs": "a", "truncate": False}, "truncate=False is not done: only True is, which may be left out"),
+        ({"inputs": "a", "encoding_format": "base64"}, "encoding_format='base64' is not done: only 'float' is"),
+        ({"inputs": "a", "truncate_dim": 4, "dimensions": 8}, "truncate_dim=4 and dimensions=8 are one: leave one out"),
+        ({"inputs": "a", "truncation_direction": "left"}, "truncation_direction='left' is not done: only 'right' is"),
         ({"inputs": "a", "dimensions": 33}, "dimensions=33 must be a whole number from 1 to 32"),
         ({"inputs": "a", "k": 0}, "k=0 must be a whole number from 1 to 64"),
         ({"inputs": [], "k": 0}, "k=0 must be a whole number"),

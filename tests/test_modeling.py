@@ -333,6 +333,9 @@ def test_bad_ids_and_masks(make_model, batch):
             model.generate_embedding(outside, mask, k=1)
     with pytest.raises(ValueError, match=r"\(B, N\)"):
         model.generate_embedding(ids, mask[:, :4], k=1)
+    for wrong in ({"input_ids": ids}, ["a text"], ids.numpy()):
+        with pytest.raises(TypeError, match=f"must be a tensor, not {type(wrong).__name__}: call generate_embedding"):
+            model.generate_embedding(wrong)
     assert model.text_limit(k=3) == 125 and model.text_limit() == 128 - model.config.num_steps
     assert model.text_limit(100, 3) == 100 and model.text_limit(126, 3) == 125
     with pytest.raises(ValueError, match="k=128 takes all positions of the backbone: choose k below 128"):

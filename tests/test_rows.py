@@ -116,6 +116,11 @@ def test_a_header_names_each_column_once(tmp_path, header):
         fields(write(tmp_path / "x.csv", f"{header}\n1,2,3\n"))
 
 
+def test_an_index_of_pandas_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"not \['', 'query'\]; pandas writes it so with to_csv\(..., index=False\)"):
+        fields(write(tmp_path / "x.csv", ",query\n0,a\n"))
+
+
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_a_file_of_lines_may_be_empty(tmp_path, content):
     assert all(fields(write(tmp_path / f"x{ending}", content)) == [] for ending in JSON_ENDINGS)

@@ -149,7 +149,7 @@ def test_class_imported_from_a_package_is_refused(sentence_model):
 
 
 def test_another_backend_is_refused(exported):
-    with pytest.raises(ValueError, match="backend='onnx'"):
+    with pytest.raises(ValueError, match="backend='onnx' .* export_gircse.py writes an ONNX graph"):
         load(exported, backend="onnx")
 
 
@@ -305,6 +305,29 @@ def test_modules_beside_an_adapter_are_merged(gircse, tmp_path, settings, tied):
     assert cosines(model.encode(TEXTS), expected).min() > 0.9999
     model.save_pretrained(str(tmp_path / "saved"))
     assert cosines(auto_embeddings(tmp_path / "saved"), expected).min() > 0.9999
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_pefts_own_wrapper_is_merged(gircse, tmp_path, tied):
+    peft = pytest.importorskip("peft")
+    export_tiny(gircse, tmp_path / "base", text={"tie_word_embeddings": tied})
+    model = load(tmp_path / "base")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model[0].model = peft.get_peft_model(model[0].model, settings)
+    expected = model.encode(TEXTS)
+    assert cosines(expected, load(tmp_path / "base").encode(TEXTS)).min() < 0.999
+    model[0].merge_adapter()
+    assert cosines(model.encode(TEXTS), expected).min() > 0.9999
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert cosines(auto_embeddings(tmp_path / "saved"), expected).min() > 0.9999
+
+
+def test_an_adapter_on_the_token_embeddings_is_refused(exported):
+    peft = pytest.importorskip("peft")
+    model = load(exported)
+    model[0].model = peft.get_peft_model(model[0].model, peft.LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match="the token embeddings are wrapped as Embedding.* leave it out of the adapter"):
+        model.encode(TEXTS)
 
 
 def test_an_adapter_of_a_merged_model_is_saved_with_all_weights(exported, tmp_path):
