@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--max_length",
         type=int,
-        help="most tokens of a text, prompt and suffix included (512, if there is room)",
+        help="most tokens of a text, all included (512, if there is room)",
     )
     add("--save_dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the saved weights (bfloat16)")
     options = parser.parse_args(argv)

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from gircse import ROOT
 from gircse.command_line import HelpFormatter, lenient_console
-from gircse.loading import load, prompts_of
+from gircse.loading import is_gircse, load, only_gguf_file, prompts_of
 from gircse.training.accuracy import accuracy_steps
 from gircse.training.arguments import BAD_ROWS, DataArguments, GircseTrainingArguments, ModelArguments
 from gircse.training.card import plot_curves, show_neighbours
@@ -102,8 +102,10 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, Any]:
     """What training starts from; see `gircse.loading.load`."""
     axes = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
     names = ("dtype", "attn_implementation", "adapter", "gguf_file", "prompt_template", "suffix", *axes)
-    model, processor = load(arguments.model_name_or_path, **{name: getattr(arguments, name) for name in names})
-    if document := prompts_of(arguments.model_name_or_path).get("document"):
+    path = arguments.model_name_or_path
+    model, processor = load(path, **{name: getattr(arguments, name) for name in names})
+    gguf = arguments.gguf_file or only_gguf_file(path)
+    if not gguf and is_gircse(path) and (document := prompts_of(path).get("document")):
         logger.warning(f"documents are trained without the model's prompt for them, {document!r}, and saved without it")
     return model, processor
 

@@ -207,7 +207,11 @@ def is_hub_id(name: str) -> bool:
 
 def prompts_of(model: str, revision: str | None = None) -> dict[str, str]:
     """The literal prompts by name in the `config_sentence_transformers.json` of a folder or Hub id, if it has one."""
-    file = cached_file(model, PROMPTS, revision=revision, _raise_exceptions_for_missing_entries=False)
+    try:
+        file = cached_file(model, PROMPTS, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:  # offline, and it was not fetched before
+        logger.warning(f"{model}: the prompts of its {PROMPTS} can't be had: {error}")
+        return {}
     return json.loads(Path(file).read_text(encoding="utf-8")).get("prompts", {}) if file else {}
 
 

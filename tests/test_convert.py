@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from convert_gircse import main
+from gircse.training.arguments import ModelArguments
 from helpers import laser, loads_beside_others, make_tokenizer, save_adapter
+from train_gircse import load_model
 
 TEXTS = ["a red thing", "cold", ""]
 
@@ -29,7 +31,7 @@ def plain(make_plain):
     return language_model, folder
 
 
-def test_a_laser_checkpoint_gives_the_vectors_of_its_procedure(plain, tmp_path):
+def test_a_laser_checkpoint_gives_the_vectors_of_its_procedure(plain, tmp_path, caplog):
     arguments = ["--pooling", "mean_with_prompt", "--num_steps", "2", "--max_length", "40", "--save_dtype", "float32"]
     arguments += ["--prompt_template", r"<user>\nInstruct: {instruction}\nQuery: ", "--suffix", r"</user>\n"]
     main([plain[1], "--output_dir", str(tmp_path / "made"), *arguments, "--document_prompt", r"<user>\n"])
@@ -41,6 +43,8 @@ def test_a_laser_checkpoint_gives_the_vectors_of_its_procedure(plain, tmp_path):
     assert (processor.suffix, processor.max_length) == ("</user>\n", 40)
     settings = json.loads((tmp_path / "made/config_sentence_transformers.json").read_text(encoding="utf-8"))
     assert settings["prompts"]["document"] == "<user>\n"
+    load_model(ModelArguments(str(tmp_path / "made")))
+    assert "documents are trained without the model's prompt for them, '<user>\\n'" in caplog.text
     for ours, theirs in zip(model.language_model.parameters(), plain[0].parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
