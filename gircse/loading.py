@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import deepspeed
-from transformers.utils import HF_MODULES_CACHE, cached_file, logging
+from transformers.utils import cached_file, logging
 
 from . import ROOT
 
@@ -46,15 +45,6 @@ def whole_weights() -> Iterator[None]:
         yield
     finally:
         deepspeed.set_hf_deepspeed_config(config)
-
-
-@contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Among the processes of a machine: transformers copies a model's code to a folder when it loads it, and another
-    process must not import half a file."""
-    Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(HF_MODULES_CACHE) / "gircse.lock"):
-        yield
 
 
 def load(
@@ -90,9 +80,8 @@ def load(
     model_class = get_class_from_dynamic_module("modeling_gircse.GircseModel", str(ROOT))
     processor_class = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))
     AutoConfig.register("gircse", model_class.config_class, exist_ok=True)  # else tokenizers ask for trust in code
-    settings: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-    if attn_implementation:
-        settings["attn_implementation"] = attn_implementation
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    settings: dict[str, Any] = {"dtype": getattr(torch, dtype), **attention}
     at = {"revision": revision} if revision else {}
     gguf = {"gguf_file": name} if (name := gguf_file or only_gguf_file(path)) else {}
     if not gguf and is_gircse(path, revision):
@@ -102,27 +91,31 @@ def load(
         processor = processor_class.from_pretrained(path, trust_remote_code=False, **at)
         with whole_weights():
             model = model_class.from_pretrained(path, **at, **settings)
-        check_axes(path, model.config, axes)
-        check_axes(path, processor, {"prompt_template": prompt_template, "suffix": suffix})
+        check_given(path, model.config, axes)
+        check_given(path, processor, {"prompt_template": prompt_template, "suffix": suffix})
         return model, processor
+    options = {"logit_temperature": LOGIT_TEMPERATURE, **axes, **settings, **gguf, **at}
     with whole_weights():
-        axes.setdefault("logit_temperature", LOGIT_TEMPERATURE)
-        model = model_class.from_causal_lm(path, adapter=adapter, **axes, **settings, **gguf, **at)
-
-    def make_processor(**options: Any) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(path, **gguf, **at, **options)
-        chosen = (prompt_template, suffix) if prompt_template or suffix is not None else chat_prompt(tokenizer)
-        return processor_class(tokenizer, prompt_template=chosen[0] or PAPER_PROMPT, suffix=chosen[1] or "")
-
-    processor = make_processor()
-    # Where the mistral-common package is installed, Mistral's repos load as its tokenizer, which can't be saved.
-    if saving_problem(processor):
-        processor = make_processor(mistral_format=False)
+        model = model_class.from_causal_lm(path, adapter=adapter, **options)
+    processor = new_processor(processor_class, path, prompt_template, suffix, **gguf, **at)
     processor.max_length = model.text_limit(processor.max_length, max(model.config.num_steps, STEPS_OF_EVALUATION))
     return model, processor
 
 
-def check_axes(path: str, owner: Any, given: dict[str, Any]) -> None:
+def new_processor(
+    processor_class: Any, path: str, prompt_template: str | None, suffix: str | None, **options: Any
+) -> Any:
+    """The processor of a plain causal LM; `options` are for its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    chosen = (prompt_template, suffix) if prompt_template or suffix is not None else chat_prompt(tokenizer)
+    processor = processor_class(tokenizer, prompt_template=chosen[0] or PAPER_PROMPT, suffix=chosen[1] or "")
+    # Where the mistral-common package is installed, Mistral's repos load as its tokenizer, which can't be saved.
+    if "mistral_format" not in options and saving_problem(processor):
+        return new_processor(processor_class, path, prompt_template, suffix, mistral_format=False, **options)
+    return processor
+
+
+def check_given(path: str, owner: Any, given: dict[str, Any]) -> None:
     """Raises a ValueError if something is given that a GIRCSE model, or its processor, has otherwise."""
     for name, value in given.items():
         if value is not None and value != getattr(owner, name):

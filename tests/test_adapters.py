@@ -246,7 +246,7 @@ def test_a_peft_that_is_too_old_to_load_beside_others_still_merges(plain, adapte
     monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "99.0")
     model = gircse.GircseModel.from_causal_lm(str(plain))
     start = embed(model, inputs)
-    with pytest.raises(ImportError, match=rf"needs peft >= 99.0 .* this is peft {peft.__version__}: pip"):
+    with pytest.raises(ImportError, match=rf"needs peft >= 99.0 .* this is peft {peft.__version__}: install"):
         model.load_adapter(adapters.first, "first")
     assert torch.equal(embed(model, inputs), start)
     merged = gircse.GircseModel.from_causal_lm(str(plain), adapter=adapters.first)

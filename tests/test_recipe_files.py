@@ -82,7 +82,12 @@ def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, 
         if command[1] == "train_autoregembed.py":
             options, arguments = train_autoregembed.parse(arguments)
             assert options.decoder == str(backbone)
-            arguments += ["--model_name_or_path", options.model_name_or_path, "--step_token", options.step_token]
+            arguments += [
+                "--model_name_or_path",
+                options.model_name_or_path,
+                "--step_token",
+                options.step_token or "learned",
+            ]
         parsed = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         models[name], settings[name], data, rest = parsed
         changed = ["--contrast", "2"] if "_two-" in name else ["--objective", name.partition("-")[0]]
@@ -93,7 +98,10 @@ def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, 
         assert settings[name].logging_steps == 7  # the last one given counts
         tuning = ("lora", 5e-4) if "_lora-" in name else ("full", 1e-4)
         assert (models[name].tuning, settings[name].learning_rate) == tuning
-    axes = {name: (model.step_token, model.attention, model.pooling) for name, model in models.items()}
+    axes = {
+        name: (model.step_token or "soft", model.attention or "causal", model.pooling or "mean")
+        for name, model in models.items()
+    }
     for name, found in axes.items():
         eos, both_ways = name.startswith("causal_eos"), name.startswith("bidirectional_avg")
         pooling, attention = "last" if eos else "mean", "bidirectional" if both_ways else "causal"

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from .. import ROOT
-from ..loading import load, one_at_a_time, prompts_of
+from ..loading import load, prompts_of
+from ..locking import one_at_a_time
 from ..rows import RowFile
 from .shards import BAD_ROWS_KEY, write_whole
 

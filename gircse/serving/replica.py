@@ -13,7 +13,8 @@ from torch import Tensor
 
 from handler import padded
 
-from ..loading import load, one_at_a_time, prompts_of
+from ..loading import load, prompts_of
+from ..locking import one_at_a_time
 from .batcher import Batcher
 from .protocol import UnknownModelError, read, write, write_error
 

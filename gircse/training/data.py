@@ -90,6 +90,15 @@ class TrainingPairs(torch.utils.data.Dataset):
         }
 
 
+def check_negatives(pairs: datasets.Dataset, num_negatives: int) -> None:
+    """Raises a ValueError if a batch of one row would have nothing to learn from."""
+    if not num_negatives or not any(pairs["neg"]):
+        raise ValueError(
+            "per_device_train_batch_size=1 without hard negatives leaves a query nothing to be told from: raise it, "
+            "with --sub_batch_size 1 if memory is short"
+        )
+
+
 class SourceBatches(torch.utils.data.Sampler[list[int]]):
     """Batches of row numbers, shuffled by (seed, epoch); no row occurs twice in an epoch.
 

@@ -21,7 +21,7 @@ from .accuracy import accuracy_steps, retrieval_accuracy
 from .arguments import FULL_RATE, LORA_RATE, GircseTrainingArguments
 from .callbacks import EpochSetter, LogFile, Watch
 from .card import model_card
-from .data import PairCollator, SourceBatches, TrainingPairs
+from .data import PairCollator, SourceBatches, TrainingPairs, check_negatives
 from .gradient_cache import RandomState, joint_side, place_rows, rows_of, sub_batches, value_with_gradient_of
 from .losses import IcrLoss, candidate_mask, icr_loss
 from .publishing import NOT_PUBLISHED, REPLACED, check_adapter, copy_on_cpu, export
@@ -73,12 +73,8 @@ class GircseTrainer(Trainer):
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start one process a GPU, by `accelerate launch`")
-        alone = args.per_device_train_batch_size * args.world_size == 1
-        if alone and self.objective is None and not (args.num_negatives and any(pairs["neg"])):
-            raise ValueError(
-                "per_device_train_batch_size=1 without hard negatives leaves a query nothing to be told from: raise "
-                "it, with --sub_batch_size 1 if memory is short"
-            )
+        if type(self).objective is None and args.per_device_train_batch_size * args.world_size == 1:
+            check_negatives(pairs, args.num_negatives)
         if args.save_adapter:
             check_adapter(model, base_models, args.push_to_hub)
         set_defaults(args, model)
