@@ -282,6 +282,16 @@ def test_merged_adapters_are_saved_as_weights(exported, adapted, tmp_path):
         merged[0].merge_adapter()
 
 
+def check_that_it_merges(model, folder):
+    """An adapter of the model in folder/base."""
+    expected = model.encode(TEXTS)
+    assert cosines(expected, load(folder / "base").encode(TEXTS)).min() < 0.999
+    model[0].merge_adapter()
+    assert cosines(model.encode(TEXTS), expected).min() > 0.9999
+    model.save_pretrained(str(folder / "saved"))
+    assert cosines(auto_embeddings(folder / "saved"), expected).min() > 0.9999
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "settings",
@@ -299,12 +309,7 @@ def test_modules_beside_an_adapter_are_merged(gircse, tmp_path, settings, tied):
         for name, weight in model.named_parameters():
             if ".modules_to_save.default." in name:
                 weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
-    expected = model.encode(TEXTS)
-    assert cosines(expected, load(tmp_path / "base").encode(TEXTS)).min() < 0.999
-    model[0].merge_adapter()
-    assert cosines(model.encode(TEXTS), expected).min() > 0.9999
-    model.save_pretrained(str(tmp_path / "saved"))
-    assert cosines(auto_embeddings(tmp_path / "saved"), expected).min() > 0.9999
+    check_that_it_merges(model, tmp_path)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -314,12 +319,7 @@ def test_pefts_own_wrapper_is_merged(gircse, tmp_path, tied):
     model = load(tmp_path / "base")
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     model[0].model = peft.get_peft_model(model[0].model, settings)
-    expected = model.encode(TEXTS)
-    assert cosines(expected, load(tmp_path / "base").encode(TEXTS)).min() < 0.999
-    model[0].merge_adapter()
-    assert cosines(model.encode(TEXTS), expected).min() > 0.9999
-    model.save_pretrained(str(tmp_path / "saved"))
-    assert cosines(auto_embeddings(tmp_path / "saved"), expected).min() > 0.9999
+    check_that_it_merges(model, tmp_path)
 
 
 def test_an_adapter_on_the_token_embeddings_is_refused(exported):
