@@ -144,6 +144,41 @@ class AdapterMixin:
         super().delete_adapter(adapter_names)
         unwrap(self)
 
+    def merge_adapters(self) -> None:
+        """Merges the active adapters into the weights and removes all adapters, those of PEFT's own wrapper, too
+        (`peft_model.get_base_model().merge_adapters()`). The embeddings stay the same and take less time, and the model
+        is saved with all of its weights. Where an adapter changes the token embeddings or the LM head by themselves,
+        these are no longer tied.
+
+        Raises:
+            ValueError: if there is no adapter.
+        """
+        if not hasattr(self, "peft_config"):
+            raise ValueError("merge_adapters: the model has no adapter; load or add one first")
+        self._untie_adapted()
+        for module in list(self.modules()):
+            if hasattr(module, "base_layer"):  # PEFT's wrapper of a layer (LoRA, ...)
+                if not module.disable_adapters:
+                    module.merge()
+            elif hasattr(module, "original_module") and not module.disable_adapters:  # modules_to_save
+                for name in module.active_adapters:
+                    module.original_module.load_state_dict(module.modules_to_save[name].state_dict())
+        del self.peft_config
+        self._hf_peft_config_loaded = False
+        unwrap(self)
+        self.config.name_or_path = ""  # it is no longer the model of that folder or repo
+
+    def _untie_adapted(self) -> None:
+        """Gives the LM head a weight of its own if it shares the token embeddings' and an adapter changes either."""
+        backbone = self.language_model
+        ends = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
+        table, head = (getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends)
+        if head.weight is table.weight and (table, head) != ends:
+            head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+            for part in (self, backbone):
+                part.config.get_text_config().tie_word_embeddings = part.config.tie_word_embeddings = False
+                part.all_tied_weights_keys = {}
+
 
 def merge_adapter(language_model: PreTrainedModel, adapter: str, **where: Any) -> PreTrainedModel:
     """The causal LM with a PEFT adapter of that causal LM merged into its weights."""

@@ -209,31 +209,10 @@ class SentenceGircse(InputModule):
         )
 
     def merge_adapter(self) -> None:
-        """Merges the active adapters (`add_adapter`, `load_adapter`, or a `PeftModel` around the model) into the
-        weights and removes all adapters. The embeddings stay the same and take less time, and the model is saved with
-        all of its weights. Where an adapter changes the token embeddings or the LM head by themselves, these are no
-        longer tied.
-
-        Raises:
-            ValueError: if there is no adapter.
-        """
-        if not hasattr(self.model, "peft_config"):
-            raise ValueError("merge_adapter: the model has no adapter; load or add one first")
-        if hasattr(self.model, "merge_and_unload"):  # PEFT's own wrapper around the model
-            _untie_adapted(self.model.get_base_model())
-            self.model = self.model.merge_and_unload()
-            self.model.config.name_or_path = ""
-            return
-        _untie_adapted(self.model)
-        for module in list(self.model.modules()):
-            if hasattr(module, "base_layer"):  # PEFT's wrapper of a layer (LoRA, ...)
-                if not module.disable_adapters:
-                    module.merge()
-            elif hasattr(module, "original_module") and not module.disable_adapters:  # modules_to_save
-                for name in module.active_adapters:
-                    module.original_module.load_state_dict(module.modules_to_save[name].state_dict())
-        self.model.delete_adapter(list(self.model.peft_config))
-        self.model.config.name_or_path = ""  # it is no longer the model of that folder or repo
+        """As `GircseModel.merge_adapters`, also for PEFT's own wrapper around the model (`PeftModel`)."""
+        if hasattr(self.model, "get_base_model"):
+            self.model = self.model.get_base_model()
+        self.model.merge_adapters()
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Saves weights, configuration, tokenizer, settings and all code; the library adds its own JSON files.
@@ -287,18 +266,6 @@ class SentenceGircse(InputModule):
             del backbone.peft_config
             backbone._hf_peft_config_loaded = False
         Path(folder, "generation_config.json").unlink(missing_ok=True)
-
-
-def _untie_adapted(model: Any) -> None:
-    """Gives the LM head a weight of its own if it shares that of the token embeddings and an adapter changes either."""
-    backbone = model.language_model
-    ends = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
-    table, head = (getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends)
-    if head.weight is table.weight and (table, head) != ends:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
-        for part in (model, backbone):
-            part.config.get_text_config().tie_word_embeddings = part.config.tie_word_embeddings = False
-            part.all_tied_weights_keys = {}
 
 
 def _has_adapter(module: Any, name: str) -> bool:

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 from helpers import (
     DTYPE_ARGUMENTS,
     LORA_TARGETS,
+    assert_same_weights,
     loads_beside_others,
     make_rows,
     make_tokenizer,
@@ -266,6 +267,9 @@ def test_adapters_are_switched(plain, adapters, inputs, gircse):
         assert distance(embed(model, inputs), start) > 1e-2
     model.disable_adapters()
     torch.testing.assert_close(embed(model, inputs), start, rtol=0, atol=1e-6)
+    model.enable_adapters()
+    model.merge_adapters()
+    assert_same_weights(model.state_dict(), merged.state_dict())
 
 
 @unmerged

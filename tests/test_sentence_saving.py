@@ -278,7 +278,7 @@ def test_merged_adapters_are_saved_as_weights(exported, adapted, tmp_path):
     assert (tmp_path / "whole" / "model.safetensors").exists() and not (tmp_path / "whole" / "adapter").exists()
     for one in (merged, load(tmp_path / "whole")):
         assert cosines(one.encode(TEXTS), model.encode(TEXTS)).min() > 0.9999
-    with pytest.raises(ValueError, match="merge_adapter: the model has no adapter"):
+    with pytest.raises(ValueError, match="merge_adapters: the model has no adapter"):
         merged[0].merge_adapter()
 
 
