@@ -29,8 +29,6 @@ from train_gircse import main
 
 peft = pytest.importorskip("peft")
 DROPS_MODULES = transformers.__version__.startswith("5.0.")
-
-
 unmerged = pytest.mark.skipif(not loads_beside_others(), reason="this transformers needs a newer peft for it")
 
 
@@ -378,11 +376,12 @@ def test_adapter_is_loaded_in_every_part_or_refused(plain, inputs, gircse, tmp_p
     try:
         model.load_adapter(adapter)
     except ValueError as error:
-        assert kind == "dora" or DROPS_MODULES
+        assert DROPS_MODULES or (kind == "dora" and not transformers.__version__.startswith("4."))
         assert ("magnitude" if kind == "dora" else "norm") in str(error) and "from_causal_lm" in str(error)
         assert torch.equal(embed(model, inputs), start)
     else:
-        assert distance(embed(model, inputs), start) > 1e-2
+        kept = [*model.get_adapter_state_dict().values()]
+        assert all(any(torch.equal(w.to(k), k) for k in kept if k.shape == w.shape) for w in weights.values())
         if dtype == torch.float32:
             merged = gircse.GircseModel.from_causal_lm(str(plain), adapter=adapter)
             torch.testing.assert_close(embed(model, inputs), embed(merged, inputs), rtol=0, atol=1e-4)

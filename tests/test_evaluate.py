@@ -189,7 +189,15 @@ def test_each_text_is_embedded_once(evaluated):
 
 def test_batches_are_of_like_length(evaluated):
     assert max(map(len, evaluated.passes.batches)) == 4
-    assert all(lengths == sorted(lengths, reverse=True) for lengths in evaluated.passes.batches)
+    batches = []
+
+    def embed(texts: list[str], prompt: str, side: str | None, steps: list[int]) -> np.ndarray:
+        batches.append([len(text) for text in texts])
+        return np.ones((len(texts), len(steps), 2))
+
+    with Vectors(SimpleNamespace(embed=embed), [1], 2) as vectors:
+        vectors(["a" * length for length in (1, 5, 2, 4, 6, 3)], "", None, 1)
+    assert batches == [[6, 5], [4, 3], [2, 1]]
 
 
 def test_vectors_are_those_of_separate_calls(model_folder, embed):
@@ -226,30 +234,29 @@ def test_each_k_has_results_of_its_own(evaluated):
 
 def test_other_weights_data_and_settings_are_evaluated_anew(gircse, evaluated, model_folder, tmp_path, monkeypatch):
     """Under the same folder name, file name and k."""
-    out, data = tmp_path / "out", write_data(tmp_path / "data")
-    passes = Passes(monkeypatch)
+    out, data, passes = tmp_path / "out", write_data(tmp_path / "data"), Passes(monkeypatch)
 
     def texts(model: Path, *options: str) -> int:
         before = passes.texts
         run(model, out, "--k", "3", *options, data=data, tasks=["sts_pairs"])
         return passes.texts - before
 
+    def found() -> dict[str, dict[str, float]]:
+        return scores(json.loads((out / "results.json").read_text(encoding="utf-8")))
+
     assert texts(model_folder) == 14
-    first = scores(json.loads((out / "results.json").read_text(encoding="utf-8")))
+    first = found()
     assert texts(model_folder) == 0  # nothing to do
-    other = make_folder(gircse, tmp_path / "tiny", seed=1)
-    assert texts(other) == 14
-    assert scores(json.loads((out / "results.json").read_text(encoding="utf-8"))) != first
+    assert texts(make_folder(gircse, tmp_path / "tiny", seed=1)) == 14
+    assert found() != first
     assert texts(model_folder, "--max_length", "30") == 14
+    assert texts(model_folder, "--dtype", "bfloat16") == 14
     assert texts(model_folder) == 0
-    assert scores(json.loads((out / "results.json").read_text(encoding="utf-8"))) == first
+    assert found() == first
     rows = [json.loads(line) for line in (data / "sts_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     write_rows(data / "sts_pairs.jsonl", [{**row, "score": 5 - row["score"]} for row in rows])
     assert texts(model_folder) == 14
-    assert (
-        scores(json.loads((out / "results.json").read_text(encoding="utf-8")))["sts_pairs"]["3"]
-        == -first["sts_pairs"]["3"]
-    )
+    assert found()["sts_pairs"]["3"] == -first["sts_pairs"]["3"]
 
 
 # Interruption -------------------------------------------------------------------------------------------------------

@@ -286,9 +286,22 @@ def test_prompts_of_the_published_scores_are_those_of_today(data_folder):
             assert sides == row["prompts"], row["task"]
 
 
+@pytest.mark.parametrize("loader", [subjects.gircse_subject, subjects.sentence_transformers_subject])
+def test_weights_have_the_dtype_that_is_asked_for(loader, model_folder):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        model, processor = load(str(model_folder), dtype=dtype)
+        k, options = model.config.num_steps, ["--dtype", dtype, "--trust_remote_code"]
+        args = evaluate_gircse.parse(["--model", str(model_folder), "--tasks", "STS12", "--k", str(k), *options])
+        found[dtype] = loader(args, "cpu").embed(["a b", "c d"], "", None, [k])[:, 0]
+        expected = model.generate_embedding(**processor(["a b", "c d"]), k=k)
+        np.testing.assert_allclose(found[dtype], expected.numpy(), atol=1e-6)
+    assert np.abs(found["float32"] - found["bfloat16"]).max() > 1e-4
+
+
 def test_nothing_is_trusted_unasked():
-    for name in ("evaluate_gircse.py", "gircse/evaluation/tasks.py", "gircse/evaluation/report.py"):
-        source = (ROOT / name).read_text(encoding="utf-8")
+    for path in (ROOT / "evaluate_gircse.py", *(ROOT / "gircse/evaluation").glob("*.py")):
+        source = path.read_text(encoding="utf-8")
         assert re.findall(r"trust_remote_code=(?!args\.)\S+", source) == []
 
 

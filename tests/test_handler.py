@@ -10,6 +10,7 @@ import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,9 +159,13 @@ def test_no_gradients_are_kept(handler, monkeypatch):
     assert kept and not any(tensor.requires_grad for tensor in kept)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_it_runs_in_bfloat16(handler):
-    assert handler.model.device.type == "cuda" and handler.model.dtype == torch.bfloat16
+def test_on_a_gpu_it_runs_in_bfloat16(served, exported, monkeypatch):
+    asked = []
+    model = SimpleNamespace(to=asked.append)
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda path, **options: asked.append(options["dtype"]) or model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    type(served[0])(str(exported))
+    assert asked == [torch.bfloat16, "cuda"]
 
 
 # Limits and errors --------------------------------------------------------------------------------------------------

@@ -326,6 +326,24 @@ def test_a_tokenizer_without_a_file_for_other_clients_is_refused(tmp_path):
         folder_module.write_tokenizer(processor, tmp_path, 9)
 
 
+def test_a_file_that_overflows_is_left_out(gircse, tmp_path, monkeypatch):
+    processor, model = make_processor(), tiny(gircse, "qwen2", {"max_position_embeddings": 40})
+    (tmp_path / "onnx").mkdir()
+    for name in folder_module.FILES:
+        (tmp_path / "onnx" / name).touch()
+
+    def vectors(file: Path, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+        found = torch.cat([model.generate_embedding(**processor(text, max_length=39), k=1) for text in texts]).numpy()
+        return np.full_like(found, np.nan) if "fp16" in file.name else found
+
+    monkeypatch.setattr(folder_module, "embed", vectors)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path: path)
+    folder_module.write_tokenizer(processor, tmp_path, 39)
+    found = folder_module.compare(model, processor, tmp_path, 1, 39)
+    assert np.isnan(found.pop("model_fp16.onnx")) and min(found.values()) > 0.9999
+    assert {file.name for file in (tmp_path / "onnx").iterdir()} == {*found}
+
+
 def test_vectors_that_differ_are_refused(gircse, tmp_path, monkeypatch):
     ones = np.ones((99, 32), np.float32)
     monkeypatch.setattr(folder_module, "embed", lambda session, tokenizer, texts: ones[: len(texts)])

@@ -45,6 +45,12 @@ def vectors(answer: dict) -> torch.Tensor:
     return torch.tensor([item["embedding"] for item in answer["data"]])
 
 
+def test_k_of_the_command_is_for_requests_without_one(exported, embed):
+    one = Replica(str(exported), None, "tiny", **SETTINGS | {"k": 1})
+    for (_, answer), k in zip(together(one, {"input": TEXTS}, {"input": TEXTS, "k": 7}), (1, 7), strict=True):
+        torch.testing.assert_close(vectors(answer), embed(TEXTS, k=k), rtol=0, atol=1e-4)
+
+
 # Requests and answers -----------------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,20 @@ def test_a_cluster_is_joined_only_when_it_is_named(exported, monkeypatch, given,
     assert calls == [joined, "127.0.0.1", "shutdown"]
 
 
+def test_replicas_come_and_go_with_the_requests(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr("ray.serve.start", lambda **_: None)
+    monkeypatch.setattr("ray.serve.run", lambda *_, **__: "handle")
+    monkeypatch.setattr(
+        "ray.serve.deployment", lambda _, **options: asked.update(options) or SimpleNamespace(bind=lambda **_: None)
+    )
+    options = serve_gircse.parse("--min_replicas 2 --max_replicas 4".split())
+    assert serve_gircse.deploy(options, "app") == "handle"
+    scaling = {"min_replicas": 2, "initial_replicas": 2, "max_replicas": 4, "target_ongoing_requests": 32}
+    assert asked["autoscaling_config"] == scaling
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_replicas_that_do_not_start_do_not_stay(monkeypatch, error):
     """On a cluster they would, and try again for ever."""

@@ -11,6 +11,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from gircse.training.trainer import GircseTrainer
 from helpers import ROOT, environment
 from train_gircse import main
 from training_helpers import assert_same_run
@@ -54,12 +55,26 @@ def test_killed_run_resumes_to_the_same_end(workplace, straight):
     assert_same_run(output, straight.folder, steps=14)
 
 
-def test_resume_in_the_second_epoch(workplace, straight):
+@pytest.fixture
+def steps_taken(monkeypatch) -> list[int]:
+    """The steps that a test trains, by which going on is told from starting again."""
+    steps, step = [], GircseTrainer.training_step
+
+    def counted(self, *args, **kwargs):
+        steps.append(self.state.global_step + 1)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(GircseTrainer, "training_step", counted)
+    return steps
+
+
+def test_resume_in_the_second_epoch(workplace, straight, steps_taken):
     """Step 9 is the second of epoch 2: order and drawn negatives are that epoch's, also after a resume."""
     output = workplace.folder / "later"
     shutil.copytree(straight.folder / "checkpoint-9", output / "checkpoint-9")
     main([*workplace.argv, "--output_dir", str(output), "--resume_from_checkpoint", "last"])
     assert_same_run(output, straight.folder, steps=14)
+    assert steps_taken == [10, 11, 12, 13, 14]
 
 
 def test_used_output_is_refused(workplace, tmp_path, monkeypatch):
@@ -91,8 +106,9 @@ def test_a_checkpoint_without_optimizer_is_not_gone_on_from(workplace, tmp_path)
         main([*argv, "--resume_from_checkpoint", "last"])
 
 
-def test_lora_run_resumes(lora, workplace):
+def test_lora_run_resumes(lora, workplace, steps_taken):
     output = workplace.folder / "lora-later"
     shutil.copytree(lora.folder / "checkpoint-2", output / "checkpoint-2")
     main([*lora.argv, "--output_dir", str(output), "--resume_from_checkpoint", "last"])
     assert_same_run(output, lora.folder, steps=4)
+    assert steps_taken == [3, 4]
