@@ -32,8 +32,6 @@ NAMES = {
     "bidirectional_avg": "Bidirectional-Avg",
     "gircse": "GIRCSE",
     "causal_eos_generating": "Causal-EOS made to generate",
-    "last_step": "loss on the last step alone",
-    "no_refinement": "without the penalty",
     "learned_tokens": "ICR on learned tokens",
     "answers": "hard tokens, trained to answer",
     "compressed": "AutoRegEmbed, first stage",
@@ -45,13 +43,19 @@ OTHER_SYSTEMS = ("learned_tokens", "answers", "compressed", "autoregembed", "war
 COMPARED = [(NAMES[method], method, None) for method in ("causal_eos", "bidirectional_avg")]
 COMPARED += [(f"GIRCSE, k = {k}", "gircse", k) for k in (1, 5, 20)]
 VARIANTS = [(f"{NAMES['causal_eos_generating']}, k = {k}", "causal_eos_generating", k) for k in (1, 5, 20)]
-VARIANTS += [(f"GIRCSE, {NAMES[method]}, k = 5", method, 5) for method in ("last_step", "no_refinement")]
 VARIANTS += [
     (f"{name}{change}", f"{method}{variant}", k)
     for variant, change in (("_two", ", 2 queries contrasted"), ("_lora", ", LoRA"))
     for name, method, k in COMPARED
 ]
 VARIANTS += [(f"{NAMES[method]}, k = 5", method, 5) for method in OTHER_SYSTEMS]
+# Table 3's rows; of one seed, as two of them have no more.
+PARTS = [
+    ("no generation (Causal-EOS)", "causal_eos", None),
+    ("generation, loss on the last step", "last_step", 5),
+    ("+ loss on every step", "no_refinement", 5),
+    ("+ refinement penalty (GIRCSE)", "gircse", 5),
+]
 STABLE = {
     "paper": "paper's prompt, T = 1, LoRA at 1e-4",
     "papers_prompt": "paper's prompt, T = 2",
@@ -108,10 +112,10 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
-def comparison(runs: dict[str, list[dict]]) -> str:
+def comparison(runs: dict[str, list[dict]], rows: list[tuple[str, str, int | None]]) -> str:
     """Accuracy on held-out pairs and means by kind of task, of the runs that were made."""
     lines, head = [], ["", "held-out pairs", *group_means(runs["causal_eos"][0]["tasks"], None)]
-    for name, method, k in COMPARED + VARIANTS:
+    for name, method, k in rows:
         if not (found := runs.get(method)):
             continue
         pairs = [accuracy[str(k or 1)] for run in found if (accuracy := run["held_out_accuracy"])]
@@ -278,6 +282,20 @@ def draw_curves(runs: dict[str, list[dict]]) -> None:
     save(figure, "comparison_k_curves.png")
 
 
+def draw_parts(runs: dict[str, list[dict]]) -> None:
+    """Table 3: what each part of the method adds."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(8.4, 2.2), layout="constrained", sharey=True)
+    for panel, group in zip(axes, (ALL, "Instruction following"), strict=True):
+        values = [group_means(runs[method][0]["tasks"], k)[group] for _, method, k in PARTS]
+        for (name, method, _), value in zip(PARTS, values, strict=True):
+            panel.plot(value, name, "o", color=COLORS["gircse"] if method == "gircse" else "0.5")
+            panel.annotate(f"{value:.1f}", (value, name), (7, -3), textcoords="offset points", fontsize=8)
+        panel.margins(x=0.25, y=0.15)
+        style(panel, title=group, xlabel="score x 100")
+    axes[0].invert_yaxis()
+    save(figure, "ablation.png")
+
+
 def with_model_index(text: str, root: dict) -> str:
     """The card with the root's scores in its metadata, of which `model-index` is the last entry."""
     rows = [row for row in root["tasks"] if any(name in row["task"] for name in SHOWN)]
@@ -306,7 +324,8 @@ def tables(models: dict[str, dict], runs: dict[str, list[dict]]) -> dict[str, di
         },
         "docs/results.md": {
             "root_by_task": root_by_task(models),
-            "comparison": comparison(runs),
+            "comparison": comparison(runs, COMPARED + VARIANTS),
+            "parts": comparison({method: found[:1] for method, found in runs.items()}, PARTS),
             "comparison_by_task": comparison_by_task(runs),
             "unequal_steps": unequal_steps(),
             "several_vectors": several_vectors(),
@@ -326,6 +345,7 @@ def main() -> None:
     runs = comparison_runs()
     report.plot(unseen(models["root"]["tasks"]), ASSETS / "k_curve.png")
     draw_curves(runs)
+    draw_parts(runs)
     for page, made in tables(models, runs).items():
         text = fill((ROOT / page).read_text(encoding="utf-8"), made)
         text = with_model_index(text, models["root"]) if page == "README.md" else text
