@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import datasets
@@ -12,7 +13,7 @@ from gircse.training.accuracy import retrieval_accuracy, rows_by_tokens
 from gircse.training.arguments import GircseTrainingArguments
 from gircse.training.data import PairCollator
 from helpers import make_rows
-from train_gircse import held_out_size, hold_out
+from train_gircse import held_out_size, hold_out, save
 from training_helpers import make_pairs, make_trainer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("training_cache")
@@ -154,6 +155,21 @@ def test_accuracy_is_measured_at_the_trained_k_too(processor, tmp_path):
     ):
         metrics = make_trainer(model, processor, tmp_path, make_rows(4), make_rows(6), **settings).evaluate()
         assert metrics["eval_accuracy"] == metrics[f"eval_accuracy_k{trained}"]
+
+
+def test_accuracy_before_and_after_is_told(processor, tmp_path, capsys):
+    trainer = make_trainer(tiny_model(), processor, tmp_path, make_rows(24), make_rows(16), learning_rate=0.05)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    steps = (1, 3, 5, 10, 20)
+    assert trainer.scores == {k: tuple(found[f"eval_accuracy_k{k}"] for found in (before, after)) for k in steps}
+    assert any(one != other for one, other in trainer.scores.values())
+    save(trainer)
+    said, card = capsys.readouterr().out, (tmp_path / "README.md").read_text(encoding="utf-8")
+    for k, (one, other) in trainer.scores.items():
+        assert f"\n  {k:2d}  {one:6.3f} {other:6.3f}\n" in said
+        assert re.search(rf"^\| {k} \| {one:.3f} +\| {other:.3f} +\|$", card, re.MULTILINE), card
 
 
 def test_accuracy_before_training_is_said_when_it_is_known_and_what_is_done_meanwhile(processor, tmp_path, capsys):

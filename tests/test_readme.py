@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import train_gircse
 from helpers import ROOT, loads_beside_others, make_rows, make_tokenizer, tiny_text_config
 from loopback_hub import LoopbackHub, run, settings
 
@@ -124,11 +126,48 @@ def test_python_blocks_run(page, copy, tmp_path, request):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def commands(text: str) -> list[list[str]]:
+    """Those of a page's bash blocks that run a program of this repo, as its name and its arguments."""
+    code = "\n".join(re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
+    lines = [line for line in code.splitlines() if re.search(r"python \w+_(gircse|autoregembed)\.py", line)]
+    words = [shlex.split(line, comments=True) for line in lines]
+    found = [line[line.index("python") + 1 :] for line in words]
+    return [[name.removesuffix(".py"), *arguments] for name, *arguments in found if "..." not in arguments]
+
+
+@pytest.mark.parametrize("command", [c for page in WITH_SPACES for c in commands(text_of(page))], ids=" ".join)
+def test_commands_of_the_pages_are_understood(command, monkeypatch):
+    name, *arguments = command
+    try:
+        program = importlib.import_module(name)
+    except ImportError as error:
+        pytest.skip(f"{error.name} is not installed")
+    monkeypatch.chdir(ROOT)
+    if name == "train_autoregembed":
+        monkeypatch.setattr(program, "is_gircse", lambda _: False)  # would ask the Hub
+        _, arguments = program.parse(arguments)
+        program = train_gircse
+    program.parse(arguments)
+
+
+@pytest.mark.slow
+def test_training_without_arguments(tmp_path, capsys):
+    """One step of it, and eight pairs held out."""
+    less = ["--max_steps", "1", "--held_out", "8", "--output_dir", str(tmp_path / "out")]
+    train_gircse.main([*train_gircse.SAMPLE_RUN, *less])
+    assert "Held-out retrieval accuracy (8 pairs)" in capsys.readouterr().out
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
 def test_a_broken_block_would_be_seen():
     text = "```python\na = 1\n```\n\n```bash\nls\n```\n```python\nb\n```\n"
     assert blocks(text) == ["a = 1\n", "b\n"]
     with pytest.raises(NameError):
         exec("".join(blocks(text)))
+    page = (
+        "```bash\npython a_gircse.py --b 'c d' \\\n    --e  # f\nX=1 python g_gircse.py\npython h_gircse.py ...\n```\n"
+    )
+    assert commands(page) == [["a_gircse", "--b", "c d", "--e"], ["g_gircse"]]
 
 
 def anchors(text: str) -> set[str]:
