@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
 
     model, processor = load_model(arguments)
     check_settings(model, processor, arguments, data, training)
+    if data.max_length and data.max_length > processor.max_length:
+        processor.max_length = model.text_limit(data.max_length)  # the saved model reads as much as this run
     pairs = read_pairs(data, training)
     pairs, held_out = hold_out(pairs, data.held_out, training)
     if arguments.tuning == "lora":

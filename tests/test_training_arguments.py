@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import AutoProcessor, HfArgumentParser, TrainingArguments
 
 from gircse.training.arguments import WITHOUT_EFFECT, DataArguments, GircseTrainingArguments, ModelArguments
 from helpers import make_rows
@@ -119,6 +119,22 @@ def test_the_best_model_is_by_default_that_of_the_best_accuracy(processor, tmp_p
     assert trainer.state.best_metric == 0.9 and trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     best = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert all(torch.equal(weight, trainer.model.state_dict()[name]) for name, weight in best.items())
+
+
+def test_a_best_model_that_would_not_be_saved_is_refused(tmp_path):
+    settings = {"output_dir": str(tmp_path), "load_best_model_at_end": True, "eval_strategy": "steps"}
+    with pytest.raises(ValueError, match="save_steps=500 must be eval_steps=10 with load_best_model_at_end"):
+        GircseTrainingArguments(**settings)
+    GircseTrainingArguments(**settings, eval_steps=100, save_steps=100)
+    GircseTrainingArguments(**settings, save_strategy="best")
+
+
+@pytest.mark.parametrize("length, kept", [("20", 100), ("105", 105), ("120", 108)])
+def test_a_longer_text_than_before_is_saved_with_the_model(workplace, tmp_path, length, kept):
+    """As far as the backbone's 128 positions leave room for 20 steps at inference; it was 100."""
+    more = ["--max_length", length, "--max_steps", "1", "--held_out", "0", "--output_dir", str(tmp_path / "out")]
+    main([*workplace.argv, *more])
+    assert AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True).max_length == kept
 
 
 def test_arguments_of_the_data_loader_reach_it(processor, tmp_path):

@@ -192,6 +192,11 @@ class GircseTrainingArguments(TrainingArguments):
         for name, value in (("k", self.k), ("sub_batch_size", self.sub_batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be >= 1")
+        if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
+            raise ValueError(
+                f"save_steps={self.save_steps:g} must be eval_steps={self.eval_steps:g} with load_best_model_at_end, "
+                "or the best model may be one that was not saved; --save_strategy best saves that alone"
+            )
         if self.hub_strategy != "end":
             raise ValueError(
                 f"hub_strategy={self.hub_strategy.value!r} uploads checkpoints, which don't load: use 'end'"
