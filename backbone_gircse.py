@@ -272,7 +272,7 @@ def find_way(
             except REFUSALS as error:
                 problem = str(error)
                 continue
-            if agree(found, expected, other, rounds_coarsely(language_model, device)):
+            if agree(found, expected, other, rounding_of(language_model, device)):
                 if way.cache is None and generates:
                     logger.warning(SLOW.format(type(language_model).__name__, transformers.__version__))
                 return way
@@ -281,6 +281,8 @@ def find_way(
     finally:
         for module in training:
             module.training = True
+        # Older versions of torch would go on with the weights that autocast cast in these passes, without gradients.
+        torch.clear_autocast_cache()
     raise unfit(language_model, f"with transformers {transformers.__version__}, {problem}")
 
 
@@ -298,20 +300,21 @@ def possible_ways(language_model: PreTrainedModel, ids: Tensor, generates: bool)
     return [Way(name, square) for name in names for square in squares]
 
 
-def rounds_coarsely(language_model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether states are of 16 bits, or of quantised weights, whose activations may be rounded by batch or by row. The
+def rounding_of(language_model: PreTrainedModel, device: torch.device) -> float:
+    """How far rounding may take states from each other, as a share of their distance to those of another text. The
     states' own dtype does not tell: they may have been averaged in float32."""
+    if any(not x.is_floating_point() or type(x.data) is not Tensor for x in language_model.parameters()):
+        return 0.3  # quantised: activations may be rounded by row, or with all others of the batch (LLM.int8)
     if torch.finfo(language_model.dtype).eps > 1e-6 or torch.is_autocast_enabled(device.type):
-        return True
-    return any(not x.is_floating_point() or type(x.data) is not Tensor for x in language_model.parameters())
+        return 0.1
+    return 0.01
 
 
-def agree(found: Tensor, expected: Tensor, other: Tensor, coarse: bool) -> bool:
+def agree(found: Tensor, expected: Tensor, other: Tensor, rounding: float) -> bool:
     """Whether states (1, n, d) are the same up to rounding: far nearer to each other than to those of another text. On
     the meta device there are no values to compare."""
     if found.is_meta:
         return True
-    rounding = 0.1 if coarse else 0.01
     found, expected, other = (x.float() for x in (found, expected, other))
     error, difference, size = (x.norm() for x in (found - expected, other - expected, expected))
     return bool(error <= max(rounding * difference, 1e-4 * size))

@@ -292,7 +292,10 @@ def _load_model(name: str, where: dict[str, Any], settings: dict[str, Any]) -> A
     # trained on.
     trusted = {"trust_remote_code": where["trust_remote_code"], "code_revision": where["revision"]}
     with torch.device("meta"):
-        code = type(AutoModel.from_config(config, **trusted))
+        try:
+            code = type(AutoModel.from_config(config, **trusted))
+        except TypeError:  # loaded before: transformers 5 then knows the class, and gives it the code_revision
+            code = type(AutoModel.from_config(config, trust_remote_code=where["trust_remote_code"]))
     settings_of_steps = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
     kept = {key: getattr(config, key) for key in settings_of_steps}
     settings = {**place, "subfolder": "", "revision": saved["revision"], **kept, **settings}

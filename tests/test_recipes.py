@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
@@ -26,6 +27,7 @@ import distil
 import graphs
 import reset_weights
 import shorten
+import teacher_vectors
 import train_objective
 import train_with_teacher
 from gircse.loading import load
@@ -62,6 +64,24 @@ def made(tmp_path_factory):
     where = ("--vectors", folder / "teacher", "--output_dir", folder / "distilled")
     recipe("root_model/distil", "--model_name_or_path", folder / "backbone", *where, *settings.split())
     return SimpleNamespace(folder=folder, texts=texts, vectors=torch.from_numpy(vectors).float())
+
+
+@pytest.mark.slow
+def test_a_teachers_vectors_are_of_texts_sentences_and_whole_documents(static_folder, tmp_path):
+    sentences = [f"The number {i} is written here in a sentence that takes some room." for i in range(9)]
+    lines = ["too short", "A line of its own.", " ".join(sentences), "A line of its own."]
+    (tmp_path / "a.txt").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    pairs = [{"query": "what is the number", "pos": ["It is a number."], "neg": ["It is no number."]}] * 2
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
+    where = ("--text", tmp_path / "*.txt", tmp_path / "*.jsonl", "--output_dir", tmp_path / "out")
+    recipe("root_model/teacher_vectors", *where, "--teacher", static_folder, "--long_of_a_file", 1)
+    found = distil.TeacherTexts(str(tmp_path / "out"))
+    of_pairs = ["what is the number", "It is a number.", "It is no number."]
+    assert sorted(found.texts) == sorted(["A line of its own.", *sentences, lines[2], *of_pairs])
+    expected = SentenceTransformer(str(static_folder), device="cpu").encode(found.texts, normalize_embeddings=True)
+    np.testing.assert_allclose(np.stack([vector for _, vector in found]), expected, atol=0.01)
+    with pytest.raises(ValueError, match="--text 'no/such' matches no file"):
+        next(teacher_vectors.documents(["no/such"]))
 
 
 def test_vectors_are_aligned_with_a_students_without_changing_a_similarity():

@@ -9,6 +9,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
+from packaging.version import Version
 
 from gircse.rows import ENDINGS, Row, RowFile, require
 
@@ -230,6 +231,8 @@ def columns_of_text() -> dict[str, pyarrow.Array]:
 
 @pytest.mark.parametrize("name", columns_of_text())
 def test_parquet_columns_of_every_type_of_text(tmp_path, name):
+    if name in ("string_view", "fixed_list") and Version(pyarrow.__version__) < Version("24"):
+        pytest.skip("this pyarrow can't write or read it")
     column = columns_of_text()[name]
     pyarrow.parquet.write_table(pyarrow.table({name: column}), tmp_path / "x.parquet")
     assert [row[name] for row in fields(str(tmp_path / "x.parquet"))] == column.to_pylist()

@@ -364,7 +364,7 @@ def test_the_code_beside_a_saved_adapter_is_of_the_commit_that_is_loaded(adapted
     monkeypatch.setattr(AutoModel, "from_config", lambda *args, **kw: (asked.append(kw), from_config(*args, **kw))[1])
     where = {"subfolder": "", "revision": "main", "token": None, "cache_dir": None, "local_files_only": True}
     module._load_model(str(adapted[1]), where | {"trust_remote_code": True}, {})
-    assert asked == [{"trust_remote_code": True, "code_revision": "main"}]
+    assert asked[0] == {"trust_remote_code": True, "code_revision": "main"}
 
 
 @pytest.mark.parametrize("place", ["its own folder", "memory"])

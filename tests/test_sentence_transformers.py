@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -168,7 +169,9 @@ def test_a_library_that_is_too_old_is_named_before_anything_loads(exported, tmp_
 
 
 def test_max_seq_length_cuts_the_text_and_keeps_the_suffix(sentence_model):
-    assert sentence_model.max_seq_length == 64 and "'max_seq_length': 64" in str(sentence_model)
+    assert sentence_model.max_seq_length == 64
+    if "sentence_transformers.base" in sys.modules:  # from 5.4 on
+        assert "'max_seq_length': 64" in str(sentence_model)
     text, suffix = "how do I renew the card that was stolen from me last week? " * 20, golden_ids(SUFFIX)
     room = 12 - len(suffix)
     with Inputs(sentence_model) as inputs:

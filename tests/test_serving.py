@@ -180,12 +180,14 @@ def test_tied_weights_stay_tied_when_quantized(make_model, tmp_path, kind):
 
 @pytest.mark.skipif(not installed("bitsandbytes"), reason="bitsandbytes is not installed")
 @pytest.mark.skipif(OLD and not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("settings", [{"load_in_8bit": True}, {"load_in_4bit": True}])
-def test_root_model_by_bitsandbytes(processor, exact, settings):
+@pytest.mark.parametrize(
+    "settings, least", [({"load_in_8bit": True}, 0.95), ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 0.8)]
+)
+def test_root_model_by_bitsandbytes(processor, exact, settings, least):
     model = load_root(quantization_config=BitsAndBytesConfig(**settings), torch_dtype=torch.float32)
     assert model.get_output_embeddings().weight.dtype == torch.float32
     found = model.generate_embedding(**processor(TEXTS).to(model.device), k=5)
-    assert 0.99 < F.cosine_similarity(found.cpu(), exact).min() < 0.99999
+    assert least < F.cosine_similarity(found.cpu(), exact).min() < 0.99999
 
 
 # dtype --------------------------------------------------------------------------------------------------------------

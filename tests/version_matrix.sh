@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests of loading, embedding, serving, Sentence Transformers, training and publishing on several versions of
 # transformers, each in a virtual environment of its own with the versions of the other packages that pip matches to it,
-# and prints a table. Usage: tests/version_matrix.sh [VERSION[@PYTHON] ...]; the default is below.
+# and prints a table. The oldest transformers comes with the oldest of all other packages that requirements*.txt allow,
+# torch aside. Usage: tests/version_matrix.sh [VERSION[@PYTHON] ...]; the default is below.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 versions=("$@")
@@ -21,14 +22,16 @@ packages=(torch transformers sentence-transformers peft huggingface-hub)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 table="| python | $(printf '%s | ' "${packages[@]}")result |\n|---|$(printf -- '---|%.0s' "${packages[@]}")---|\n"
+sed -nE '/^(torch|transformers)>/d; s/^([a-z_-]+)>=([0-9.]+).*/\1==\2/p' requirements{,-train,-dev}.txt >"$work/oldest"
 failed=0
 for leg in "${versions[@]}"; do
     version="${leg%@*}" python=python3
     [ "$version" = "$leg" ] || python="${leg#*@}"
+    [ "$version" = 4.51.3 ] && oldest=(-c "$work/oldest") || oldest=()
     environment="$work/transformers-${leg//\*/x}"
     "$python" -m venv "$environment" &&
         "$environment/bin/pip" install -q -r requirements-train.txt pytest orjson sentence-transformers \
-            "transformers==$version" || { failed=1; continue; }
+            "transformers==$version" "${oldest[@]}" || { failed=1; continue; }
     HF_HOME="$environment/hf" "$environment/bin/python" -m pytest -q -p no:cacheprovider "${files[@]}" 2>&1 |
         tee "$environment/log"
     [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
