@@ -235,6 +235,8 @@ class SentenceGircse(InputModule):
         ):
             merged = copy.deepcopy(self)
             merged.merge_adapter()
+            for weight in model.parameters():  # may be mapped from the file that is written over (safetensors < 0.8)
+                weight.data = weight.data.clone()
             merged.model.save_pretrained(output_path, safe_serialization=safe_serialization)
         else:
             self._save_adapter(output_path, str(base.resolve()) if base.exists() else config.name_or_path)

@@ -103,22 +103,22 @@ def test_draws_are_fixed_by_seed_epoch_and_row():
     first = drawn(pairs)
     torch.manual_seed(99)
     assert [(pairs[i]["positive"], pairs[i]["negatives"]) for i in reversed(range(20))][::-1] == first
-    pairs.set_epoch(1)
+    pairs.begin_epoch(1)
     second = drawn(pairs)
     assert second != first
     resumed = TrainingPairs(many_texts(), 2, seed=3)
-    resumed.set_epoch(1)
+    resumed.begin_epoch(1)
     assert drawn(resumed) == second
     assert drawn(TrainingPairs(many_texts(), 2, seed=4)) != first
     assert len({positive.split(".")[1] for positive, _ in first}) > 1  # rows draw apart
 
 
-def test_set_epoch_reaches_persistent_workers():
+def test_begin_epoch_reaches_persistent_workers():
     pairs = TrainingPairs(many_texts(4), 1, seed=0)
     loader = torch.utils.data.DataLoader(pairs, batch_size=None, num_workers=1, persistent_workers=True)
     seen = []
     for epoch in (0, 1):
-        pairs.set_epoch(epoch)
+        pairs.begin_epoch(epoch)
         seen.append([(row["positive"], row["negatives"]) for row in loader])
         assert seen[-1] == drawn(pairs)
     assert seen[0] != seen[1]
@@ -175,11 +175,11 @@ def test_order_is_fixed_by_seed_and_epoch(by_source):
     batches = SourceBatches(SOURCES, 3, by_source=by_source, seed=5)
     first = list(batches)
     assert list(batches) == first and len(first) == len(batches) == 14  # two rows dropped
-    batches.set_epoch(1)
+    batches.begin_epoch(1)
     second = list(batches)
     assert second != first
     resumed = SourceBatches(SOURCES, 3, by_source=by_source, seed=5)
-    resumed.set_epoch(1)
+    resumed.begin_epoch(1)
     assert list(resumed) == second
     assert list(SourceBatches(SOURCES, 3, by_source=by_source, seed=6)) != first
     assert set(sum(first, [])) != set(sum(second, []))  # it is not always the same rows that are dropped
@@ -189,7 +189,7 @@ def test_every_source_takes_its_turn_in_being_dropped():
     batches = SourceBatches(list("aaabbb"), 2, by_source=True, seed=0, num_processes=2)
     dropped = set()
     for epoch in range(20):
-        batches.set_epoch(epoch)
+        batches.begin_epoch(epoch)
         dropped |= set(range(6)) - set(sum(batches, []))
     assert dropped == set(range(6))
 

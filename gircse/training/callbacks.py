@@ -31,16 +31,17 @@ class LogFile(TrainerCallback):
 
 
 class EpochSetter(TrainerCallback):
-    """Tells the data which epoch it is, also after a resume."""
+    """Tells the data which epoch it is, also after a resume. Not by `set_epoch`: Accelerate calls methods of that name
+    with a count of its own, which starts at 0 again after a resume (before 1.14)."""
 
     def __init__(self, dataset: TrainingPairs) -> None:
         self.dataset, self.batches = dataset, None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)
-        self.dataset.set_epoch(epoch)
+        self.dataset.begin_epoch(epoch)
         if self.batches is not None:
-            self.batches.set_epoch(epoch)
+            self.batches.begin_epoch(epoch)
 
 
 class Watch:

@@ -70,9 +70,9 @@ class TrainingPairs(torch.utils.data.Dataset):
     def __init__(self, pairs: datasets.Dataset, num_negatives: int, seed: int) -> None:
         check_count("num_negatives", num_negatives, minimum=0)
         self.pairs, self.num_negatives, self.seed = pairs, num_negatives, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: persistent workers see set_epoch
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: persistent workers see begin_epoch
 
-    def set_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -129,7 +129,7 @@ class SourceBatches(torch.utils.data.Sampler[list[int]]):
                 f"{len(sources)}; lower batch_size or give more pairs"
             )
 
-    def set_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
