@@ -250,6 +250,16 @@ def test_documents_get_the_models_prompt_for_them(tmp_path, model, instruction):
     assert F.cosine_similarity(found, expected(["a red thing"], 2, changed, **kept)).min() > 0.9999
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_weights_have_the_dtype_that_is_asked_for(model, tmp_path, monkeypatch, own):
+    """Those of this repo, which its own code loads, and of another."""
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    plan = make_plan(parse(arguments(file, tmp_path / "out", "--dtype", "bfloat16")))
+    if own:
+        monkeypatch.setattr(actors, "ROOT", model)
+    assert actors.Embedder(plan, str(tmp_path / "out"), 2, "cpu", True).model.dtype == torch.bfloat16
+
+
 def test_a_k_that_leaves_no_room_for_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="k=128 takes all positions"):
         finished(tmp_path, [{"text": "x"}], "--k", "128")
