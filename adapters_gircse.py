@@ -18,7 +18,7 @@ ADDS_TO_EMBEDDINGS = "it adds to the token embeddings, whose weight the steps re
 
 
 class AdapterMixin:
-    """The methods of a `GircseModel` that load and drop adapters."""
+    """The methods of a `GircseModel` that load, merge and drop adapters."""
 
     @classmethod
     def _from_adapter(cls, repo: str, config: PretrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:

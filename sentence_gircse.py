@@ -210,9 +210,9 @@ class SentenceGircse(InputModule):
 
     def merge_adapter(self) -> None:
         """As `GircseModel.merge_adapters`, also for PEFT's own wrapper around the model (`PeftModel`)."""
-        if hasattr(self.model, "get_base_model"):
-            self.model = self.model.get_base_model()
-        self.model.merge_adapters()
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        model.merge_adapters()
+        self.model = model
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Saves weights, configuration, tokenizer, settings and all code; the library adds its own JSON files.
