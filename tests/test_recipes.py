@@ -219,7 +219,7 @@ def test_objectives(made, tmp_path):
         train("paper/train_objective", made, tmp_path / name, "--objective", name)[0] for name in ("icr", "last_step")
     )
     assert icr["loss"] == pytest.approx(icr["L_1"] + icr["L_2"] + icr["L_3"] + icr["L_reg"], rel=1e-3)
-    assert last_step["loss"] == pytest.approx(icr["L_3"], rel=1e-3) != pytest.approx(icr["L_1"], rel=1e-3)
+    assert last_step["loss"] == pytest.approx(icr["L_3"], abs=5e-5)  # L_2 is 2e-4 away
 
 
 @pytest.mark.slow
