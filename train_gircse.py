@@ -142,6 +142,7 @@ def read_pairs(data: DataArguments, training: GircseTrainingArguments) -> datase
         config=data.data_config,
         columns=parse_columns(data.columns),
         symmetric_sources=data.symmetric_sources,
+        instruction=data.instruction,
         limit=data.limit,
         max_bad_share=data.max_bad_share if data.skip_bad_rows else None,
         bad_rows_file=Path(training.output_dir) / BAD_ROWS,

@@ -14,6 +14,7 @@ import pytest
 
 from gircse.training.pairs import load_pairs, parse_columns
 from helpers import write_rows
+from train_gircse import parse, read_pairs
 from training_helpers import PAIR, spoil
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -318,6 +319,14 @@ def test_nothing_to_read(tmp_path):
             load_pairs(str(source))
     with pytest.raises(ValueError, match=r"e\.jsonl: no rows"):
         load_pairs(write_rows(tmp_path / "e.jsonl", [""]))
+
+
+def test_instruction_of_rows_that_have_none(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [PAIR, {**PAIR, "instruction": "own"}, {**PAIR, "prompt": None}])
+    arguments = ["--train_data", path, "--output_dir", str(tmp_path), "--report_to", "none"]
+    for given, expected in (["--instruction", "ask"], ["ask", "own", "ask"]), ([], ["", "own", ""]):
+        _, data, training = parse(arguments + given)
+        assert read_pairs(data, training)["instruction"][:] == expected
 
 
 def test_symmetric_by_field_then_by_source(tmp_path):

@@ -90,6 +90,27 @@ def test_what_the_card_shows_runs(processor, tmp_path, step_token, said):
         assert names["embeddings"].shape == (1, 32)
 
 
+WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer the query."
+
+
+@pytest.mark.parametrize(
+    "instructions, query, shown",
+    [
+        (["find it"], "find it", '"], instruction="find it")'),
+        ([""], "", '"])'),
+        (["find it", ""], WEB_SEARCH, '"], instruction="Given a question, retrieve a passage that answers it.")'),
+    ],
+)
+def test_saved_query_prompt_is_what_queries_had_in_training(processor, tmp_path, instructions, query, shown):
+    """Else `encode_query` would embed queries in a way that nobody trained or measured."""
+    rows = [row | {"instruction": instructions[i % len(instructions)]} for i, row in enumerate(make_rows(4))]
+    make_trainer(tiny_model(), processor, tmp_path, rows).export()
+    settings = json.loads((tmp_path / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    assert settings["prompts"]["query"] == processor.prompt_for(query)
+    assert settings["prompts"]["STS12"] == processor.prompt_for("Retrieve semantically similar text.")
+    assert f'processor(["how do I renew a card{shown}\n' in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 def test_learned_tokens_are_trained_beside_lora(processor, tmp_path):
     """LoRA reaches linear layers alone; tokens that start at random must learn all the same, in float32 beside a frozen
     model in bfloat16, too."""

@@ -114,6 +114,7 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "what the file calls columns, such as query=question pos=answer neg=wrong_1,wrong_2"},
     )
+    instruction: str = field(default="", metadata={"help": "what the queries of rows without one get before them"})
     limit: int | None = field(default=None, metadata={"help": "read only the first rows"})
     skip_bad_rows: bool = field(
         default=False, metadata={"help": f"leave rows with errors out, and list them in {BAD_ROWS} of the output"}

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ METHODS = {
     "learned": "it appends K learned tokens to a text and averages their last hidden states",
     "none": "it pools the last hidden states of a text and generates nothing",
 }
+EXAMPLE = "Given a question, retrieve a passage that answers it."
 CARD = """---
 {metadata}
 ---
@@ -52,7 +53,7 @@ from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained("{repo}", {pin}trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{repo}", {pin}trust_remote_code=True)
-inputs = processor(["how do I renew a card"], instruction="Given a question, retrieve a passage that answers it.")
+inputs = processor(["how do I renew a card"]{instruction})
 embeddings = model.generate_embedding(**inputs)  # (1, d), unit norm
 ```
 
@@ -94,6 +95,7 @@ def model_card(
     repo_id: str | None = None,
     commit: str | None = None,
     objective: str | None = None,
+    query_instruction: str | None = None,
 ) -> str:
     """The card of the exported `folder`, filled from the run.
 
@@ -104,6 +106,7 @@ def model_card(
         scores: held-out accuracy before and after training by k.
         repo_id, commit: where the folder is published; without them the card speaks of the folder itself.
         objective: what was trained, with its settings; ICR by default.
+        query_instruction: of all training queries, "" for none; None, for an example, where they have several.
     """
     bases = [name for name in base_models if is_hub_id(name)]
     results = held_out_results(train_data, scores or {})
@@ -117,8 +120,6 @@ def model_card(
         **({"model_name": name, "eval_results": results} if results else {}),
     )
     step_token = json.loads((folder / "config.json").read_text(encoding="utf-8"))["step_token"]
-    run = [name for name in REMOTE_CODE if (folder / name).exists()]
-    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in run}
     batch = (training.per_device_train_batch_size, training.gradient_accumulation_steps, training.world_size)
     return CARD.format(
         metadata=metadata.to_yaml(),
@@ -128,12 +129,25 @@ def model_card(
         k=", k=5" if step_token in ("soft", "hard") else "",
         repo=repo_id or ".",
         pin="" if commit is None else f'revision="{commit}", ',
-        files="\n".join(f"| `{name}` | {REMOTE_CODE[name]} | `{digest}` |" for name, digest in hashes.items()),
+        instruction=instruction_argument(EXAMPLE if query_instruction is None else query_instruction),
+        files="\n".join(code_rows(folder)),
         rows="\n".join(f"| {k} | {before:.3f} | {after:.3f} |" for k, (before, after) in (scores or {}).items()),
         objective=objective or icr(training),
         settings=f"learning rate {training.learning_rate:g}, "
         f"batch {' x '.join(map(str, batch))} (queries, accumulation, processes)",
     )
+
+
+def code_rows(folder: Path) -> Iterator[str]:
+    """The rows of the table of code files."""
+    for name, loader in REMOTE_CODE.items():
+        if (folder / name).exists():
+            yield f"| `{name}` | {loader} | `{hashlib.sha256((folder / name).read_bytes()).hexdigest()}` |"
+
+
+def instruction_argument(instruction: str) -> str:
+    """How a call of the processor gives it."""
+    return f", instruction={json.dumps(instruction, ensure_ascii=False)}" if instruction else ""
 
 
 def icr(training: GircseTrainingArguments) -> str:

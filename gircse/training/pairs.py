@@ -57,6 +57,7 @@ def load_pairs(
     split: str | None = None,
     columns: Mapping[str, str | Sequence[str]] | None = None,
     symmetric_sources: Collection[str] = (),
+    instruction: str = "",
     limit: int | None = None,
     max_bad_share: float | None = None,
     bad_rows_file: str | Path | None = None,
@@ -65,10 +66,10 @@ def load_pairs(
 
     Each row has a query and positives (a text or list each) in columns of STATED_PAIRS or USUAL_PAIRS, or in those that
     `columns` names, and may have hard negatives in `neg`, `negatives`, `negative`, `negative_1`, ... All take
-    `instruction` or `prompt` (default ""), `source` (default: the file's name without ending; on the Hub the split
-    where there are several, the instruction, so that rows of one task still go together, or the id), `label`, and
-    `symmetric`, which says whether documents get the instruction too. Without it, `type` (FlagEmbedding's field) or
-    `symmetric_sources` does.
+    `instruction` or `prompt`, `source` (default: the file's name without ending; on the Hub the split where there are
+    several, the instruction, so that rows of one task still go together, or the id), `label`, and `symmetric`, which
+    says whether documents get the instruction too. Without it, `type` (FlagEmbedding's field) or `symmetric_sources`
+    does.
 
     Args:
         source: file (see ENDINGS), folder, glob pattern or Hub id.
@@ -77,6 +78,7 @@ def load_pairs(
             in data sets with a split a source; local files have none.
         columns: which of the data's columns are ours, as {"query": "question", "neg": ["hard_1", "hard_2"]}; only `pos`
             and `neg` take several. Where it names `query` or `pos`, a `label` is only read if it names that too.
+        instruction: of the rows that have none.
         limit: read only the first rows (a Hub data set is then streamed), of several splits in proportion to their
             sizes.
         max_bad_share: leave wrong rows out, as long as they are not more than this share (0 <= share < 1) of all that
@@ -98,15 +100,15 @@ def load_pairs(
     for name, value in (("config", config), ("split", split)):
         if files and value is not None:
             raise ValueError(f"{name}={value!r} is for data sets on the Hub, and {source!r} is local: leave it out")
-    code = (__file__, reader.__file__)
     arguments = {
         "name": source,
         "rows": files or _load_hub(source, config, split, limit),
         "columns": _check_columns(columns or {}),
         "symmetric_sources": tuple(sorted(symmetric_sources)),
+        "instruction": instruction,
         "limit": limit,
         "keeps_bad": max_bad_share is not None,
-        "versions": tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (*code, *files)),
+        "versions": tuple(map(_version, (__file__, reader.__file__, *files))),
     }
     features = FEATURES if max_bad_share is None else datasets.Features({**FEATURES, "bad": TEXT})
     try:
@@ -118,6 +120,11 @@ def load_pairs(
     pairs = pairs if max_bad_share is None else _without_bad_rows(pairs, source, max_bad_share, bad_rows_file)
     _check_labels(pairs, source)
     return pairs
+
+
+def _version(file: str) -> tuple[int, int]:
+    state = os.stat(file)
+    return state.st_size, state.st_mtime_ns
 
 
 def _check_labels(pairs: datasets.Dataset, name: str) -> None:
@@ -244,6 +251,7 @@ def _generate(
     rows: Any,
     columns: dict[str, list[str]],
     symmetric_sources: tuple[str, ...],
+    instruction: str,
     limit: int | None,
     keeps_bad: bool,
     versions: tuple[tuple[int, int], ...],
@@ -257,7 +265,7 @@ def _generate(
         try:
             if columns:
                 there.update(row.fields or ())
-            pair = _to_pair(require(row), row.where, (default_source, name), symmetric_sources, columns)
+            pair = _to_pair(require(row), row.where, (default_source, name), symmetric_sources, instruction, columns)
         except ValueError as error:
             if not keeps_bad:
                 raise
@@ -297,6 +305,7 @@ def _to_pair(
     where: str,
     default_sources: tuple[str, str],
     symmetric_sources: Collection[str],
+    default_instruction: str,
     columns: Mapping[str, list[str]],
 ) -> dict[str, Any]:
     """Checks one row and returns it with the columns of FEATURES. Its source is, unless it says so itself, the first of
@@ -305,7 +314,8 @@ def _to_pair(
     names = {name: [name] for name in row if name not in taken} | columns  # our or a known name: the row's columns
     query, pos = _pair_columns(row, where, names, columns)
     negatives = [name for name in names if NEGATIVES.fullmatch(name) and ("neg" not in columns or name == "neg")]
-    instruction = _optional_text(row, names, "instruction", where) or _optional_text(row, names, "prompt", where) or ""
+    own = _optional_text(row, names, "instruction", where) or _optional_text(row, names, "prompt", where)
+    instruction = own or default_instruction
     source = _optional_text(row, names, "source", where) or default_sources[0] or instruction or default_sources[1]
     labelled = "label" in columns or not columns.keys() & {"query", "pos"}
     return {

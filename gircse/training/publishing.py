@@ -35,12 +35,17 @@ REPLACED = ["*.safetensors", "*.safetensors.index.json", "*adapter_config.json"]
 
 
 def export(
-    model: Any, processor: Any, folder: str | Path, dtype: str = "float32", adapter_of: str | None = None
+    model: Any,
+    processor: Any,
+    folder: str | Path,
+    dtype: str = "float32",
+    adapter_of: str | None = None,
+    query_instruction: str | None = None,
 ) -> PreTrainedModel:
     """Saves a Hub-ready folder but for its card: weights (LoRA merged), tokenizer, configuration, prompts and code.
 
     With `adapter_of`, the model that training started from, the LoRA alone takes the weights' place; see
-    [`save_adapter`].
+    [`save_adapter`]. With `query_instruction`, "" included, that is what the saved prompt `query` asks for.
 
     Raises:
         ValueError: if there is an adapter and it changes nothing.
@@ -62,12 +67,12 @@ def export(
         for file, time in earlier.items():  # under other names, one of which would be loaded
             if file.exists() and file.stat().st_mtime_ns == time:
                 file.unlink()
-    complete(folder, processor)
+    complete(folder, processor, query_instruction)
     return model
 
 
-def complete(folder: Path, processor: Any) -> None:
-    """Adds to weights and configuration what else a Hub-ready folder has, but for its card."""
+def complete(folder: Path, processor: Any, query_instruction: str | None = None) -> None:
+    """Adds to weights and configuration what else a Hub-ready folder has, but for its card; see [`export`]."""
     load_in_float32(folder)
     # Else a tokenizer of a general class loads in transformers 4 as one that gives token types, too.
     processor.tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
@@ -77,6 +82,8 @@ def complete(folder: Path, processor: Any) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     settings = sentence_transformers_settings(processor)
+    if query_instruction is not None:
+        settings["prompts"]["query"] = processor.prompt_for(query_instruction)
     needed = {name: it for name, it in settings.get("requirements", {}).items() if name not in NEEDED_BY_ADAPTERS}
     if json.loads((folder / "config.json").read_text(encoding="utf-8"))["adapter"]:
         needed |= NEEDED_BY_ADAPTERS

@@ -353,7 +353,8 @@ class GircseTrainer(Trainer):
         model = self._whole_model()
         if self.is_world_process_zero():
             adapter_of = self.base_models[0] if self.args.save_adapter else None
-            export(model, self.processing_class, self.args.output_dir, self.args.save_dtype, adapter_of)
+            settings = (self.args.save_dtype, adapter_of, self._query_instruction)
+            export(model, self.processing_class, self.args.output_dir, *settings)
             self._write_card()
 
     def push_to_hub(
@@ -402,6 +403,12 @@ class GircseTrainer(Trainer):
         )
         return commit
 
+    @property
+    def _query_instruction(self) -> str | None:
+        """The instruction of all training queries, "" for none; None where they have several."""
+        found = set(self.train_dataset.pairs["instruction"])
+        return found.pop() if len(found) == 1 else None
+
     @whole_weights()
     def _whole_model(self) -> nn.Module | None:
         """A copy of the model with whole weights on the first process, since training may go on; None on the others.
@@ -424,7 +431,7 @@ class GircseTrainer(Trainer):
         folder = Path(self.args.output_dir)
         repo_id = None if commit is None else self.hub_model_id
         known = (self.base_models, self.train_data, self.scores, repo_id, commit, self.objective)
-        text = model_card(folder, self.args, *known)
+        text = model_card(folder, self.args, *known, self._query_instruction)
         (folder / "README.md").write_text(text, encoding="utf-8")
         return folder / "README.md"
 
