@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from .backbone_gircse import HUB_ARGUMENTS, REPO_ARGUMENTS, is_tied, load_backbone
+from .backbone_gircse import HUB_ARGUMENTS, REPO_ARGUMENTS, dequantized, is_quantized, is_tied, load_backbone
 from .configuration_gircse import dtype_name
 
 ADDS_TO_EMBEDDINGS = "it adds to the token embeddings, whose weight the steps read as it is"
@@ -46,7 +46,7 @@ class AdapterMixin:
             language_model = cls.from_pretrained(base, **common, **kwargs).language_model
         else:
             language_model = load_backbone(base, **common, **kwargs)
-        language_model = merge_adapter(language_model, folder)
+        language_model = merge_adapter(language_model, folder, "quantization_config" in kwargs)
         config.text_config, config.adapter = language_model.config, None  # it is saved with weights from now on
         if Path(base).exists():
             config.text_config._name_or_path = ""  # a path of this machine, which would be published
@@ -180,8 +180,13 @@ class AdapterMixin:
                 part.all_tied_weights_keys = {}
 
 
-def merge_adapter(language_model: PreTrainedModel, adapter: str, **where: Any) -> PreTrainedModel:
-    """The causal LM with a PEFT adapter of that causal LM merged into its weights."""
+def merge_adapter(
+    language_model: PreTrainedModel, adapter: str, stays_quantized: bool = False, **where: Any
+) -> PreTrainedModel:
+    """The causal LM with a PEFT adapter of that causal LM merged into its weights. Quantized ones are dequantized
+    before, unless they are to stay so: what an adapter adds is mostly smaller than the steps of 4 bits."""
+    if is_quantized(language_model) and not stays_quantized:
+        language_model = dequantized(language_model)
     peft = peft_package(adapter)
     config = peft.PeftConfig.from_pretrained(adapter, **where)
     tied = is_tied(language_model)

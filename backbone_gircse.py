@@ -75,6 +75,16 @@ def load_backbone(name_or_path: str, needs_head: bool = True, **kwargs: Any) -> 
     return model
 
 
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with plain weights, in the dtype of those that were not quantized."""
+    dtype = model.dtype
+    model = model.dequantize()
+    drop_quantization(model)
+    for module in model.modules():  # else its new linear layers would be initialised, as part of a new GircseModel
+        module._is_hf_initialized = True
+    return model.to(dtype)
+
+
 def drop_quantization(model: PreTrainedModel) -> None:
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
@@ -300,11 +310,15 @@ def possible_ways(language_model: PreTrainedModel, ids: Tensor, generates: bool)
     return [Way(name, square) for name in names for square in squares]
 
 
+def is_quantized(language_model: PreTrainedModel) -> bool:
+    return any(not x.is_floating_point() or type(x.data) is not Tensor for x in language_model.parameters())
+
+
 def rounding_of(language_model: PreTrainedModel, device: torch.device) -> float:
     """How far rounding may take states from each other, as a share of their distance to those of another text. The
     states' own dtype does not tell: they may have been averaged in float32."""
-    if any(not x.is_floating_point() or type(x.data) is not Tensor for x in language_model.parameters()):
-        return 0.3  # quantised: activations may be rounded by row, or with all others of the batch (LLM.int8)
+    if is_quantized(language_model):
+        return 0.3  # activations may be rounded by row, or with all others of the batch (LLM.int8)
     if torch.finfo(language_model.dtype).eps > 1e-6 or torch.is_autocast_enabled(device.type):
         return 0.1
     return 0.01

@@ -173,7 +173,7 @@ class GircseModel(GircsePreTrainedModel):
             language_model.config.name_or_path = ""
         if adapter is not None:
             where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            language_model = merge_adapter(language_model, adapter, **where)
+            language_model = merge_adapter(language_model, adapter, "quantization_config" in kwargs, **where)
         config = GircseConfig(
             text_config=language_model.config,
             num_steps=num_steps,

@@ -34,6 +34,10 @@ MODEL_FILES = [f"{part}_gircse.py" for part in MODEL_PARTS]
 REMOTE_FILES = (*MODEL_FILES, "processing_gircse.py")
 # transformers took up `dtype=` in 4.56 and goes on taking `torch_dtype=`; our models take both everywhere.
 DTYPE_ARGUMENTS = ["torch_dtype", "dtype"]
+# Before transformers 4.56 bitsandbytes needs a GPU.
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56)
+HAS_BITSANDBYTES = bool(importlib.util.find_spec("bitsandbytes")) and (not OLD or torch.cuda.is_available())
+needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes can't be used here")
 IDS = [[5, 17, 60, 33, 8], [0, 0, 42, 9, 77]]
 MASK = [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, pipeline
 
-from helpers import DTYPE_ARGUMENTS, ROOT, text_config
+from helpers import DTYPE_ARGUMENTS, HAS_BITSANDBYTES, OLD, ROOT, needs_bitsandbytes, text_config
 
-OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56)  # for which bitsandbytes needs a GPU
 TEXTS = ["a red fox", "how do I renew the card that was stolen from me last week?", "rain"]
 BATCH = {"input_ids": torch.tensor([[5, 17, 60, 33, 8], [7, 7, 42, 9, 77]]), "attention_mask": torch.ones(2, 5).long()}
 DECODER = "language_model.model"
@@ -127,13 +124,9 @@ def test_any_part_may_be_offloaded(gircse, make_model, tmp_path, backbone, offlo
 # Quantized weights --------------------------------------------------------------------------------------------------
 
 
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-@pytest.mark.skipif(not installed("torchao"), reason="torchao is not installed")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_root_model_in_int8_by_torchao(processor, exact, dtype):
+    pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -147,8 +140,8 @@ def test_root_model_in_int8_by_torchao(processor, exact, dtype):
     assert 0.99 < check(model, processor, exact) < 0.9999999
 
 
-@pytest.mark.skipif(not installed("torchao"), reason="torchao is not installed")
 def test_root_model_with_activations_in_int8_by_torchao(processor, exact):
+    pytest.importorskip("torchao")
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
     from transformers import TorchAoConfig
 
@@ -159,15 +152,14 @@ def test_root_model_with_activations_in_int8_by_torchao(processor, exact):
 
 @pytest.mark.parametrize("kind", ["torchao", "8bit", "4bit"])
 def test_tied_weights_stay_tied_when_quantized(make_model, tmp_path, kind):
-    if not installed("torchao" if kind == "torchao" else "bitsandbytes"):
-        pytest.skip("the package is not installed")
     if kind == "torchao":
+        pytest.importorskip("torchao")
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig
 
         quantization = TorchAoConfig(Int8WeightOnlyConfig())
-    elif OLD and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
+    elif not HAS_BITSANDBYTES:
+        pytest.skip("bitsandbytes can't be used here")
     else:
         quantization = BitsAndBytesConfig(**{f"load_in_{kind}": True})
     make_model("qwen2-tied", num_steps=3).save_pretrained(tmp_path)
@@ -178,8 +170,7 @@ def test_tied_weights_stay_tied_when_quantized(make_model, tmp_path, kind):
     assert model.get_input_embeddings().weight.dtype == torch.float32
 
 
-@pytest.mark.skipif(not installed("bitsandbytes"), reason="bitsandbytes is not installed")
-@pytest.mark.skipif(OLD and not torch.cuda.is_available(), reason="needs a GPU")
+@needs_bitsandbytes
 @pytest.mark.parametrize(
     "settings, least", [({"load_in_8bit": True}, 0.95), ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 0.8)]
 )

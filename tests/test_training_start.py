@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from gircse.loading import PAPER_PROMPT
 from gircse.training.arguments import ModelArguments
 from gircse.training.publishing import export
-from helpers import make_tokenizer
-from train_gircse import load_model, main
+from helpers import make_tokenizer, needs_bitsandbytes, tiny_text_config
+from train_gircse import add_lora, load_model, main
 
 pytestmark = pytest.mark.usefixtures("training_cache")
 
@@ -130,6 +132,37 @@ def test_a_quantized_backbone_is_refused_before_training_where_it_could_not_be_s
     monkeypatch.setattr("train_gircse.GircseTrainer.train", lambda *args, **kwargs: pytest.fail("trained"))
     with pytest.raises(ValueError, match=remedy):
         main([*lora.argv, *options, "--output_dir", str(tmp_path)])
+
+
+@needs_bitsandbytes
+def test_lora_of_a_backbone_in_4_bits_loads_as_it_was_trained(tmp_path):
+    """Merged into 4 bits, much of it would be rounded off: that is for those alone who ask for 4 bits."""
+    torch.manual_seed(0)
+    backbone, folder = tmp_path / "backbone", tmp_path / "gircse"
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}  # the kernel takes no less
+    AutoModelForCausalLM.from_config(tiny_text_config(**sizes)).save_pretrained(backbone)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(backbone, quantization_config=quantization).save_pretrained(backbone)
+    make_tokenizer().save_pretrained(backbone)
+    model, processor = load_model(ModelArguments(str(backbone)))
+    tuned = add_lora(model, ModelArguments(lora_r=4))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    texts = processor(["a red thing", "cold"])
+    exact = tuned.get_base_model().eval().generate_embedding(**texts, k=3)
+    export(tuned, processor, folder, adapter_of=str(backbone))
+    assert not list(folder.glob("model*.safetensors"))
+
+    def likeness(source, **settings):
+        loaded = type(model).from_pretrained(source, **settings)
+        return loaded, F.cosine_similarity(loaded.generate_embedding(**texts, k=3), exact).min()
+
+    assert likeness(folder, quantization_config=quantization)[1] < 0.95
+    loaded, found = likeness(folder)
+    loaded.save_pretrained(tmp_path / "whole")
+    assert found > 0.98 and likeness(tmp_path / "whole")[1] == found
+    assert "quantization_config" not in loaded.config.to_dict()["text_config"]
 
 
 @pytest.mark.parametrize(
