@@ -78,7 +78,8 @@ def check_static(model: PreTrainedModel, slots: int, device: torch.device) -> No
 def fixed_cache(model: PreTrainedModel, cache: DynamicCache, batch: int, slots: int) -> StaticCache:
     """The prefill's cache, moved into one of fixed size. Its memory must keep its place from call to call for CUDA
     graphs, so that each model's last one is kept and used again as long as the shape stays the same."""
-    key = (batch, slots, model.language_model.dtype, str(model.device), torch.is_inference_mode_enabled())
+    dtypes = tuple(x.dtype for x in (cache.layers[0].keys, cache.layers[0].values))  # under autocast not the weights'
+    key = (batch, slots, dtypes, str(model.device), torch.is_inference_mode_enabled())
     kept, fixed = kept_caches().get(model, (None, None))
     if kept != key:
         kept_caches().pop(model, None)

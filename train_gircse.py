@@ -39,8 +39,9 @@ from gircse.training.trainer import GircseTrainer
 # that training embeds, but not fewer than FEWEST_HELD_OUT.
 HELD_OUT, HELD_OUT_SHARE, FEWEST_HELD_OUT = 256, 0.05, 8
 # What runs when no argument is given. Model and data are at their defaults: the root model, the repo's sample.
+SAMPLE_FOLDER = "gircse-sample"
 SAMPLE_RUN = (
-    "--output_dir gircse-sample --tuning full --held_out 84 --save_strategy no --logging_steps 5 --show_neighbours"
+    f"--output_dir {SAMPLE_FOLDER} --tuning full --held_out 84 --save_strategy no --logging_steps 5 --show_neighbours"
 ).split()
 
 logger = logging.get_logger("gircse")
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
         processor.max_length = model.text_limit(data.max_length)  # the saved model reads as much as this run
     pairs = read_pairs(data, training)
     pairs, held_out = hold_out(pairs, data.held_out, training)
+    if not len(held_out) and (training.eval_strategy != "no" or training.eval_on_start):
+        raise ValueError(f"{data.train_data} has too few pairs to hold some out by itself: give --held_out N")
     if arguments.tuning == "lora":
         model = add_lora(model, arguments)
     check_saving(model, processor, training)
@@ -140,6 +143,7 @@ def read_pairs(data: DataArguments, training: GircseTrainingArguments) -> datase
     return load_pairs(
         data.train_data,
         config=data.data_config,
+        split=data.data_split,
         columns=parse_columns(data.columns),
         symmetric_sources=data.symmetric_sources,
         instruction=data.instruction,
@@ -181,6 +185,8 @@ def check_settings(
         raise ValueError(f"dtype={arguments.dtype!r} loses small updates of the weights; with full tuning use float32")
     if training.eval_strategy != "no" and data.held_out == 0:
         raise ValueError("eval_strategy needs pairs to evaluate on: held_out must be > 0")
+    if wrong := [size for size in training.matryoshka_dims if not 0 < size < config.hidden_size]:
+        raise ValueError(f"matryoshka_dims={wrong} must be >= 1 and below the embedding's {config.hidden_size}")
     k = training.k if data.held_out == 0 else max(training.k, *accuracy_steps(config))
     longest = data.max_length or processor.max_length
     most = model.text_limit(longest, k)
@@ -236,14 +242,21 @@ def check_output(training: GircseTrainingArguments) -> str | None:
             f"output_dir={training.output_dir!r} holds {checkpoint.name} of an earlier run: add "
             "--resume_from_checkpoint last to go on with it, or choose another folder"
         )
+    if not wanted and (folder / "config.json").exists() and training.output_dir != SAMPLE_FOLDER:
+        raise ValueError(
+            f"output_dir={training.output_dir!r} holds a model, which would be overwritten: choose another folder, or "
+            "remove it"
+        )
     if wanted == "last" and not checkpoint:
         raise ValueError(
             f"resume_from_checkpoint='last', but output_dir={training.output_dir!r} holds no complete checkpoint"
         )
     if wanted:
         found = Path(checkpoint if wanted == "last" else wanted)
+        if not found.is_dir():
+            raise ValueError(f"resume_from_checkpoint={wanted!r} is no folder: give one of a checkpoint, or 'last'")
         # The optimizer's state is in files, one for each process, or in a folder of DeepSpeed.
-        if found.is_dir() and not any(any(found.glob(name)) for name in ("optimizer*", "global_step*")):
+        if not any(any(found.glob(name)) for name in ("optimizer*", "global_step*")):
             raise ValueError(
                 f"resume_from_checkpoint={wanted!r}: {found.name} holds no optimizer's state, as --save_only_model "
                 "leaves it, so that the run would not go on as it was. Train on from its weights in a new run instead"

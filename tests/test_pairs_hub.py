@@ -10,6 +10,7 @@ import pytest
 
 from gircse.training.pairs import load_pairs
 from helpers import write_rows
+from train_gircse import parse, read_pairs
 from training_helpers import PAIR
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -27,7 +28,7 @@ def one_configuration(monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_default_config_name", lambda name: "default")
 
 
-def test_hub_id(monkeypatch):
+def test_hub_id(tmp_path, monkeypatch):
     asked = []
     hub = datasets.Dataset.from_list([{"anchor": f"a{i}", "positive": "p"} for i in range(5)])
 
@@ -37,7 +38,8 @@ def test_hub_id(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets, "get_dataset_config_info", hub_info("train", "dev"))
-    pairs = load_pairs("someone/some-pairs", split="dev")
+    argv = f"--train_data someone/some-pairs --data_split dev --output_dir {tmp_path} --use_cpu True --report_to none"
+    pairs = read_pairs(*parse(argv.split())[1:])
     assert pairs["query"][:] == ["a0", "a1", "a2", "a3", "a4"] and set(pairs["source"]) == {"someone/some-pairs"}
     assert load_pairs("someone/some-pairs", limit=2)["query"][:] == ["a0", "a1"]
     whole, some = ("default", "dev", False), ("default", "train", True)

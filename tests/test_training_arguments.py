@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, HfArgumentParser, TrainingArguments
 
 from gircse.training.arguments import WITHOUT_EFFECT, DataArguments, GircseTrainingArguments, ModelArguments
-from helpers import make_rows
+from helpers import make_rows, write_rows
 from train_gircse import add_lora, check_settings, load_model, main
 from training_helpers import make_trainer, tiny_model
 
@@ -42,6 +42,26 @@ def test_warm_up(processor, tmp_path):
 def test_counts_below_one_are_refused(tmp_path, setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* must be >= 1"):
         GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **setting)
+
+
+def test_settings_that_the_loss_would_refuse_are_refused_before_training(processor, tmp_path):
+    parser = HfArgumentParser((ModelArguments, DataArguments, GircseTrainingArguments))
+    shared = f"--output_dir {tmp_path} --use_cpu True --report_to none --max_length 64".split()
+    with pytest.raises(ValueError, match="temperature=0.0 must be > 0"):
+        parser.parse_args_into_dataclasses([*shared, "--temperature", "0"])
+    for size in ("0", "32"):
+        arguments = parser.parse_args_into_dataclasses([*shared, "--matryoshka_dims", "8", size])
+        with pytest.raises(ValueError, match=rf"matryoshka_dims=\[{size}\] must be >= 1 and below the embedding's 32"):
+            check_settings(tiny_model(), processor, *arguments)
+
+
+@pytest.mark.parametrize("when", ["--eval_strategy steps --eval_steps 1", "--eval_on_start"])
+def test_evaluation_without_pairs_to_evaluate_on_is_refused_before_training(workplace, tmp_path, monkeypatch, when):
+    monkeypatch.setattr("train_gircse.GircseTrainer.train", lambda *args, **kwargs: pytest.fail("trained"))
+    rows = [row | {"query": "the same"} for row in make_rows(9)]
+    argv = f"--model_name_or_path {workplace.folder / 'model'} --use_cpu True --report_to none {when}".split()
+    with pytest.raises(ValueError, match="few.jsonl has too few pairs to hold some out by itself: give --held_out N"):
+        main([*argv, "--train_data", write_rows(tmp_path / "few.jsonl", rows), "--output_dir", str(tmp_path / "out")])
 
 
 def test_a_query_alone_with_its_document_is_refused(processor, tmp_path):

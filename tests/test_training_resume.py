@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from gircse.training.trainer import GircseTrainer
 from helpers import ROOT, environment
-from train_gircse import main
+from train_gircse import SAMPLE_FOLDER, SAMPLE_RUN, check_output, main, parse
 from training_helpers import assert_same_run
 
 pytestmark = pytest.mark.usefixtures("training_cache")
@@ -86,6 +86,18 @@ def test_used_output_is_refused(workplace, tmp_path, monkeypatch):
         main([*workplace.argv, "--output_dir", str(tmp_path)])
 
 
+def test_a_finished_model_is_not_overwritten(workplace, tmp_path, monkeypatch):
+    """A run shorter than --save_steps leaves no checkpoint, by which it could be told. The sample's may be repeated."""
+    monkeypatch.setattr("train_gircse.load_model", lambda *_: pytest.fail("loaded before the check"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a model, which would be overwritten: choose another folder"):
+        main([*workplace.argv, "--output_dir", str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / SAMPLE_FOLDER).mkdir()
+    (tmp_path / SAMPLE_FOLDER / "config.json").write_text("{}")
+    assert check_output(parse(SAMPLE_RUN)[2]) is None
+
+
 def test_unwritable_output_is_refused(workplace, tmp_path, monkeypatch):
     monkeypatch.setattr("train_gircse.load_model", lambda *_: pytest.fail("loaded before the check"))
     (tmp_path / "file").write_text("")
@@ -97,6 +109,8 @@ def test_resume_without_checkpoint_is_refused(workplace, tmp_path, monkeypatch):
     monkeypatch.setattr("train_gircse.load_model", lambda *_: pytest.fail("loaded before the check"))
     with pytest.raises(ValueError, match="holds no.* checkpoint"):
         main([*workplace.argv, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"])
+    with pytest.raises(ValueError, match="resume_from_checkpoint='nowhere' is no folder"):
+        main([*workplace.argv, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "nowhere"])
 
 
 def test_a_checkpoint_without_optimizer_is_not_gone_on_from(workplace, tmp_path):

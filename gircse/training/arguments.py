@@ -40,7 +40,7 @@ WITHOUT_EFFECT = {
     "label_smoothing_factor": "InfoNCE has no labels to smooth; a higher --temperature softens it",
     "length_column_name": OF_BATCHES,
     "liger_kernel_config": "its kernels are for causal LMs with labels",
-    "overwrite_output_dir": "nothing of an earlier run is removed; choose another folder, or remove it yourself",
+    "overwrite_output_dir": "no earlier model is overwritten; choose another folder, or remove it yourself",
     "parallelism_config": "layers are not split over processes; use configs/fsdp2.yaml or configs/zero3.yaml",
     "past_index": OF_EVALUATION,
     "prediction_loss_only": OF_EVALUATION,
@@ -110,6 +110,9 @@ class DataArguments:
 
     train_data: str = field(default=str(ROOT / "sample_pairs.jsonl"), metadata={"help": "file, folder, glob or Hub id"})
     data_config: str | None = field(default=None, metadata={"help": "of a Hub data set that has several"})
+    data_split: str | None = field(
+        default=None, metadata={"help": "of a Hub data set: train, or all that are not to test on"}
+    )
     columns: list[str] = field(
         default_factory=list,
         metadata={"help": "what the file calls columns, such as query=question pos=answer neg=wrong_1,wrong_2"},
@@ -193,6 +196,10 @@ class GircseTrainingArguments(TrainingArguments):
         for name, value in (("k", self.k), ("sub_batch_size", self.sub_batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be >= 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be > 0")
+        if self.n_gpu > 1:
+            raise ValueError(f"{self.n_gpu} GPUs in one process: start one process a GPU, by `accelerate launch`")
         if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
             raise ValueError(
                 f"save_steps={self.save_steps:g} must be eval_steps={self.eval_steps:g} with load_best_model_at_end, "

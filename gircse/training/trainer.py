@@ -71,8 +71,6 @@ class GircseTrainer(Trainer):
         base_models: Sequence[str] = (),
         train_data: str = "",
     ) -> None:
-        if args.n_gpu > 1:
-            raise ValueError(f"{args.n_gpu} GPUs in one process: start one process a GPU, by `accelerate launch`")
         if type(self).objective is None and args.per_device_train_batch_size * args.world_size == 1:
             check_negatives(pairs, args.num_negatives)
         if args.save_adapter:
