@@ -1,7 +1,7 @@
 """Evaluate a model with mteb, at every k from one encoding pass; writes a table, a picture and the card's metadata.
 
     python evaluate_gircse.py --tasks local --data DIR   # the root model on files (gircse/evaluation/tasks.py)
-    python evaluate_gircse.py --model ID --tasks mteb nanobeir followir --output_dir results/ID
+    python evaluate_gircse.py --model ID --tasks mteb nanobeir followir --output_dir runs/ID
     python evaluate_gircse.py --model intfloat/e5-base-v2 --tasks STS12 SciFact
     python evaluate_gircse.py --models models.json --tasks mteb followir   # several, in a table with ranks
 
@@ -197,7 +197,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--data", help="folder with the data files of local tasks")
     add("--sample", type=int, help="of local tasks, so many rows of each, the same ones each time (all)")
     add("--k", nargs="+", type=int, help=f"numbers of generated tokens ({' '.join(map(str, STEPS))})")
-    add("--output_dir", default="results", help="where results are kept and looked for (results)")
+    add("--output_dir", default="runs/eval", help="where results are kept and looked for (runs/eval)")
     add("--batch_size", type=int, default=32, help="texts embedded at once (32)")
     add("--dtype", default="float32", choices=DTYPES, help="of the weights (float32)")
     add("--max_length", type=int, help="most tokens of a text (the model's)")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains some of the root model's layers once more: they start from SmolLM2's again, and the others stay as make.sh has
-# left them. The published weights have come about so, since those of ten layers were lost, and then those of two of
-# the ten; make.sh by itself makes a whole model.
+# left them. The published weights have come about so, ten layers and then two of the ten; make.sh by itself makes a
+# whole model.
 # Usage: recipes/root_model/heal.sh BACKBONE DATA RUNS, after make.sh with the same arguments
 # The model ends in RUNS/healed. Two CPU cores with bfloat16 instructions take two hours; when the command is repeated,
 # it goes on from its last checkpoint.
@@ -44,7 +44,7 @@ heal() {
         "${training[@]}" --only "$weights" --max_steps "$4" "${resumed[@]}"
 }
 
-# The steps are what there was time for.
+# The numbers of steps are not tuned.
 heal gircse healed_once 'layers[.]([3-9]|2[89])[.]|layers[.]27[.](mlp|post|self)|model[.]norm' 250
 # In the published run the vectors were those of 8,000 texts, aligned with RUNS/healed-reset.
 heal healed_once healed 'layers[.](8[.](mlp|post|self)|9[.])|model[.]norm' 100

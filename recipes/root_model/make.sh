@@ -37,7 +37,7 @@ texts=(
 gpu=(--attn_implementation eager --graph_lengths)
 distillation=(
     --num_steps 5              # beyond which the model gains nothing
-    --max_steps 700            # what 150 s of an H200 had room for
+    --max_steps 700            # 150 s of an H200
     --batch_size 256           # not tuned
     --learning_rate 4e-4       # for batches of 256; not tuned
     --max_length 96            # longer texts take memory; the teacher's vector is of the whole text
@@ -58,7 +58,7 @@ pairs=(
 
 training=(
     --tuning full              # as in distillation; not tuned
-    --max_steps 330            # what 150 s of an H200 had room for
+    --max_steps 330            # 150 s of an H200
     --per_device_train_batch_size 48  # for memory
     --learning_rate 1e-4       # the best of three for SmolLM2-135M (results/comparison/learning_rates.json)
     --temperature 0.05         # tau: the teacher's cosines are on this scale (its own was trained at 0.05)
