@@ -252,14 +252,20 @@ def test_static_cache_is_kept_for_its_shape_and_not_with_the_weights(make_model,
     torch.testing.assert_close(again, first)  # nothing is left of the call between
     model.generate_embedding(batch[0][:2], batch[1][:2], k=4, cache_implementation="static")
     assert kept[model][1] is not cache
-    with torch.autocast("cpu", torch.bfloat16):  # keys and values are of another dtype than the weights
-        half = model.generate_embedding(batch[0][:2], batch[1][:2], k=4, cache_implementation="static")
-    torch.testing.assert_close(half, first[:2], rtol=0.1, atol=0.02)
     assert copy.deepcopy(model) not in kept and pickle.dumps(model)
     count = len(kept)
     del model
     gc.collect()
     assert len(kept) == count - 1
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.24"), reason="its static cache has one dtype")
+def test_static_cache_fits_one_dtype_of_keys_and_values(make_model, batch, uncompiled):
+    model = make_model()
+    first = model.generate_embedding(*batch, k=4, cache_implementation="static")
+    with torch.autocast("cpu", torch.bfloat16):  # values are not of the weights' dtype
+        half = model.generate_embedding(*batch, k=4, cache_implementation="static")
+    torch.testing.assert_close(half, first, rtol=0.1, atol=0.02)
 
 
 def test_static_steps_of_several_threads_are_their_own(make_model, batch, uncompiled):
