@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class AdapterMixin:
             language_model = cls.from_pretrained(base, **common, **kwargs).language_model
         else:
             language_model = load_backbone(base, **common, **kwargs)
-        language_model = merge_adapter(language_model, folder, "quantization_config" in kwargs)
+        language_model = merge_adapter(language_model, folder, bool(kwargs.get("quantization_config")))
         config.text_config, config.adapter = language_model.config, None  # it is saved with weights from now on
         if Path(base).exists():
             config.text_config._name_or_path = ""  # a path of this machine, which would be published
@@ -184,9 +185,11 @@ def merge_adapter(
     language_model: PreTrainedModel, adapter: str, stays_quantized: bool = False, **where: Any
 ) -> PreTrainedModel:
     """The causal LM with a PEFT adapter of that causal LM merged into its weights. Quantized ones are dequantized
-    before, unless they are to stay so: what an adapter adds is mostly smaller than the steps of 4 bits."""
+    before, unless they are to stay so or transformers can't: what an adapter adds is mostly smaller than the steps of 4
+    bits."""
     if is_quantized(language_model) and not stays_quantized:
-        language_model = dequantized(language_model)
+        with suppress(NotImplementedError):
+            language_model = dequantized(language_model)
     peft = peft_package(adapter)
     config = peft.PeftConfig.from_pretrained(adapter, **where)
     tied = is_tied(language_model)

@@ -173,7 +173,8 @@ class GircseModel(GircsePreTrainedModel):
             language_model.config.name_or_path = ""
         if adapter is not None:
             where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            language_model = merge_adapter(language_model, adapter, "quantization_config" in kwargs, **where)
+            stays_quantized = bool(kwargs.get("quantization_config"))
+            language_model = merge_adapter(language_model, adapter, stays_quantized, **where)
         config = GircseConfig(
             text_config=language_model.config,
             num_steps=num_steps,
