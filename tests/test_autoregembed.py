@@ -175,6 +175,7 @@ def test_references_of_another_model_are_not_taken(place):
     others = (("--target_length", "9"), ("--max_length", "30"))
     for model, more in (("one", ()), ("one", ()), ("other", ()), *(("one", other) for other in others)):
         place("alignment", str(place.folder / model), "two", *arguments, *more)
+        (place.folder / "two/config.json").unlink()  # a model is not overwritten
         counts.append(len(kept_lines(file)))
     assert counts == [counts[0], counts[0], *(times * counts[0] for times in (2, 3, 4))]
 
@@ -187,6 +188,7 @@ def test_references_of_more_processes_are_read_by_fewer(place):
     lines = files[0].read_text(encoding="utf-8").splitlines(keepends=True)
     for file, part in zip(files, (lines[:9], lines[9:]), strict=True):
         file.write_text("".join(part), encoding="utf-8")
+    (place.folder / "two/config.json").unlink()  # a model is not overwritten
     place("alignment", str(place.folder / "one"), "two", *arguments)
     assert [len(kept_lines(file)) for file in files] == [9, len(lines) - 9]
 
