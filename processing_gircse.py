@@ -235,9 +235,9 @@ class GircseProcessor(ProcessorMixin):
         Raises:
             TypeError: a text, an instruction or the prompt is not a str, or an argument is unknown.
             ValueError: one of them holds half a character (a lone surrogate), both `instruction` and `prompt` are
-                given, the number of instructions differs from B, `max_length` is too small, a row is empty and the
-                tokenizer has no eos, bos or pad token, rows of several lengths are to be a tensor without padding, or
-                an argument asks for something that is not done.
+                given, the number of instructions differs from B, `max_length` is too small, or a prompt so long that
+                nothing of a text would be left, a row is empty and the tokenizer has no eos, bos or pad token, rows of
+                several lengths are to be a tensor without padding, or an argument asks for something that is not done.
         """
         _check_arguments({"text_pair": text_pair, **kwargs})
         padding = _choose("padding", padding, PADDINGS)
@@ -252,12 +252,13 @@ class GircseProcessor(ProcessorMixin):
         room = max_length - len(suffix_ids)
         # Prompt and text are one string, so that BPE merges across their boundary are the natural ones.
         rows = self._tokenize([before + item for before, item in zip(prompts, texts, strict=True)])
-        truncated = sum(len(ids) > room for ids in rows) if cut else 0
+        truncated = [before for before, ids in zip(prompts, rows, strict=True) if len(ids) > room] if cut else []
+        self._check_room(truncated, "instruction" if prompt is None else "prompt", max_length, len(suffix_ids))
         if truncated and not self._warned_truncation:
             self._warned_truncation = True
             logger.warning(
-                f"{truncated} of {len(rows)} texts were truncated to max_length={max_length} tokens, prompt and suffix "
-                "included. Raise max_length to embed more of them. This is said once per processor."
+                f"{len(truncated)} of {len(rows)} texts were truncated to max_length={max_length} tokens, prompt and "
+                "suffix included. Raise max_length to embed more of them. This is said once per processor."
             )
         rows = [((ids[:room] if cut else ids) + suffix_ids) or [self._empty_id()] for ids in rows]
         width = {"longest": max(map(len, rows), default=0), "max_length": max_length, "do_not_pad": 0}[padding]
@@ -293,6 +294,16 @@ class GircseProcessor(ProcessorMixin):
             raise ValueError(f"instruction has {len(instructions)} entries for {count} texts. Give a str, or one text.")
         _check_texts(instructions, "instruction", optional=True)
         return [self.prompt_for(item) for item in instructions]
+
+    def _check_room(self, prompts: list[str], argument: str, max_length: int, suffix_tokens: int) -> None:
+        """Raise a ValueError if texts that are cut keep no token, since all of them would get the same embedding."""
+        different = [item for item in dict.fromkeys(prompts) if item]
+        for item, ids in zip(different, self._tokenize(different), strict=True):
+            if len(ids) + suffix_tokens >= max_length:
+                raise ValueError(
+                    f"{argument}: the prompt {item!r:.80} has {len(ids)} tokens and the suffix {suffix_tokens}, of "
+                    f"max_length={max_length}, which leaves none for a text. Raise max_length or shorten {argument}."
+                )
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         # Tokenizers raise an IndexError for an empty list (transformers < 5). verbose=False drops the tokenizer's

@@ -31,7 +31,7 @@ from gircse.training.accuracy import accuracy_steps
 from gircse.training.arguments import BAD_ROWS, DataArguments, GircseTrainingArguments, ModelArguments
 from gircse.training.card import plot_curves, show_neighbours
 from gircse.training.data import split_held_out
-from gircse.training.pairs import load_pairs, parse_columns
+from gircse.training.pairs import describe, load_pairs, parse_columns
 from gircse.training.publishing import ADAPTER_FOLDER, check_saving
 from gircse.training.trainer import GircseTrainer
 
@@ -140,7 +140,7 @@ def read_pairs(data: DataArguments, training: GircseTrainingArguments) -> datase
     """The rows of the training file; see `gircse.training.pairs.load_pairs`."""
     if training.process_index == 0:
         print(f"Reading {data.train_data}", flush=True)
-    return load_pairs(
+    pairs = load_pairs(
         data.train_data,
         config=data.data_config,
         split=data.data_split,
@@ -151,6 +151,9 @@ def read_pairs(data: DataArguments, training: GircseTrainingArguments) -> datase
         max_bad_share=data.max_bad_share if data.skip_bad_rows else None,
         bad_rows_file=Path(training.output_dir) / BAD_ROWS,
     )
+    if training.process_index == 0:
+        print(describe(pairs), flush=True)
+    return pairs
 
 
 def save(trainer: GircseTrainer) -> None:

@@ -27,9 +27,9 @@ REMOTE_ORDER = (
 )
 PACKAGE_ORDER = """
     gircse gircse.command_line gircse.rows gircse.loading gircse.locking
-    gircse.training gircse.training.pairs gircse.training.data gircse.training.losses gircse.training.gradient_cache
-    gircse.training.arguments gircse.training.publishing gircse.training.card gircse.training.accuracy
-    gircse.training.callbacks gircse.training.trainer
+    gircse.training gircse.training.sources gircse.training.pairs gircse.training.data gircse.training.losses
+    gircse.training.gradient_cache gircse.training.arguments gircse.training.publishing gircse.training.card
+    gircse.training.accuracy gircse.training.callbacks gircse.training.trainer
     gircse.embedding gircse.embedding.shards gircse.embedding.plan gircse.embedding.actors
     gircse.evaluation gircse.evaluation.fields gircse.evaluation.tasks gircse.evaluation.report
     gircse.evaluation.comparison gircse.evaluation.expansion gircse.evaluation.subjects

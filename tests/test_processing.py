@@ -216,6 +216,22 @@ def test_truncation_shortens_the_text_not_the_prompt(processor):
     assert row == ids(*"Instruct: go\nQuery: xx")
 
 
+@pytest.mark.parametrize("argument", ["instruction", "prompt"])
+def test_a_prompt_that_leaves_nothing_of_the_texts_is_refused(argument):
+    processor = GircseProcessor(make_tokenizer(), prompt_template="{instruction}", suffix="!.", max_length=6)
+    assert processor(["dogs", "x"], **{argument: "..."})["input_ids"][0].tolist() == ids(*"...d!.")
+    with pytest.raises(ValueError, match=rf"^{argument}: the prompt '\.{{4}}' has 4 tokens .* suffix 2.*max_length=6"):
+        processor(["dogs", "x"], **{argument: "...."})
+    assert processor("dogs", truncation=False, **{argument: "...."})["input_ids"][0].tolist() == ids(*"....dogs!.")
+    assert processor("", **{argument: "...."})["input_ids"][0].tolist() == ids(*"....!."), "nothing is cut"
+
+
+def test_one_instruction_of_several_that_leaves_nothing_is_refused():
+    processor = GircseProcessor(make_tokenizer(), prompt_template="{instruction}", max_length=4)
+    with pytest.raises(ValueError, match=r"instruction: the prompt '!{4}'"):
+        processor(["dogs", "dogs", "x"], instruction=[".", None, "!!!!"])
+
+
 def test_tokenizer_length_warning_is_silent(processor, caplog):
     assert processor("x" * 40)["input_ids"].shape == (1, 40)  # the tokenizer's model_max_length is 16
     assert not caplog.records

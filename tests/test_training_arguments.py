@@ -55,6 +55,14 @@ def test_settings_that_the_loss_would_refuse_are_refused_before_training(process
             check_settings(tiny_model(), processor, *arguments)
 
 
+@pytest.mark.parametrize("side", ["rows", "held_out"])
+def test_a_prompt_that_leaves_nothing_of_the_texts_is_refused_before_training(processor, tmp_path, side):
+    sides = {"rows": make_rows(4), "held_out": make_rows(4)}
+    sides[side] = [*make_rows(3), make_rows(1)[0] | {"instruction": "red " * 600}]
+    with pytest.raises(ValueError, match="instruction: the prompt .* leaves none for a text"):
+        make_trainer(tiny_model(), processor, tmp_path, **sides)
+
+
 @pytest.mark.parametrize("when", ["--eval_strategy steps --eval_steps 1", "--eval_on_start"])
 def test_evaluation_without_pairs_to_evaluate_on_is_refused_before_training(workplace, tmp_path, monkeypatch, when):
     monkeypatch.setattr("train_gircse.GircseTrainer.train", lambda *args, **kwargs: pytest.fail("trained"))

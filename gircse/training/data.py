@@ -99,6 +99,14 @@ def check_negatives(pairs: datasets.Dataset, num_negatives: int) -> None:
         )
 
 
+def check_prompts(pairs: datasets.Dataset, processor: Callable[..., Any], max_length: int | None) -> None:
+    """Raises the processor's ValueError if the prompt of an instruction leaves no token of `max_length` for
+    a text: now, not when its row comes up."""
+    instructions = pairs.unique("instruction")
+    texts = ["text"] * len(instructions)
+    processor(texts, instruction=instructions, max_length=max_length, padding=False, return_tensors=None)
+
+
 class SourceBatches(torch.utils.data.Sampler[list[int]]):
     """Batches of row numbers, shuffled by (seed, epoch); no row occurs twice in an epoch.
 

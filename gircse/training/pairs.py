@@ -7,14 +7,12 @@ hard negatives d-).
 from __future__ import annotations
 
 import ast
-import glob
 import json
 import logging
-import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +21,17 @@ import pyarrow.compute
 from datasets.exceptions import DatasetGenerationError
 
 from .. import rows as reader
-from ..rows import ENDINGS, Row, RowFile, require
+from ..rows import require
+from .sources import file_rows, find_files, hub_rows, load_hub
 
 # FlagEmbedding's types of tasks with the instruction on both sides. "symmetric_class" is none: its documents are bare
 # names of classes.
 SYMMETRIC_TYPES = ("symmetric_sts", "symmetric_clustering")
-HELD_BACK = ("validation", "valid", "val", "dev", "test")  # splits that are never trained on unless asked for
 TEXT, TEXTS, FLAG = datasets.Value("string"), datasets.Sequence(datasets.Value("string")), datasets.Value("bool")
 FEATURES = datasets.Features(
     dict(query=TEXT, pos=TEXTS, neg=TEXTS, instruction=TEXT, source=TEXT, symmetric=FLAG, label=TEXT)
 )
+GENERATED = datasets.Features({**FEATURES, "bad": TEXT, "unused": TEXTS})
 # Columns (query, positive) whose names say that each row is a pair; any of them may have negatives beside them.
 STATED_PAIRS = (("query", "pos"), ("anchor", "positive"), ("query", "positive"))
 # Columns of pairs in Sentence Transformers' published data sets. Elsewhere a label or a score may stand beside them.
@@ -43,7 +42,7 @@ USUAL_PAIRS = (
     *(("text", "simplified"), ("text", "summary"), ("article", "summary"), ("english", "non_english")),
     *((f"{name}1", f"{name}2") for name in ("title", "body", "post", "caption", "sentence", "question")),
 )
-NEGATIVES = re.compile(r"neg|negatives|negative(_\d+)?")
+NEGATIVES = re.compile(r"(hard_?)?neg(ative)?s?(_?\d+)?")
 # Names of columns that may say that two texts are not a pair.
 JUDGEMENTS = re.compile("label|score|similar|relevan|duplicate|entail|paraphrase|match|gold|target", re.IGNORECASE)
 
@@ -65,11 +64,11 @@ def load_pairs(
     """Reads pairs, checks every row, and returns them with the columns of FEATURES.
 
     Each row has a query and positives (a text or list each) in columns of STATED_PAIRS or USUAL_PAIRS, or in those that
-    `columns` names, and may have hard negatives in `neg`, `negatives`, `negative`, `negative_1`, ... All take
+    `columns` names, and may have hard negatives in `neg`, `negatives`, `hard_negatives`, `negative_1`, ... All take
     `instruction` or `prompt`, `source` (default: the file's name without ending; on the Hub the split where there are
     several, the instruction, so that rows of one task still go together, or the id), `label`, and `symmetric`, which
     says whether documents get the instruction too. Without it, `type` (FlagEmbedding's field) or `symmetric_sources`
-    does.
+    does. Columns that are not used are named in a warning.
 
     Args:
         source: file (see ENDINGS), folder, glob pattern or Hub id.
@@ -96,13 +95,13 @@ def load_pairs(
         check_count("limit", limit, minimum=1)
     if max_bad_share is not None and not (type(max_bad_share) in (int, float) and 0 <= max_bad_share < 1):
         raise ValueError(f"max_bad_share must be a share of the rows, 0 <= share < 1, not {max_bad_share!r}")
-    files = _find_files(source)
+    files = find_files(source)
     for name, value in (("config", config), ("split", split)):
         if files and value is not None:
             raise ValueError(f"{name}={value!r} is for data sets on the Hub, and {source!r} is local: leave it out")
     arguments = {
         "name": source,
-        "rows": files or _load_hub(source, config, split, limit),
+        "rows": files or load_hub(source, config, split, limit),
         "columns": _check_columns(columns or {}),
         "symmetric_sources": tuple(sorted(symmetric_sources)),
         "instruction": instruction,
@@ -110,14 +109,14 @@ def load_pairs(
         "keeps_bad": max_bad_share is not None,
         "versions": tuple(map(_version, (__file__, reader.__file__, *files))),
     }
-    features = FEATURES if max_bad_share is None else datasets.Features({**FEATURES, "bad": TEXT})
     try:
-        pairs = datasets.Dataset.from_generator(_generate, features=features, gen_kwargs=arguments)
+        pairs = datasets.Dataset.from_generator(_generate, features=GENERATED, gen_kwargs=arguments)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None  # it names file and line; datasets' error says neither
         raise
-    pairs = pairs if max_bad_share is None else _without_bad_rows(pairs, source, max_bad_share, bad_rows_file)
+    _name_unused(pairs, source)
+    pairs = _without_bad_rows(pairs.remove_columns("unused"), source, max_bad_share, bad_rows_file)
     _check_labels(pairs, source)
     return pairs
 
@@ -127,9 +126,17 @@ def _version(file: str) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
+def _name_unused(rows: datasets.Dataset, name: str) -> None:
+    unused = sorted(set(chain.from_iterable(rows.data.column("unused").drop_null().to_pylist())))
+    if unused:
+        found = ", ".join(map(repr, unused))
+        logger.warning(f"{name}: not used: {found}; what belongs to a pair must be named, as --columns neg=..")
+
+
 def _check_labels(pairs: datasets.Dataset, name: str) -> None:
     """Raises a ValueError if no text is a negative of another, which leaves nothing to learn."""
-    labels, negatives = pairs.data.column("label"), pairs.data.column("neg")
+    table = pairs.with_format("arrow")[:]
+    labels, negatives = table.column("label"), table.column("neg")
     if len(pairs) < 2 or len(labels.unique()) > 1 or not labels[0].is_valid:
         return
     if not pyarrow.compute.sum(pyarrow.compute.list_value_length(negatives)).as_py():
@@ -140,6 +147,18 @@ def _check_labels(pairs: datasets.Dataset, name: str) -> None:
         )
 
 
+def describe(pairs: datasets.Dataset) -> str:
+    """What was read, in one line, by which a column under another name than it should have shows."""
+    table = pairs.with_format("arrow")[:]
+    negatives = pyarrow.compute.sum(pyarrow.compute.list_value_length(table.column("neg"))).as_py()
+    prompted = pyarrow.compute.sum(pyarrow.compute.not_equal(table.column("instruction"), "")).as_py()
+    sources = len(table.column("source").unique())
+    return (
+        f"{len(pairs)} pairs from {sources} source{'s' * (sources > 1)}: {prompted / len(pairs):.0%} have an "
+        f"instruction; {negatives / len(pairs):.1f} hard negatives a pair"
+    )
+
+
 def parse_columns(words: Sequence[str]) -> dict[str, list[str]]:
     """`load_pairs`'s `columns` from a command line's words: `query=question,pos=answer`, `neg=hard_1,hard_2`."""
     columns: dict[str, list[str]] = {}
@@ -147,7 +166,7 @@ def parse_columns(words: Sequence[str]) -> dict[str, list[str]]:
         ours, _, theirs = part.partition("=")
         if ours in FEATURES and theirs and ours not in columns:
             columns[ours] = [theirs]
-        elif ours in FEATURES or not part or not columns:
+        elif ours in FEATURES or theirs or not part or not columns:
             raise ValueError(
                 f"columns: {part!r} must be ours=theirs, with each of ours once, as query=question or "
                 f"neg=hard_1,hard_2; ours are {', '.join(FEATURES)}"
@@ -170,7 +189,7 @@ def _check_columns(columns: Mapping[str, str | Sequence[str]]) -> dict[str, list
 
 
 def _without_bad_rows(
-    rows: datasets.Dataset, name: str, max_bad_share: float, bad_rows_file: str | Path | None
+    rows: datasets.Dataset, name: str, max_bad_share: float | None, bad_rows_file: str | Path | None
 ) -> datasets.Dataset:
     """The good rows of what `_generate` yields, also when it was read from the cache; lists the others."""
     column = rows.data.column("bad")
@@ -195,57 +214,6 @@ def _without_bad_rows(
     return rows.select(pyarrow.compute.indices_nonzero(column.is_null()).to_pylist())
 
 
-def _find_files(source: str) -> tuple[str, ...]:
-    """The absolute paths that `source` stands for, sorted; () if it can only be a Hub id."""
-    path = Path(source).expanduser()
-    if source and path.is_dir():
-        found: Iterable[Path] = path.iterdir()
-    elif path.exists():
-        found = [path]
-    elif re.search(r"[*?\[]", source):
-        found = map(Path, glob.glob(str(path), recursive=True))
-    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not source.endswith(ENDINGS):
-        return ()
-    else:
-        raise FileNotFoundError(f"{source!r}: no such file or folder (working directory: {Path.cwd()})")
-    files = sorted(str(file.absolute()) for file in found if file.is_file() and file.name.endswith(ENDINGS))
-    if not files:
-        raise FileNotFoundError(
-            f"{source!r}: no file here ends in {', '.join(ENDINGS)}; rename it, or for subfolders give a glob pattern"
-        )
-    return tuple(files)
-
-
-def _load_hub(name: str, config: str | None, split: str | None, limit: int | None) -> dict[str, datasets.Dataset]:
-    """The rows by split; under "" if one split is all that is asked for."""
-    try:
-        config = config or datasets.get_dataset_default_config_name(name)
-        if config is None:
-            several = ", ".join(datasets.get_dataset_config_names(name))
-            raise ValueError(f"{name!r} has several configurations: choose one by config (--data_config), of {several}")
-        if split is not None:
-            return {"": _load_split(name, config, split, limit)}
-        splits = datasets.get_dataset_config_info(name, config).splits
-        if "train" in splits:
-            return {"": _load_split(name, config, "train", limit)}
-        # A split whose size the data set's card does not give counts as 1.
-        sizes = {s: getattr(info, "num_examples", 0) or 1 for s, info in splits.items() if s not in HELD_BACK}
-        if not sizes:
-            raise ValueError(f"{name!r} has no split to train on, only {', '.join(splits)}; choose another data set")
-        shares = {s: limit and math.ceil(limit * size / sum(sizes.values())) for s, size in sizes.items()}
-        return {s: _load_split(name, config, s, share) for s, share in shares.items()}
-    except (FileNotFoundError, ConnectionError) as error:
-        place = f"no local file or folder (working directory: {Path.cwd()})"
-        raise FileNotFoundError(f"{name!r} is {place}, and not to be had from the Hub: {error}") from error
-
-
-def _load_split(name: str, config: str | None, split: str, limit: int | None) -> datasets.Dataset:
-    if limit is None:
-        return datasets.load_dataset(name, config, split=split)
-    rows = datasets.load_dataset(name, config, split=split, streaming=True)
-    return datasets.Dataset.from_list(list(rows.take(limit)))
-
-
 def _generate(
     name: str,
     rows: Any,
@@ -257,23 +225,27 @@ def _generate(
     versions: tuple[tuple[int, int], ...],
 ) -> Iterator[dict[str, Any]]:
     """Yields checked rows of files (a tuple of paths) or of a Hub data set's splits; with `keeps_bad` also the wrong
-    ones, empty but for `bad`. `versions` is not used: datasets names its cache by a hash of all arguments, so that a
-    changed file, or a new version of the code, is read again."""
-    count, sources, there = 0, set(), set()
-    found = _file_rows(rows) if isinstance(rows, tuple) else _hub_rows(name, rows)
+    ones, empty but for `bad`. In `unused` are columns that a row has and none is read from, at the first row that has
+    them. `versions` is not used: datasets names its cache by a hash of all arguments, so that a changed file, or a new
+    version of the code, is read again."""
+    count, sources, there, unused = 0, set(), set(), set()
+    found = file_rows(rows) if isinstance(rows, tuple) else hub_rows(name, rows)
     for count, (file, default_source, row) in enumerate(islice(found, limit), 1):  # noqa: B007
         try:
             if columns:
                 there.update(row.fields or ())
-            pair = _to_pair(require(row), row.where, (default_source, name), symmetric_sources, instruction, columns)
+            fields = require(row)
+            pair, used = _to_pair(fields, row.where, (default_source, name), symmetric_sources, instruction, columns)
         except ValueError as error:
             if not keeps_bad:
                 raise
-            reason = str(error).removeprefix(f"{row.where}: ")
-            yield dict.fromkeys(FEATURES) | {"bad": json.dumps({"file": file, "row": row.number, "reason": reason})}
+            bad = {"file": file, "row": row.number, "reason": str(error).removeprefix(f"{row.where}: ")}
+            yield dict.fromkeys((*FEATURES, "unused")) | {"bad": json.dumps(bad)}
             continue
         sources.add(pair["source"])
-        yield pair | {"bad": None} if keeps_bad else pair
+        new = {field for field, value in fields.items() if value not in (None, "", [])} - used - unused
+        unused |= new
+        yield pair | {"bad": None, "unused": sorted(new) or None}
     if count == 0:
         raise ValueError(f"{name}: no rows; give at least one training pair")
     missing = sorted({theirs for names in columns.values() for theirs in names} - there)
@@ -284,22 +256,6 @@ def _generate(
         raise ValueError(f"symmetric_sources: no row of {name} has source {unknown}; its sources are {sorted(sources)}")
 
 
-def _file_rows(paths: tuple[str, ...]) -> Iterator[tuple[str, str, Row]]:
-    """Yields (file, default source, row)."""
-    for path in paths:
-        stem = Path(path.removesuffix(".gz")).stem
-        for row in RowFile(path).read():
-            yield path, stem, row
-
-
-def _hub_rows(name: str, splits: Mapping[str, datasets.Dataset]) -> Iterator[tuple[str, str, Row]]:
-    """Yields (data set and split, default source, row)."""
-    for split, part in splits.items():
-        place = f"{name}, {split}" if split else name
-        for number, fields in enumerate(part, 1):
-            yield place, split, Row(number, f"{place}: row {number}", fields)
-
-
 def _to_pair(
     row: dict[str, Any],
     where: str,
@@ -307,9 +263,10 @@ def _to_pair(
     symmetric_sources: Collection[str],
     default_instruction: str,
     columns: Mapping[str, list[str]],
-) -> dict[str, Any]:
-    """Checks one row and returns it with the columns of FEATURES. Its source is, unless it says so itself, the first of
-    `default_sources`, the instruction and the last of `default_sources` that isn't empty."""
+) -> tuple[dict[str, Any], set[str]]:
+    """Checks one row and returns it with the columns of FEATURES, and which fields it was read from. Its source is,
+    unless it says so itself, the first of `default_sources`, the instruction and the last of `default_sources` that
+    isn't empty."""
     taken = {theirs for names in columns.values() for theirs in names}
     names = {name: [name] for name in row if name not in taken} | columns  # our or a known name: the row's columns
     query, pos = _pair_columns(row, where, names, columns)
@@ -318,6 +275,8 @@ def _to_pair(
     instruction = own or default_instruction
     source = _optional_text(row, names, "source", where) or default_sources[0] or instruction or default_sources[1]
     labelled = "label" in columns or not columns.keys() & {"query", "pos"}
+    read = [query, pos, *negatives, "instruction", "prompt", "source", "symmetric", "type", *["label"][:labelled]]
+    used = {field for name in read for field in names.get(name, [])}
     return {
         "query": _text(row[names[query][0]], where, names[query][0]),
         "pos": _texts(row, names[pos], where),
@@ -326,7 +285,7 @@ def _to_pair(
         "source": source,
         "symmetric": _is_symmetric(row, names, source in symmetric_sources, where),
         "label": _optional_text(row, names, "label", where) if labelled else None,
-    }
+    }, used
 
 
 def _pair_columns(

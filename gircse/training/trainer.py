@@ -21,7 +21,7 @@ from .accuracy import accuracy_steps, retrieval_accuracy
 from .arguments import FULL_RATE, LORA_RATE, GircseTrainingArguments
 from .callbacks import EpochSetter, LogFile, Watch
 from .card import model_card
-from .data import PairCollator, SourceBatches, TrainingPairs, check_negatives
+from .data import PairCollator, SourceBatches, TrainingPairs, check_negatives, check_prompts
 from .gradient_cache import RandomState, joint_side, place_rows, rows_of, sub_batches, value_with_gradient_of
 from .losses import IcrLoss, candidate_mask, icr_loss
 from .publishing import NOT_PUBLISHED, REPLACED, check_adapter, copy_on_cpu, export
@@ -73,6 +73,8 @@ class GircseTrainer(Trainer):
     ) -> None:
         if type(self).objective is None and args.per_device_train_batch_size * args.world_size == 1:
             check_negatives(pairs, args.num_negatives)
+        for rows in filter(None, (pairs, held_out)):
+            check_prompts(rows, processor, max_length)
         if args.save_adapter:
             check_adapter(model, base_models, args.push_to_hub)
         set_defaults(args, model)

@@ -1,0 +1,82 @@
+"""Where rows of pairs come from: files, folders, patterns and data sets of the Hub."""
+
+from __future__ import annotations
+
+import glob
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import datasets
+
+from ..rows import ENDINGS, Row, RowFile
+
+HELD_BACK = ("validation", "valid", "val", "dev", "test")  # splits that are never trained on unless asked for
+
+
+def find_files(source: str) -> tuple[str, ...]:
+    """The absolute paths that `source` stands for, sorted; () if it can only be a Hub id."""
+    path = Path(source).expanduser()
+    if source and path.is_dir():
+        found: Iterable[Path] = path.iterdir()
+    elif path.exists():
+        found = [path]
+    elif re.search(r"[*?\[]", source):
+        found = map(Path, glob.glob(str(path), recursive=True))
+    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not source.endswith(ENDINGS):
+        return ()
+    else:
+        raise FileNotFoundError(f"{source!r}: no such file or folder (working directory: {Path.cwd()})")
+    files = sorted(str(file.absolute()) for file in found if file.is_file() and file.name.endswith(ENDINGS))
+    if not files:
+        raise FileNotFoundError(
+            f"{source!r}: no file here ends in {', '.join(ENDINGS)}; rename it, or for subfolders give a glob pattern"
+        )
+    return tuple(files)
+
+
+def load_hub(name: str, config: str | None, split: str | None, limit: int | None) -> dict[str, datasets.Dataset]:
+    """The rows by split; under "" if one split is all that is asked for."""
+    try:
+        config = config or datasets.get_dataset_default_config_name(name)
+        if config is None:
+            several = ", ".join(datasets.get_dataset_config_names(name))
+            raise ValueError(f"{name!r} has several configurations: choose one by config (--data_config), of {several}")
+        if split is not None:
+            return {"": _load_split(name, config, split, limit)}
+        splits = datasets.get_dataset_config_info(name, config).splits
+        if "train" in splits:
+            return {"": _load_split(name, config, "train", limit)}
+        # A split whose size the data set's card does not give counts as 1.
+        sizes = {s: getattr(info, "num_examples", 0) or 1 for s, info in splits.items() if s not in HELD_BACK}
+        if not sizes:
+            raise ValueError(f"{name!r} has no split to train on, only {', '.join(splits)}; choose another data set")
+        shares = {s: limit and math.ceil(limit * size / sum(sizes.values())) for s, size in sizes.items()}
+        return {s: _load_split(name, config, s, share) for s, share in shares.items()}
+    except (FileNotFoundError, ConnectionError) as error:
+        place = f"no local file or folder (working directory: {Path.cwd()})"
+        raise FileNotFoundError(f"{name!r} is {place}, and not to be had from the Hub: {error}") from error
+
+
+def _load_split(name: str, config: str | None, split: str, limit: int | None) -> datasets.Dataset:
+    if limit is None:
+        return datasets.load_dataset(name, config, split=split)
+    rows = datasets.load_dataset(name, config, split=split, streaming=True)
+    return datasets.Dataset.from_list(list(rows.take(limit)))
+
+
+def file_rows(paths: tuple[str, ...]) -> Iterator[tuple[str, str, Row]]:
+    """Yields (file, default source, row)."""
+    for path in paths:
+        stem = Path(path.removesuffix(".gz")).stem
+        for row in RowFile(path).read():
+            yield path, stem, row
+
+
+def hub_rows(name: str, splits: Mapping[str, datasets.Dataset]) -> Iterator[tuple[str, str, Row]]:
+    """Yields (data set and split, default source, row)."""
+    for split, part in splits.items():
+        place = f"{name}, {split}" if split else name
+        for number, fields in enumerate(part, 1):
+            yield place, split, Row(number, f"{place}: row {number}", fields)
