@@ -51,7 +51,7 @@ from gircse.evaluation.comparison import write_comparison
 from gircse.evaluation.encoding import LoadedEncoder, StepEncoder, Vectors
 from gircse.evaluation.report import markdown, write_report
 from gircse.evaluation.subjects import STEPS, Subject, load_subject, say
-from gircse.evaluation.tasks import local_tasks
+from gircse.evaluation.tasks import local_tasks, unread_files
 
 BENCHMARKS = {"mteb": "MTEB(eng, v2)", "nanobeir": "NanoBEIR", "followir": "FollowIR"}
 # Metrics of the paper's Table 9 for FollowIR, on queries with original instructions; mteb's main score is p-MRR.
@@ -71,11 +71,15 @@ def choose_tasks(names: Sequence[str], data: str | None, sample: int | None = No
     """The tasks of the given names, each once; local ones of `sample` rows, if that is given.
 
     Raises:
-        ValueError: for an unknown name, or `local` without a folder; for a sample of other tasks, or of one row.
+        ValueError: for an unknown name, or `local` without data; for a sample of other tasks, or of one row.
     """
     local = {task.metadata.name: task for task in local_tasks(data, sample)} if data else {}
+    unread = ", ".join(unread_files(data, local.values())) if data else ""
     if "local" in names and not local:
-        raise ValueError("tasks 'local' needs data: a folder with data files")
+        found = f"no file of data={data!r} is named as one{f', but {unread}' * bool(unread)}" if data else "no data"
+        raise ValueError(f"tasks 'local' needs data, a folder with files of tasks (docs/evaluation.md): {found}")
+    if unread:
+        say(f"  no task reads {unread}: the names of tasks' files are in docs/evaluation.md")
     chosen: dict[str, AbsTask] = {}
     for name in names:
         if name == "local":

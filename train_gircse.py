@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
 
     if len(held_out):
         trainer.evaluate()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train(trainer, checkpoint)
     if len(held_out):
         trainer.evaluate()
     save(trainer)
@@ -154,6 +154,18 @@ def read_pairs(data: DataArguments, training: GircseTrainingArguments) -> datase
     if training.process_index == 0:
         print(describe(pairs), flush=True)
     return pairs
+
+
+def train(trainer: GircseTrainer, checkpoint: str | None) -> None:
+    """Trains, from a checkpoint if one is given. One at `max_steps` is only loaded: Trainer would take another step
+    before it looks."""
+    args = trainer.args
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else {}
+    given = {name: getattr(args, name) for name in ("max_steps", "num_train_epochs")}
+    if 0 < args.max_steps <= state.get("global_step", 0):
+        args.max_steps, args.num_train_epochs = -1, 0
+    trainer.train(resume_from_checkpoint=checkpoint)
+    vars(args).update(given)
 
 
 def save(trainer: GircseTrainer) -> None:

@@ -155,9 +155,13 @@ def is_gircse(path: str, revision: str | None = None) -> bool:
     """Whether a folder or Hub repo is a GIRCSE model.
 
     Raises:
-        ValueError: for a folder that is no model of transformers; the message says what it holds instead.
+        ValueError: for a path where nothing is, and for a folder that is no model of transformers; the message says
+            what it holds instead.
     """
     folder = Path(path)
+    if folder.is_file() or not (folder.exists() or is_hub_id(path)):
+        found = "is a file: give its folder" if folder.is_file() else f"is not there (working directory: {Path.cwd()})"
+        raise ValueError(f"model_name_or_path={path!r} {found}")
     if folder.is_dir() and not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -195,7 +199,7 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
 
 
 def is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"([\w.-]+/)?[\w.-]+", name) is not None and not Path(name).exists()
+    return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is not None and not Path(name).exists()
 
 
 def prompts_of(model: str, revision: str | None = None) -> dict[str, str]:

@@ -188,7 +188,8 @@ def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_mo
         ("[gb]*", "--id_column n", "several types"),
         (good.name, f"--output {tmp_path / 'full'}", "holds other files"),
         (good.name, f"--model {tmp_path / 'model'}", "add --trust_remote_code"),
-        (good.name, f"--model {tmp_path / 'plain'} --trust_remote_code", "no GIRCSE model but of type 'qwen2'"),
+        (good.name, f"--model {tmp_path / 'plain'}", "no GIRCSE model but of type 'qwen2'"),
+        (good.name, f"--model {tmp_path / 'nowhere'}", "nowhere' is not there"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=re.escape(problem)):
             make_plan(parse([*arguments(tmp_path / pattern, tmp_path / "out"), *more.split()]))

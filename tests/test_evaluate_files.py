@@ -328,10 +328,23 @@ def test_names_of_tasks(data_folder):
         assert task.hf_subsets == ["en-en"]
     with pytest.raises(ValueError, match="'STS99' is none of mteb's or of"):
         names("STS99")
-    with pytest.raises(ValueError, match="'local' needs data"):
+    with pytest.raises(ValueError, match="'local' needs data.*: no data"):
         choose_tasks(["local"], None)
     with pytest.raises(ValueError, match="no folder"):
         choose_tasks(["local"], str(data_folder / "nowhere"))
+
+
+def test_files_that_no_task_reads_are_named(data_folder, tmp_path, capsys):
+    choose_tasks(["local"], str(data_folder))
+    assert "no task reads" not in capsys.readouterr().out
+    names = ["classification_rooms.csv", "retrieval_qrels.tsv", "rooms_test.jsonl"]
+    for name in (*names, "README.md"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"no file of .* is named as one, but {', '.join(names)}$"):
+        choose_tasks(["local"], str(tmp_path))
+    (data := write_data(tmp_path / "data")).joinpath(names[-1]).touch()
+    assert len(choose_tasks(["local"], str(data))) == len(TASKS)
+    assert f"no task reads {names[-1]}: the names" in capsys.readouterr().out
 
 
 def test_a_data_set_without_instruction_is_named(tmp_path):

@@ -120,6 +120,16 @@ def test_a_checkpoint_without_optimizer_is_not_gone_on_from(workplace, tmp_path)
         main([*argv, "--resume_from_checkpoint", "last"])
 
 
+def test_the_model_of_a_checkpoint_is_written_without_training(workplace, straight, steps_taken):
+    output, checkpoint = workplace.folder / "at-9", straight.folder / "checkpoint-9"
+    argv = [*workplace.argv, "--output_dir", str(output), "--resume_from_checkpoint", str(checkpoint)]
+    main([*argv, "--max_steps", "9", "--save_dtype", "float32"])
+    assert steps_taken == []
+    found, expected = (load_file(folder / "model.safetensors") for folder in (output, checkpoint))
+    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
+    assert (output / "modules.json").exists() and "learning rate 0.001" in (output / "README.md").read_text()
+
+
 def test_lora_run_resumes(lora, workplace, steps_taken):
     output = workplace.folder / "lora-later"
     shutil.copytree(lora.folder / "checkpoint-2", output / "checkpoint-2")

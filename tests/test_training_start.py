@@ -181,6 +181,18 @@ def test_folders_that_are_no_model_are_told_what_they_are(tmp_path, files, said)
         load_model(ModelArguments(model_name_or_path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "../a/b", "~/models/m"])
+def test_a_path_where_nothing_is_is_not_taken_for_a_hub_id(path):
+    with pytest.raises(ValueError, match=f"model_name_or_path='{path}' is not there .working directory: "):
+        load_model(ModelArguments(model_name_or_path=path))
+
+
+def test_a_file_is_no_model(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="model.safetensors' is a file: give its folder"):
+        load_model(ModelArguments(model_name_or_path=str(tmp_path / "model.safetensors")))
+
+
 try:
     import gguf
 except ImportError:

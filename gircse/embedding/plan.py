@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from .. import ROOT
 from ..command_line import progress
-from ..loading import commit_of, model_files
+from ..loading import commit_of, is_gircse, model_files
 from ..rows import PARQUET, RowFile, is_text
 from .shards import write_whole
 
@@ -114,14 +114,14 @@ def identify_model(options: argparse.Namespace, begun: dict[str, Any]) -> tuple[
     commit. A run that goes on keeps the commit of its settings, `begun`, unless another revision is asked for."""
     folder = Path(options.model).expanduser()
     model = str(folder.resolve()) if folder.is_dir() else options.model
-    if model != str(ROOT) and not options.trust_remote_code:
-        raise ValueError(f"model={model!r} brings code of its own: read it, then add --trust_remote_code")
     revision = options.revision or (begun.get("revision") if begun.get("model") == model else None)
-    config = PretrainedConfig.get_config_dict(model, revision=revision)[0]
-    if config.get("model_type") != "gircse":
+    ours, config = is_gircse(model, revision), PretrainedConfig.get_config_dict(model, revision=revision)[0]
+    if not ours:
         raise ValueError(
             f"model={model!r} is no GIRCSE model but of type {config.get('model_type')!r}; train one first"
         )
+    if model != str(ROOT) and not options.trust_remote_code:
+        raise ValueError(f"model={model!r} brings code of its own: read it, then add --trust_remote_code")
     if folder.is_dir():
         names = {f"model file {file.relative_to(model).as_posix()}": file for file in model_files(Path(model))}
         base, its_files = identify_base(Path(model, config["adapter"])) if config.get("adapter") else ({}, {})

@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,13 @@ def local_tasks(folder: str | Path, sample: int | None = None) -> list[LocalTask
         if stem.startswith("instruct_") and stem != FACETS and dataset not in {known for known, _ in described}:
             raise ValueError(f"{paths[stem].name}: {FACETS} has no instruction for dataset {dataset!r}")
     return [tasks[title] for title in sorted(tasks)]
+
+
+def unread_files(folder: str | Path, tasks: Iterable[LocalTask]) -> list[str]:
+    """Names of the data files of `folder` that none of its tasks reads, as their names fit no layout."""
+    read = {path.name for task in tasks for path in task.files.values()}
+    names = (path.name for path in Path(folder).iterdir() if path.name.endswith(ENDINGS))
+    return sorted(name for name in names if name not in read and not name.startswith(FACETS))
 
 
 def data_files(folder: str | Path) -> dict[str, Path]:
