@@ -45,7 +45,7 @@ EXIT_BAD_ROWS = 3
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help=f"files or quoted glob patterns: {', '.join(ENDINGS)}")
+    add("--input", nargs="+", required=True, help=f"files, folders or quoted patterns: {', '.join(ENDINGS)}")
     add("--text_column", default="text", help="column or JSON field that holds the text (default: text)")
     add("--id_column", help="int or str column that becomes `id`; by default it is file:row, rows counted from 1")
     add("--output", type=Path, required=True, help="folder of the shards, empty or of an earlier run")

@@ -115,12 +115,15 @@ class EndpointHandler:
 
     def _parameters(self, data: dict[str, Any]) -> dict[str, Any]:
         """The request's parameters, checked, and the defaults of those that are left out or null."""
-        if "inputs" not in data:
+        if not isinstance(data, dict) or "inputs" not in data:
             raise ValueError('the request has no inputs: send {"inputs": "a text"} or {"inputs": ["a text", ...]}')
         inside = data.get("parameters") or {}
         if not isinstance(inside, dict):
             raise ValueError(f"parameters={inside!r:.80} must be an object, such as {{'k': 5}}")
-        given = {name: value for name, value in data.items() if name not in ("inputs", "parameters")} | inside
+        beside = {name: value for name, value in data.items() if name not in ("inputs", "parameters")}
+        if twice := sorted(name for name in beside.keys() & inside.keys() if beside[name] != inside[name]):
+            raise ValueError(f"{twice[0]} is given beside parameters and, as another value, in it: leave one out")
+        given = beside | inside
         # Clients send some parameters by themselves: `options`, for the scheduling of the old Inference API; the next
         # three, which ask for what is done anyway; `dimensions`, another name of `truncate_dim`.
         given.pop("options", None)

@@ -172,6 +172,7 @@ def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_mo
     (tmp_path / "plain" / "config.json").write_text('{"model_type": "qwen2"}')
     for pattern, more, problem in [
         ("none*.jsonl", "", "matches no file"),
+        ("full", "", "matches no file"),
         ("a.txt", "", "ends in none of"),
         ("cut.jsonl.gz", "", "can't be read to its end"),
         ("b.parquet", "--text_column body", "no column 'body', only 'text', 'n'"),
@@ -198,6 +199,13 @@ def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_mo
         with pytest.raises(SystemExit) as error:
             parse([*arguments(good, tmp_path / "out"), *wrong])
         assert error.value.code == 2
+
+
+def test_a_folder_stands_for_the_files_in_it_that_can_be_read(tmp_path):
+    for name in ("b.jsonl", "a.csv.gz", "README.md", "below/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert plans.find_files([str(tmp_path)], tmp_path / "out") == [tmp_path / "a.csv.gz", tmp_path / "b.jsonl"]
 
 
 def test_columns_of_lines_may_come_late_or_not_at_all(tmp_path):

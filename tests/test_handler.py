@@ -175,6 +175,8 @@ def test_on_a_gpu_it_runs_in_bfloat16(served, exported, monkeypatch):
     "data, said",
     [
         ({}, "the request has no inputs"),
+        (None, "the request has no inputs"),
+        ({"inputs": "a", "k": 2, "parameters": {"k": 3}}, "k is given beside parameters and, as another value, in it"),
         ({"inputs": None}, "inputs=None must be a text or a list of texts"),
         ({"inputs": 3}, "inputs=3 must be a text"),
         ({"inputs": {"text": "a"}}, "inputs={'text': 'a'} must be a text"),

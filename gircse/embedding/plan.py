@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from .. import ROOT
 from ..command_line import progress
 from ..loading import commit_of, is_gircse, model_files
-from ..rows import PARQUET, RowFile, is_text
+from ..rows import ENDINGS, PARQUET, RowFile, is_text
 from .shards import write_whole
 
 PLAN = "_plan.json"  # readers of a folder of Parquet pass over names that start with "_" or "."
@@ -87,7 +87,10 @@ def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
     files: set[Path] = set()
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        found = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
+        if path.is_dir():
+            found = [file for file in path.iterdir() if file.name.endswith(ENDINGS)]
+        else:
+            found = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
         found = {file.absolute() for file in found if file.is_file()}
         if not found:
             raise FileNotFoundError(f"input={pattern!r} matches no file (working directory: {Path.cwd()})")

@@ -74,15 +74,16 @@ Only these files, by who loads the model. Read them, and pin the commit that you
 |---|---|---|
 {files}
 
-## Held-out retrieval accuracy
-
-Before and after this training, by the number of generated tokens:
+## Training
+{accuracy}
+Trained with {objective}, {settings}.
+"""
+ACCURACY = """
+Held-out retrieval accuracy before and after this training, by the number of generated tokens:
 
 | k | before | after |
 |---|---|---|
 {rows}
-
-Trained with {objective}, {settings}.
 """
 
 
@@ -120,6 +121,7 @@ def model_card(
         **({"model_name": name, "eval_results": results} if results else {}),
     )
     step_token = json.loads((folder / "config.json").read_text(encoding="utf-8"))["step_token"]
+    rows = [f"| {k} | {before:.3f} | {after:.3f} |" for k, (before, after) in (scores or {}).items()]
     batch = (training.per_device_train_batch_size, training.gradient_accumulation_steps, training.world_size)
     return CARD.format(
         metadata=metadata.to_yaml(),
@@ -131,7 +133,7 @@ def model_card(
         pin="" if commit is None else f'revision="{commit}", ',
         instruction=instruction_argument(EXAMPLE if query_instruction is None else query_instruction),
         files="\n".join(code_rows(folder)),
-        rows="\n".join(f"| {k} | {before:.3f} | {after:.3f} |" for k, (before, after) in (scores or {}).items()),
+        accuracy=ACCURACY.format(rows="\n".join(rows)) if rows else "",
         objective=objective or icr(training),
         settings=f"learning rate {training.learning_rate:g}, "
         f"batch {' x '.join(map(str, batch))} (queries, accumulation, processes)",

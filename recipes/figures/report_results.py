@@ -271,8 +271,8 @@ def draw_curves(runs: dict[str, list[dict]]) -> None:
     figure, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
     lines = []
     for run in runs["gircse"]:
-        found = curve(run["tasks"])
-        lines.append(("gircse", f"GIRCSE, seed {run['seed']}, against k = 1", found, found[1]))
+        found, label = curve(run["tasks"]), f"GIRCSE ({len(runs['gircse'])} seeds), against k = 1"
+        lines.append(("gircse", "" if lines else label, found, found[1]))
     found = curve(runs["causal_eos_generating"][0]["tasks"])
     plain = group_means(runs["causal_eos"][0]["tasks"], None)[ALL]
     lines.append(("causal_eos", "Causal-EOS made to generate, against no generation", found, plain))
