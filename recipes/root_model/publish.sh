@@ -35,7 +35,11 @@ python evaluate_gircse.py --model . "${settings[@]}" --dtype bfloat16 --output_d
 keep "$runs/eval-root/results.json" results/root.json
 python evaluate_gircse.py --model "$teacher" --model_name "$minilm" "${settings[@]}" --output_dir "$runs/eval-minilm"
 keep "$runs/eval-minilm/results.json" results/minilm.json
-python recipes/paper/unequal_steps.py --model . "${settings[@]}" --dtype bfloat16 --output "$runs/unequal_steps.json"
-keep "$runs/unequal_steps.json" results/unequal_steps.json
+settings=(--data "$data/eval" --max_length 256 --batch_size 64 --dtype bfloat16)
+for name in unequal_steps several_vectors; do
+    [ $name = unequal_steps ] && tasks=(retrieval_xquad_en) || tasks=(retrieval_xquad_en retrieval_scitldr)
+    python recipes/paper/$name.py --model . --tasks "${tasks[@]}" "${settings[@]}" --output "$runs/$name.json"
+    keep "$runs/$name.json" results/$name.json
+done
 python recipes/figures/draw_tokens.py --model . assets/tokens.png
 python recipes/figures/report_results.py
