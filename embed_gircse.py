@@ -35,7 +35,7 @@ import gircse
 from gircse import ROOT
 from gircse.command_line import DTYPES, lenient_console, parser_of, positive_int, progress
 from gircse.embedding.actors import Embedder, Tally, size_pool
-from gircse.embedding.plan import list_shards, make_plan
+from gircse.embedding.plan import PLAN, list_shards, make_plan
 from gircse.embedding.shards import BAD_ROWS, is_abandoned, is_there, report
 from gircse.rows import ENDINGS
 
@@ -117,7 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     shards = list_shards(plan)
     waiting = [shard for shard in shards if not is_there(options.output / shard["name"])]
     if waiting:
-        run(options, plan, waiting)
+        try:
+            run(options, plan, waiting)
+        except Exception:
+            if not any(options.output.glob("*.parquet")):  # the command that mends it would be taken for another job's
+                (options.output / PLAN).unlink(missing_ok=True)
+            raise
 
     embedded, bad = report(options.output, [shard["name"] for shard in shards])
     for leftover in filter(is_abandoned, options.output.glob(".*.tmp")):  # of killed runs

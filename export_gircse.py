@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gircse import ROOT
 from gircse.command_line import lenient_console, parser_of
-from gircse.loading import is_gircse, load
+from gircse.loading import is_gircse, load, prompts_of
 from gircse.onnx.folder import check_folder, export_onnx
 from gircse.onnx.graph import OPSET, check_opset
 
@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_gircse(options.model):
         raise ValueError(f"model={options.model!r} is no GIRCSE model: train one of it with train_gircse.py")
     model, processor = load(options.model, attn_implementation="eager")
-    found = export_onnx(model, processor, options.output_dir, options.k, options.opset)
+    found = export_onnx(
+        model, processor, options.output_dir, options.k, options.opset, prompts=prompts_of(options.model)
+    )
     print(f"\n{'file':<28} {'MB':>9}  lowest cosine to PyTorch")
     for name, cosine in found.items():
         files = list((options.output_dir / "onnx").glob(f"{name}*"))

@@ -176,6 +176,10 @@ def check_texts(texts: Any, prompt: str, argument: str = "inputs") -> None:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{argument}[{index}]={text!r:.80} must be a text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{argument}[{index}]={text!r:.80} holds half a character (a lone surrogate)") from None
         if len(prompt) + len(text) > MAX_CHARACTERS:
             raise ValueError(
                 f"{argument}[{index}] has {len(prompt) + len(text)} characters, prompt included, more than "

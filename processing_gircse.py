@@ -302,7 +302,7 @@ class GircseProcessor(ProcessorMixin):
             if len(ids) + suffix_tokens >= max_length:
                 raise ValueError(
                     f"{argument}: the prompt {item!r:.80} has {len(ids)} tokens and the suffix {suffix_tokens}, of "
-                    f"max_length={max_length}, which leaves none for a text. Raise max_length or shorten {argument}."
+                    f"max_length={max_length}, which leaves none for a text. Shorten {argument} or raise max_length."
                 )
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:

@@ -31,6 +31,7 @@ import uvicorn
 from ray import serve
 
 from gircse import ROOT
+from gircse.cluster import resources, room_on_gpus
 from gircse.command_line import DTYPES, lenient_console, parser_of, positive_int
 from gircse.loading import commit_of, is_gircse, is_hub_id
 from gircse.serving.front import Front
@@ -99,12 +100,10 @@ def size(options: argparse.Namespace) -> tuple[float, int]:
     Raises:
         ValueError: if the nodes that are there have no room for `min_replicas`.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [(int(node.get("CPU", 0)), node.get("GPU", 0)) for node in nodes]
-    gpus = float(any(gpu for _, gpu in nodes)) if options.num_gpus is None else options.num_gpus
+    nodes, gpus = resources(options.num_gpus)
 
     def room(cores: int) -> int:
-        return sum(min(cpu // cores, int(gpu // gpus)) if gpus else cpu // cores for cpu, gpu in nodes)
+        return sum(min(cpu // cores, room_on_gpus(gpu, gpus)) if gpus else cpu // cores for cpu, gpu in nodes)
 
     fair = range(max(cpu for cpu, _ in nodes), 0, -1)  # as many cores as leave room for all replicas
     cpus = options.num_cpus or (1 if gpus else next((n for n in fair if room(n) >= options.max_replicas), 1))

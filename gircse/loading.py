@@ -161,18 +161,21 @@ def is_gircse(path: str, revision: str | None = None) -> bool:
     folder = Path(path)
     if folder.is_file() or not (folder.exists() or is_hub_id(path)):
         found = "is a file: give its folder" if folder.is_file() else f"is not there (working directory: {Path.cwd()})"
-        raise ValueError(f"model_name_or_path={path!r} {found}")
+        raise ValueError(f"the model {path!r} {found}")
+    if revision and folder.exists():
+        raise ValueError(f"revision={revision!r} is for models on the Hub, and {path!r} is a folder: leave it out")
     if folder.is_dir() and not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-            remedy = f"holds a PEFT adapter of {base!r}: give that as the model, and this folder as --adapter"
+            remedy = f"holds a PEFT adapter of {base!r}: train or convert that, with this folder as --adapter"
         elif gguf := sorted(file.name for file in folder.glob("*.gguf")):
-            remedy = f"holds several GGUF files ({', '.join(gguf)}): choose one by --gguf_file"
+            one = ", by --gguf_file one of them" if len(gguf) > 1 else ""
+            remedy = f"holds GGUF files ({', '.join(gguf)}), which train_gircse.py makes a model of{one}"
         elif (folder / "modules.json").exists():
             remedy = "is a Sentence Transformers model of other modules: give the causal LM that it was made from"
         else:
             remedy = "has no config.json: give the folder of a causal LM or of a GIRCSE model"
-        raise ValueError(f"model_name_or_path={path!r} {remedy}")
+        raise ValueError(f"the model {path!r} {remedy}")
     return PretrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type") == "gircse"
 
 
@@ -230,11 +233,14 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def sentence_transformers_settings(processor: Any) -> dict[str, Any]:
-    """This repo's `config_sentence_transformers.json`, its prompts in the template of `processor`."""
+    """This repo's `config_sentence_transformers.json`, its prompts in the template of `processor`. One that is not of
+    this repo's template, as `convert_gircse.py --document_prompt` writes it, is of the model here alone: "" takes its
+    place."""
     settings, own = (
         json.loads((ROOT / name).read_text(encoding="utf-8")) for name in (PROMPTS, "processor_config.json")
     )
     before, _, after = own["prompt_template"].partition("{instruction}")
     for name, prompt in settings["prompts"].items():
-        settings["prompts"][name] = processor.prompt_for(prompt.removeprefix(before).removesuffix(after))
+        instruction = prompt.removeprefix(before).removesuffix(after)
+        settings["prompts"][name] = processor.prompt_for(instruction * (prompt == f"{before}{instruction}{after}"))
     return settings

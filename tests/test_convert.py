@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from convert_gircse import main
+from gircse.loading import sentence_transformers_settings
 from gircse.training.arguments import ModelArguments
 from helpers import laser, make_tokenizer, save_adapter
 from train_gircse import load_model
@@ -47,6 +49,18 @@ def test_a_laser_checkpoint_gives_the_vectors_of_its_procedure(plain, tmp_path, 
     assert "documents are trained without the model's prompt for them, '<user>\\n'" in caplog.text
     for ours, theirs in zip(model.language_model.parameters(), plain[0].parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_prompt_of_another_template_is_of_its_model_alone(tmp_path, monkeypatch):
+    """As of a converted folder that trains on: the next model's prompts are this one's that have its template."""
+    prompts = {"query": "Instruct: Find.\nQuery: ", "document": "<user>\n", "STS": ""}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    settings = {"prompt_template": "Instruct: {instruction}\nQuery: "}
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("gircse.loading.ROOT", tmp_path)
+    other = SimpleNamespace(prompt_for=lambda instruction: f"[{instruction}]" if instruction else "")
+    found = sentence_transformers_settings(other)["prompts"]
+    assert found == {"query": "[Find.]", "document": "", "STS": ""}
 
 
 @pytest.fixture

@@ -127,6 +127,16 @@ def test_the_model_of_this_repo_default_ids_and_status_0(cluster, tmp_path):
     assert bad_rows(output) == []
 
 
+def test_vectors_that_are_no_numbers_are_an_error(tmp_path, monkeypatch):
+    plan = make_plan(parse(arguments(write_lines(tmp_path / "a.jsonl", [{"text": "x"}]), tmp_path / "out")))
+    embedder = actors.Embedder(plan, str(tmp_path / "out"), 2, "cpu", True)
+    monkeypatch.setattr(embedder.model, "generate_embedding", lambda **_: torch.tensor([[float("nan")] * 576]))
+    (shard,) = plans.list_shards(plan)
+    with pytest.raises(RuntimeError, match=r"000000.parquet: vectors are NaN in torch.float32: use another --dtype"):
+        embedder(shard)
+    assert not (tmp_path / "out" / shard["name"]).exists()
+
+
 def embed_alone(call: list[str], order: int = 1) -> int:
     """Runs a job without Ray, its shards in this order; returns its exit status."""
     options = parse(call)

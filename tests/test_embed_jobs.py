@@ -24,7 +24,7 @@ import ray
 import torch
 import torch.nn.functional as F
 
-from embed_gircse import parse
+from embed_gircse import main, parse
 from embed_helpers import TEXTS, arguments, expected, machine, read, stamps, write_lines
 from gircse import rows
 from gircse.embedding import plan as plans
@@ -144,6 +144,10 @@ def test_a_job_keeps_the_commit_that_it_began_with(tmp_path):
         ([(16, 8), (8, 1)], {"num_actors": 2}, (2, 1, 1)),
         ([(2, 8), (8, 0)], {}, (2, 1, 1)),  # an actor needs a core
         ([(8, 2)], {"num_gpus": 0.5}, (4, 0.5, 1)),
+        ([(8, 2)], {"num_gpus": 0.6}, (2, 0.6, 1)),  # a part is of one GPU
+        ([(16, 1)], {"num_gpus": 0.2}, (5, 0.2, 1)),
+        ([(16, 1)], {"num_gpus": 0.1, "num_actors": 10}, (10, 0.1, 1)),
+        ([(16, 5)], {"num_gpus": 2}, (2, 2, 1)),
         ([(8, 0), (4, 0)], {}, (2, 0, 4)),
         ([(8, 0), (4, 0)], {"num_actors": 2}, (4, 0, 2)),
         ([(8, 0), (1, 0)], {"num_actors": 2}, (2, 0, 4)),
@@ -191,6 +195,8 @@ def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_mo
         (good.name, f"--model {tmp_path / 'model'}", "add --trust_remote_code"),
         (good.name, f"--model {tmp_path / 'plain'}", "no GIRCSE model but of type 'qwen2'"),
         (good.name, f"--model {tmp_path / 'nowhere'}", "nowhere' is not there"),
+        (good.name, f"--model {tmp_path / 'model'} --revision v1", "revision='v1' is for models on the Hub"),
+        (good.name, "--revision v1", "revision='v1' is for models on the Hub"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=re.escape(problem)):
             make_plan(parse([*arguments(tmp_path / pattern, tmp_path / "out"), *more.split()]))
@@ -199,6 +205,19 @@ def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_mo
         with pytest.raises(SystemExit) as error:
             parse([*arguments(good, tmp_path / "out"), *wrong])
         assert error.value.code == 2
+
+
+def test_a_job_that_failed_before_its_first_shard_leaves_its_folder_free(tmp_path, monkeypatch):
+    monkeypatch.setattr("embed_gircse.run", lambda *_: 1 / 0)
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    for shards in (0, 1):
+        call = arguments(file, tmp_path / "out")
+        if shards:
+            make_plan(parse(call))
+            (tmp_path / "out" / "000000.parquet").write_bytes(b"")  # as of a disk that has lost it
+        with pytest.raises(ZeroDivisionError):
+            main(call)
+        assert (tmp_path / "out" / PLAN).exists() == bool(shards)
 
 
 def test_a_folder_stands_for_the_files_in_it_that_can_be_read(tmp_path):

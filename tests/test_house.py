@@ -26,7 +26,7 @@ REMOTE_ORDER = (
     "processing".split(),
 )
 PACKAGE_ORDER = """
-    gircse gircse.command_line gircse.rows gircse.loading gircse.locking
+    gircse gircse.command_line gircse.cluster gircse.rows gircse.loading gircse.locking
     gircse.training gircse.training.sources gircse.training.pairs gircse.training.data gircse.training.losses
     gircse.training.gradient_cache gircse.training.arguments gircse.training.publishing gircse.training.card
     gircse.training.accuracy gircse.training.callbacks gircse.training.trainer

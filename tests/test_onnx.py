@@ -219,8 +219,14 @@ def test_weights_of_more_than_a_protobuf_holds_are_beside_it(gircse, tmp_path, m
 def test_the_command_exports_a_folder(gircse, tmp_path, capsys):
     tiny(gircse, "qwen2").save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")
+    prompts = {"query": "ask: ", "document": "<user>", "STS": ""}
+    (tmp_path / "model" / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
     argv = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--k", "1", "--opset", "18"]
+    (tmp_path / "out" / "onnx" / ".parts").mkdir(parents=True)  # as a killed export leaves it
+    (tmp_path / "out" / "onnx" / ".parts" / "model.onnx").touch()
     main(argv)
+    assert json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())["prompts"] == prompts
+    assert {path.name for path in (tmp_path / "out" / "onnx").iterdir()} == set(folder_module.FILES)
     printed = capsys.readouterr().out
     assert all(f"onnx/{name}" in printed for name in folder_module.FILES)
     written = onnx.load(tmp_path / "out" / "onnx" / "model.onnx")

@@ -111,7 +111,7 @@ def test_the_answer_is_openais(replica):
         ({"input": "a", "instruction": ["b"]}, "instruction", "instruction=['b'] must be a string"),
         ({"input": "a", "prompt_name": "STS99"}, "prompt_name", "prompt_name='STS99' is not in"),
         ({"input": "a", "prompt_name": "STS12", "instruction": "b"}, "instruction", "instruction and prompt_name"),
-        ({"input": "\ud800"}, None, "text[0] is '\\ud800' and holds half a character"),
+        ({"input": "\ud800"}, "input", "input[0]='\\ud800' holds half a character"),
     ],
 )
 def test_wrong_requests_are_refused(replica, body, param, said):
@@ -135,6 +135,12 @@ def test_a_failure_hides_what_happened(replica, monkeypatch):
     [(status, answer)] = together(replica, {"input": "a"})
     assert status == 500 and answer["error"]["type"] == "server_error"
     assert "secret" not in str(answer) and "Traceback" not in str(answer)
+
+
+def test_vectors_that_are_no_numbers_are_a_failure(replica, monkeypatch):
+    monkeypatch.setattr(replica.model, "generate_embedding", lambda *_, **__: torch.tensor([[float("inf")] * 32]))
+    [(status, answer)] = together(replica, {"input": "a"})
+    assert status == 500 and answer["error"]["type"] == "server_error"
 
 
 def test_a_k_that_the_model_cannot_do(gircse, replica, exported, monkeypatch):

@@ -112,6 +112,8 @@ def test_replicas_that_do_not_start_do_not_stay(monkeypatch, error):
         ([(16, 4)], "--max_replicas 4", (1, 1)),
         ([(16, 4)], "--num_gpus 0", (0, 16)),
         ([(16, 1)], "--num_gpus 0.5 --min_replicas 2", (0.5, 1)),
+        ([(16, 1)], "--num_gpus 0.2 --min_replicas 5", (0.2, 1)),
+        ([(16, 2)], "--num_gpus 0.6 --min_replicas 3", None),  # a part is of one GPU
         ([(16, 1)], "--min_replicas 2", None),
         ([(2, 0)], "--num_gpus 1", None),
         ([(2, 0)], "--num_cpus 3", None),

@@ -168,8 +168,11 @@ def test_lora_of_a_backbone_in_4_bits_loads_as_it_was_trained(tmp_path):
 @pytest.mark.parametrize(
     "files, said",
     [
-        ({"adapter_config.json": '{"base_model_name_or_path": "some/base"}'}, "adapter of 'some/base'.* --adapter"),
-        ({"a.gguf": "", "b.gguf": ""}, "several GGUF files .a.gguf, b.gguf.: choose one by --gguf_file"),
+        (
+            {"adapter_config.json": '{"base_model_name_or_path": "some/base"}'},
+            "adapter of 'some/base': train or convert that, .* --adapter",
+        ),
+        ({"a.gguf": "", "b.gguf": ""}, "GGUF files .a.gguf, b.gguf., .* by --gguf_file one of"),
         ({"modules.json": "[]"}, "Sentence Transformers model of other modules"),
         ({"pytorch_model.bin": ""}, "has no config.json"),
     ],
@@ -183,7 +186,7 @@ def test_folders_that_are_no_model_are_told_what_they_are(tmp_path, files, said)
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "../a/b", "~/models/m"])
 def test_a_path_where_nothing_is_is_not_taken_for_a_hub_id(path):
-    with pytest.raises(ValueError, match=f"model_name_or_path='{path}' is not there .working directory: "):
+    with pytest.raises(ValueError, match=f"the model '{path}' is not there .working directory: "):
         load_model(ModelArguments(model_name_or_path=path))
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-import ray
 import torch
 from transformers import AutoModel, AutoProcessor
 
 from .. import ROOT
+from ..cluster import resources, room_on_gpus
 from ..loading import load, prompts_of
 from ..locking import one_at_a_time
 from ..rows import RowFile
@@ -96,6 +96,8 @@ class Embedder:
             rows = order[start : start + self.batch_size]
             inputs = self.processor([texts[row] for row in rows], prompt=self.prompt, max_length=self.max_length)
             vectors = self.model.generate_embedding(**inputs.to(self.device), k=self.settings["k"])
+            if not vectors.isfinite().all():
+                raise RuntimeError(f"{shard}: vectors are NaN in {self.model.dtype}: use another --dtype, as bfloat16")
             embeddings[rows] = vectors.cpu()
             if time.monotonic() - told > 1:
                 told = time.monotonic()
@@ -149,10 +151,8 @@ def size_pool(num_actors: int | None, num_gpus: float | None) -> tuple[int, floa
     Raises:
         ValueError: if no node has room for `num_actors` of them.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [(int(node.get("CPU", 0)), node.get("GPU", 0)) for node in nodes]
-    gpus = float(any(gpu for _, gpu in nodes)) if num_gpus is None else num_gpus
-    rooms = [(min(cpu, int(gpu // gpus)) if gpus else cpu, cpu) for cpu, gpu in nodes]
+    nodes, gpus = resources(num_gpus)
+    rooms = [(min(cpu, room_on_gpus(gpu, gpus)) if gpus else cpu, cpu) for cpu, gpu in nodes]
     used = [(num_actors or (room if gpus else 1), cpu) for room, cpu in rooms if room >= (num_actors or 1)]
     if not used:
         raise ValueError(

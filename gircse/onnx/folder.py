@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from .graph import INPUTS, OPSET, StepGraph, check_opset, complete, quiet, room,
 FLOAT32, FLOAT16, INT8 = FILES = ("model.onnx", "model_fp16.onnx", "model_quantized.onnx")
 # At a lower cosine to PyTorch's vectors, the file in float32 computes something else.
 LOWEST = 0.9999
+PARTS = ".parts"  # while an export runs: the graph of one step, of which its files are made
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 WRITTEN = ("config.json", "config_sentence_transformers.json", *TOKENIZER)
 OF_A_HUB_REPO = ("README.md", ".gitattributes", ".git")  # may be there: an export is published from a clone
@@ -31,7 +33,12 @@ LONGEST_COMPARED = 1024
 
 
 def export_onnx(
-    model: Any, processor: Any, output_dir: str | Path, k: int | None = None, opset: int = OPSET
+    model: Any,
+    processor: Any,
+    output_dir: str | Path,
+    k: int | None = None,
+    opset: int = OPSET,
+    prompts: dict[str, str] | None = None,
 ) -> dict[str, float]:
     """Writes the folder, and compares each file with the model.
 
@@ -41,6 +48,7 @@ def export_onnx(
         output_dir: a new folder, or that of an earlier export.
         k: the number of steps, `config.num_steps` by default; None with `step_token="none"`.
         opset: version of ONNX's operators.
+        prompts: the model's, literally, by name; by default this repo's in the processor's template.
 
     Returns:
         For each file the lowest cosine to the model's own vectors; NaN if float16 overflows: that file is removed.
@@ -65,18 +73,19 @@ def export_onnx(
     write_tokenizer(processor, folder, most - len(suffix))
     write_files(graph, traced, exact, folder / "onnx")
     found = compare(model, processor, folder, k, most)
-    write_settings(model, processor, folder, steps)  # they name the files that are left
+    write_settings(model, processor, folder, steps, prompts)  # they name the files that are left
     return found
 
 
 def write_files(graph: StepGraph, traced: ir.Model, exact: list[str], folder: Path) -> None:
     whole, table = partial(complete, graph), table_of(graph, traced)
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        source = Path(name, FLOAT32)
-        save(traced, source)
-        save(whole(traced), folder / FLOAT32)
-        save(whole(to_float16(source, exact)), folder / FLOAT16)
-        save(to_int8(source, table, whole), folder / INT8)
+    source = folder / PARTS / FLOAT32
+    source.parent.mkdir()
+    save(traced, source)
+    save(whole(traced), folder / FLOAT32)
+    save(whole(to_float16(source, exact)), folder / FLOAT16)
+    save(to_int8(source, table, whole), folder / INT8)
+    shutil.rmtree(source.parent)
 
 
 def table_of(graph: StepGraph, exported: ir.Model) -> str:
@@ -103,7 +112,8 @@ def check_folder(folder: Path) -> None:
 
 
 def remove_files(folder: Path) -> None:
-    """Of an earlier export, whose weights may have been in more files."""
+    """Of an earlier export, whose weights may have been in more files, or which was killed."""
+    shutil.rmtree(folder / "onnx" / PARTS, ignore_errors=True)
     for name in FILES:
         for path in (folder / "onnx").glob(f"{name}*"):
             path.unlink()
@@ -140,7 +150,7 @@ def write_tokenizer(processor: Any, folder: Path, limit: int) -> None:
     write_json(folder / TOKENIZER[1], {**tokens, **kept, "model_input_names": list(INPUTS)})
 
 
-def write_settings(model: Any, processor: Any, folder: Path, k: int) -> None:
+def write_settings(model: Any, processor: Any, folder: Path, k: int, prompts: dict[str, str] | None) -> None:
     """`config.json`, of a kind that transformers.js passes on to onnxruntime as it is, and the prompts."""
     config = model.config
     settings = {name: getattr(config, name) for name in ("step_token", "attention", "pooling", "logit_temperature")}
@@ -152,9 +162,10 @@ def write_settings(model: Any, processor: Any, folder: Path, k: int) -> None:
             "use_external_data_format": {name.removesuffix("_data"): True for name in external}
         }
     write_json(folder / "config.json", settings)
-    prompts = sentence_transformers_settings(processor)
-    prompts.pop("requirements", None)  # of the model in PyTorch
-    write_json(folder / "config_sentence_transformers.json", prompts)
+    of_texts = sentence_transformers_settings(processor)
+    of_texts.pop("requirements", None)  # of the model in PyTorch
+    of_texts["prompts"] = prompts or of_texts["prompts"]
+    write_json(folder / "config_sentence_transformers.json", of_texts)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
