@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job; returns its exit status."""
     lenient_console()
     options = parse(argv)
+    begun = (options.output / PLAN).exists()
     plan = make_plan(options)
     shards = list_shards(plan)
     waiting = [shard for shard in shards if not is_there(options.output / shard["name"])]
@@ -120,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             run(options, plan, waiting)
         except Exception:
-            if not any(options.output.glob("*.parquet")):  # the command that mends it would be taken for another job's
-                (options.output / PLAN).unlink(missing_ok=True)
+            if not begun and not any(options.output.glob("*.parquet")):
+                (options.output / PLAN).unlink()  # else the command that mends it would be taken for another job's
             raise
 
     embedded, bad = report(options.output, [shard["name"] for shard in shards])

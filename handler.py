@@ -121,8 +121,10 @@ class EndpointHandler:
         if not isinstance(inside, dict):
             raise ValueError(f"parameters={inside!r:.80} must be an object, such as {{'k': 5}}")
         beside = {name: value for name, value in data.items() if name not in ("inputs", "parameters")}
-        if twice := sorted(name for name in beside.keys() & inside.keys() if beside[name] != inside[name]):
-            raise ValueError(f"{twice[0]} is given beside parameters and, as another value, in it: leave one out")
+        beside, inside = ({name: it for name, it in side.items() if it is not None} for side in (beside, inside))
+        for name in sorted(beside.keys() & inside.keys() - {"options"}):
+            if beside[name] != inside[name]:
+                raise ValueError(f"{name} is given beside parameters and, as another value, in it: leave one out")
         given = beside | inside
         # Clients send some parameters by themselves: `options`, for the scheduling of the old Inference API; the next
         # three, which ask for what is done anyway; `dimensions`, another name of `truncate_dim`.

@@ -158,14 +158,26 @@ def read_pairs(data: DataArguments, training: GircseTrainingArguments) -> datase
 
 def train(trainer: GircseTrainer, checkpoint: str | None) -> None:
     """Trains, from a checkpoint if one is given. One at `max_steps` is only loaded: Trainer would take another step
-    before it looks."""
+    before it looks.
+
+    Raises:
+        ValueError: the checkpoint is beyond `max_steps`.
+    """
     args = trainer.args
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else {}
-    given = {name: getattr(args, name) for name in ("max_steps", "num_train_epochs")}
-    if 0 < args.max_steps <= state.get("global_step", 0):
-        args.max_steps, args.num_train_epochs = -1, 0
+    step = state.get("global_step", 0)
+    if 0 < args.max_steps < step:
+        raise ValueError(f"resume_from_checkpoint={checkpoint!r} is of step {step}, beyond max_steps={args.max_steps}")
+    if step == 0 or step != args.max_steps:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return
+    # No epoch to train; of the schedules, some divide by the number of steps.
+    changes = {"max_steps": -1, "num_train_epochs": 0, "lr_scheduler_type": "constant", "load_best_model_at_end": False}
+    given = {name: getattr(args, name) for name in changes}
+    vars(args).update(changes)
     trainer.train(resume_from_checkpoint=checkpoint)
     vars(args).update(given)
+    trainer.state.max_steps = args.max_steps  # 0 would say that nothing has been trained yet
 
 
 def save(trainer: GircseTrainer) -> None:

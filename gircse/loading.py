@@ -158,10 +158,8 @@ def is_gircse(path: str, revision: str | None = None) -> bool:
         ValueError: for a path where nothing is, and for a folder that is no model of transformers; the message says
             what it holds instead.
     """
+    check_is_there(path)
     folder = Path(path)
-    if folder.is_file() or not (folder.exists() or is_hub_id(path)):
-        found = "is a file: give its folder" if folder.is_file() else f"is not there (working directory: {Path.cwd()})"
-        raise ValueError(f"the model {path!r} {found}")
     if revision and folder.exists():
         raise ValueError(f"revision={revision!r} is for models on the Hub, and {path!r} is a folder: leave it out")
     if folder.is_dir() and not (folder / "config.json").exists():
@@ -177,6 +175,14 @@ def is_gircse(path: str, revision: str | None = None) -> bool:
             remedy = "has no config.json: give the folder of a causal LM or of a GIRCSE model"
         raise ValueError(f"the model {path!r} {remedy}")
     return PretrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type") == "gircse"
+
+
+def check_is_there(path: str) -> None:
+    """Raises a ValueError for a file, and for a path where nothing is."""
+    folder = Path(path)
+    if folder.is_file() or not (folder.exists() or is_hub_id(path)):
+        found = "is a file: give its folder" if folder.is_file() else f"is not there (working directory: {Path.cwd()})"
+        raise ValueError(f"the model {path!r} {found}")
 
 
 def only_gguf_file(path: str) -> str | None:

@@ -132,7 +132,7 @@ def test_vectors_that_are_no_numbers_are_an_error(tmp_path, monkeypatch):
     embedder = actors.Embedder(plan, str(tmp_path / "out"), 2, "cpu", True)
     monkeypatch.setattr(embedder.model, "generate_embedding", lambda **_: torch.tensor([[float("nan")] * 576]))
     (shard,) = plans.list_shards(plan)
-    with pytest.raises(RuntimeError, match=r"000000.parquet: vectors are NaN in torch.float32: use another --dtype"):
+    with pytest.raises(RuntimeError, match=r"000000.parquet: vectors are not finite in torch.float32: use another"):
         embedder(shard)
     assert not (tmp_path / "out" / shard["name"]).exists()
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 
 pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
 from transformers import AutoModelForCausalLM
+
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "recipes/paper"))
+import two_stage
 
 from evaluate_gircse import main
 from evaluation_helpers import FACETS, QUERIES, SCENES, run, scores
@@ -82,6 +88,24 @@ def test_any_character_is_kept_and_read_again(make_writer, monkeypatch):
     first = make_writer()(["é", "b"], "Find.")
     monkeypatch.setattr(Writer, "write", None)
     assert make_writer()(["é", "b"], "Find.") == first == ["é\né\u2028\x85é\n", "b\nb\u2028\x85é\n"]
+
+
+def test_the_recipe_sets_augmented_texts_beside_texts_alone(
+    model_folder, static_folder, data_folder, writer_folder, tmp_path, monkeypatch
+):
+    """Each model's own score, at the k that it was asked for."""
+    models = [{"model": str(model_folder), "model_name": "our/own"}, {"model": str(static_folder)}]
+    (tmp_path / "models.json").write_text(json.dumps(models))
+    output = tmp_path / "two_stage.json"
+    argv = ["--models", str(tmp_path / "models.json"), "--tasks", "sts_pairs", "--data", str(data_folder), "--k", "2"]
+    more = ["--expand_with", str(writer_folder), "--expansion_tokens", "4", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["two_stage.py", *argv, *more, "--output", str(output)])
+    two_stage.main()
+    found = json.loads(output.read_text())["scores"]["sts_pairs"]
+    assert {*found} == {"our/own", static_folder.name} and {*found["our/own"]} == {"alone", "augmented"}
+    assert found["our/own"]["alone"] != found["our/own"]["augmented"]
+    report = run(model_folder, tmp_path / "alone", "--k", "2", data=data_folder, tasks=["sts_pairs"])
+    assert found["our/own"]["alone"] == scores(report)["sts_pairs"]["2"]
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["Sentence Transformers", "mteb's loader"])

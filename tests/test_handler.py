@@ -85,7 +85,9 @@ def test_one_text_and_none(handler, embed):
 
 
 def test_parameters_may_stand_beside_the_inputs(handler, embed):
-    """Where `InferenceClient.feature_extraction` puts them."""
+    """Where `InferenceClient.feature_extraction` puts them; null is none."""
+    data = {"inputs": TEXTS, "k": None, "options": {}, "parameters": {"k": 2, "prompt_name": None, "options": {"a": 1}}}
+    assert cosine(handler({**data, "prompt_name": "STS12"}), embed(TEXTS, STS, k=2)) > 0.9999
     assert cosine(handler({"inputs": TEXTS, "k": 2, "prompt_name": "STS12"}), embed(TEXTS, STS, k=2)) > 0.9999
 
 

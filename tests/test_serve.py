@@ -137,10 +137,16 @@ def test_a_failure_hides_what_happened(replica, monkeypatch):
     assert "secret" not in str(answer) and "Traceback" not in str(answer)
 
 
-def test_vectors_that_are_no_numbers_are_a_failure(replica, monkeypatch):
-    monkeypatch.setattr(replica.model, "generate_embedding", lambda *_, **__: torch.tensor([[float("inf")] * 32]))
-    [(status, answer)] = together(replica, {"input": "a"})
-    assert status == 500 and answer["error"]["type"] == "server_error"
+def test_vectors_that_are_no_numbers_are_a_failure_of_their_request_alone(replica, monkeypatch):
+    bad = replica.tokens(["rain"], "", 1)[0][0]
+
+    def embed(ids, *_, **__):
+        return torch.ones(len(ids), 32).masked_fill((ids == bad).any(1, keepdim=True), float("nan"))
+
+    monkeypatch.setattr(replica.model, "generate_embedding", embed)
+    answers = together(replica, {"input": "rain"}, {"input": "snow"})
+    assert [status for status, _ in answers] == [500, 200]
+    assert answers[0][1]["error"]["type"] == "server_error"
 
 
 def test_a_k_that_the_model_cannot_do(gircse, replica, exported, monkeypatch):

@@ -120,11 +120,14 @@ def test_a_checkpoint_without_optimizer_is_not_gone_on_from(workplace, tmp_path)
         main([*argv, "--resume_from_checkpoint", "last"])
 
 
-def test_the_model_of_a_checkpoint_is_written_without_training(workplace, straight, steps_taken):
+def test_the_model_of_a_checkpoint_is_written_without_training(workplace, straight, steps_taken, capsys):
     output, checkpoint = workplace.folder / "at-9", straight.folder / "checkpoint-9"
     argv = [*workplace.argv, "--output_dir", str(output), "--resume_from_checkpoint", str(checkpoint)]
-    main([*argv, "--max_steps", "9", "--save_dtype", "float32"])
-    assert steps_taken == []
+    with pytest.raises(ValueError, match="checkpoint-9' is of step 9, beyond max_steps=8"):
+        main([*argv, "--max_steps", "8"])
+    main([*argv, "--max_steps", "9", "--save_dtype", "float32", "--lr_scheduler_type", "polynomial"])
+    assert steps_taken == [] and capsys.readouterr().out.count("Held-out accuracy before training") == 1
+    assert "eval_accuracy" in (output / "training_log.jsonl").read_text().splitlines()[-1]
     found, expected = (load_file(folder / "model.safetensors") for folder in (output, checkpoint))
     assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
     assert (output / "modules.json").exists() and "learning rate 0.001" in (output / "README.md").read_text()

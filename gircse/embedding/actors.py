@@ -97,7 +97,8 @@ class Embedder:
             inputs = self.processor([texts[row] for row in rows], prompt=self.prompt, max_length=self.max_length)
             vectors = self.model.generate_embedding(**inputs.to(self.device), k=self.settings["k"])
             if not vectors.isfinite().all():
-                raise RuntimeError(f"{shard}: vectors are NaN in {self.model.dtype}: use another --dtype, as bfloat16")
+                remedy = "use another --dtype, as bfloat16, and a new --output"
+                raise RuntimeError(f"{shard}: vectors are not finite in {self.model.dtype}: {remedy}")
             embeddings[rows] = vectors.cpu()
             if time.monotonic() - told > 1:
                 told = time.monotonic()

@@ -28,7 +28,16 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
-from ..loading import PROMPTS, commit_of, is_gircse, load, model_files, prompts_of, sentence_transformers_settings
+from ..loading import (
+    PROMPTS,
+    check_is_there,
+    commit_of,
+    is_gircse,
+    load,
+    model_files,
+    prompts_of,
+    sentence_transformers_settings,
+)
 from .expansion import Writer
 from .report import CODE_OF_ITS_OWN
 
@@ -117,10 +126,11 @@ def load_subject(args: argparse.Namespace) -> Subject:
     """Loads the model that the arguments name.
 
     Raises:
-        ValueError: for a k that the model doesn't have; for one of mteb's registry that is no encoder, or runs code of
-            its own unasked.
+        ValueError: for a path where nothing is; for a k that the model doesn't have; for one of mteb's registry that is
+            no encoder, or runs code of its own unasked.
     """
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_is_there(args.model)
     try:
         ours = is_gircse(args.model)
     except (OSError, ValueError):  # Sentence Transformers' modules may lie in subfolders

@@ -81,11 +81,13 @@ def write_files(graph: StepGraph, traced: ir.Model, exact: list[str], folder: Pa
     whole, table = partial(complete, graph), table_of(graph, traced)
     source = folder / PARTS / FLOAT32
     source.parent.mkdir()
-    save(traced, source)
-    save(whole(traced), folder / FLOAT32)
-    save(whole(to_float16(source, exact)), folder / FLOAT16)
-    save(to_int8(source, table, whole), folder / INT8)
-    shutil.rmtree(source.parent)
+    try:
+        save(traced, source)
+        save(whole(traced), folder / FLOAT32)
+        save(whole(to_float16(source, exact)), folder / FLOAT16)
+        save(to_int8(source, table, whole), folder / INT8)
+    finally:
+        shutil.rmtree(source.parent)
 
 
 def table_of(graph: StepGraph, exported: ir.Model) -> str:

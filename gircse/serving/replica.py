@@ -88,11 +88,10 @@ class Replica:
 
     def run(self, rows: list[list[int]], k: int | None) -> Tensor:
         """(B, d) float32 on the CPU, not normalized, of B lists of tokens."""
-        vectors = self.model.generate_embedding(*padded(rows, self.model.device), k=k, normalize=False).cpu()
-        if not vectors.isfinite().all():  # NaN is no JSON
-            raise RuntimeError(f"vectors are not finite in {self.model.dtype}: serve in another --dtype, as bfloat16")
-        return vectors
+        return self.model.generate_embedding(*padded(rows, self.model.device), k=k, normalize=False).cpu()
 
     def write(self, embeddings: list[Tensor], size: int, form: str, tokens: int) -> bytes:
-        vectors = F.normalize(torch.stack(embeddings)[:, :size], dim=-1).tolist() if embeddings else []
-        return write(vectors, self.name, tokens, form)
+        vectors = F.normalize(torch.stack(embeddings)[:, :size], dim=-1) if embeddings else torch.empty(0, size)
+        if not vectors.isfinite().all():  # NaN is no JSON
+            raise RuntimeError(f"vectors are not finite in {self.model.dtype}: serve in another --dtype, as bfloat16")
+        return write(vectors.tolist(), self.name, tokens, form)

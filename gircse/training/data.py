@@ -100,11 +100,13 @@ def check_negatives(pairs: datasets.Dataset, num_negatives: int) -> None:
 
 
 def check_prompts(pairs: datasets.Dataset, processor: Callable[..., Any], max_length: int | None) -> None:
-    """Raises the processor's ValueError if the prompt of an instruction leaves no token of `max_length` for
-    a text: now, not when its row comes up."""
-    instructions = pairs.unique("instruction")
-    texts = ["text"] * len(instructions)
-    processor(texts, instruction=instructions, max_length=max_length, padding=False, return_tensors=None)
+    """Raises the processor's ValueError if the prompt of an instruction leaves no token of `max_length` for a text.
+    Called before training, as its row may come up late."""
+    settings = {"max_length": max_length, "padding": False, "return_tensors": None}
+    instructions = list(dict.fromkeys(pairs["instruction"][:]))  # Dataset.unique would write all columns to disk anew
+    for start in range(0, len(instructions), 1000):
+        part = instructions[start : start + 1000]
+        processor(["a text"] * len(part), instruction=part, **settings)
 
 
 class SourceBatches(torch.utils.data.Sampler[list[int]]):

@@ -22,6 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from .. import rows as reader
 from ..rows import require
+from . import sources
 from .sources import file_rows, find_files, hub_rows, load_hub
 
 # FlagEmbedding's types of tasks with the instruction on both sides. "symmetric_class" is none: its documents are bare
@@ -107,7 +108,7 @@ def load_pairs(
         "instruction": instruction,
         "limit": limit,
         "keeps_bad": max_bad_share is not None,
-        "versions": tuple(map(_version, (__file__, reader.__file__, *files))),
+        "versions": tuple(map(_version, (__file__, sources.__file__, reader.__file__, *files))),
     }
     try:
         pairs = datasets.Dataset.from_generator(_generate, features=GENERATED, gen_kwargs=arguments)
@@ -116,9 +117,9 @@ def load_pairs(
             raise error.__cause__ from None  # it names file and line; datasets' error says neither
         raise
     _name_unused(pairs, source)
-    pairs = _without_bad_rows(pairs.remove_columns("unused"), source, max_bad_share, bad_rows_file)
+    good = _without_bad_rows(pairs.remove_columns("unused"), source, max_bad_share, bad_rows_file)
     _check_labels(pairs, source)
-    return pairs
+    return good
 
 
 def _version(file: str) -> tuple[int, int]:
@@ -133,15 +134,14 @@ def _name_unused(rows: datasets.Dataset, name: str) -> None:
         logger.warning(f"{name}: not used: {found}; what belongs to a pair must be named, as --columns neg=..")
 
 
-def _check_labels(pairs: datasets.Dataset, name: str) -> None:
-    """Raises a ValueError if no text is a negative of another, which leaves nothing to learn."""
-    table = pairs.with_format("arrow")[:]
-    labels, negatives = table.column("label"), table.column("neg")
-    if len(pairs) < 2 or len(labels.unique()) > 1 or not labels[0].is_valid:
+def _check_labels(rows: datasets.Dataset, name: str) -> None:
+    """Raises a ValueError if no text of the good rows is a negative of another, which leaves nothing to learn."""
+    labels = rows.data.column("label").filter(pyarrow.compute.is_null(rows.data.column("bad")))
+    if len(labels) < 2 or len(labels.unique()) > 1 or not labels[0].is_valid:
         return
-    if not pyarrow.compute.sum(pyarrow.compute.list_value_length(negatives)).as_py():
+    if not pyarrow.compute.sum(pyarrow.compute.list_value_length(rows.data.column("neg"))).as_py():
         raise ValueError(
-            f"{name}: label is {labels[0].as_py()!r:.60} in all {len(pairs)} rows, and there are no hard negatives. "
+            f"{name}: label is {labels[0].as_py()!r:.60} in all {len(labels)} rows, and there are no hard negatives. "
             "Texts of one label are no negatives of each other, so that nothing could be learned. If it says whether a "
             "row's texts belong together, leave the column out, or name those of the pair, by --columns query=.. pos=.."
         )
@@ -149,12 +149,13 @@ def _check_labels(pairs: datasets.Dataset, name: str) -> None:
 
 def describe(pairs: datasets.Dataset) -> str:
     """What was read, in one line, by which a column under another name than it should have shows."""
-    table = pairs.with_format("arrow")[:]
-    negatives = pyarrow.compute.sum(pyarrow.compute.list_value_length(table.column("neg"))).as_py()
-    prompted = pyarrow.compute.sum(pyarrow.compute.not_equal(table.column("instruction"), "")).as_py()
-    sources = len(table.column("source").unique())
+    negatives, prompted, sources = 0, 0, set()
+    for rows in pairs.select_columns(["neg", "instruction", "source"]).with_format("arrow").iter(10_000):
+        negatives += pyarrow.compute.sum(pyarrow.compute.list_value_length(rows["neg"])).as_py()
+        prompted += pyarrow.compute.sum(pyarrow.compute.not_equal(rows["instruction"], "")).as_py()
+        sources.update(rows["source"].unique().to_pylist())
     return (
-        f"{len(pairs)} pairs from {sources} source{'s' * (sources > 1)}: {prompted / len(pairs):.0%} have an "
+        f"{len(pairs)} pairs from {len(sources)} source{'s' * (len(sources) > 1)}: {prompted / len(pairs):.0%} have an "
         f"instruction; {negatives / len(pairs):.1f} hard negatives a pair"
     )
 

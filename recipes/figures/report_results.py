@@ -173,6 +173,17 @@ def several_vectors() -> str:
     return table(head, [[name, *row] for name, row in cells.items()])
 
 
+def two_stage() -> str:
+    """Texts alone and augmented, by task and model."""
+    found = read(RESULTS / "two_stage.json")["scores"]
+    models = list(next(iter(found.values())))
+    columns = [(model, way) for model in models for way in ("alone", "augmented")]
+    rows = {task: [scores[model][way] for model, way in columns] for task, scores in found.items()}
+    rows["mean"] = [mean(column) for column in zip(*rows.values(), strict=True)]
+    head = ["", *(f"{model.rpartition('/')[2]}, {way}" for model, way in columns)]
+    return table(head, [[task, *(f"{value:.1f}" for value in row)] for task, row in rows.items()])
+
+
 def root_by_group(models: dict[str, dict]) -> str:
     sides = {f"k = {k}": ("root", k) for k in STEPS} | {"MiniLM": ("minilm", None)}
     columns = {}
@@ -336,6 +347,7 @@ def tables(models: dict[str, dict], runs: dict[str, list[dict]]) -> dict[str, di
             "comparison_by_task": comparison_by_task(runs),
             "unequal_steps": unequal_steps(),
             "several_vectors": several_vectors(),
+            "two_stage": two_stage(),
         },
         "docs/root_model.md": {"learning_rates": learning_rates(), "lengths": lengths()},
         "docs/training.md": {
