@@ -158,17 +158,9 @@ def read_pairs(data: DataArguments, training: GircseTrainingArguments) -> datase
 
 def train(trainer: GircseTrainer, checkpoint: str | None) -> None:
     """Trains, from a checkpoint if one is given. One at `max_steps` is only loaded: Trainer would take another step
-    before it looks.
-
-    Raises:
-        ValueError: the checkpoint is beyond `max_steps`.
-    """
+    before it looks."""
     args = trainer.args
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else {}
-    step = state.get("global_step", 0)
-    if 0 < args.max_steps < step:
-        raise ValueError(f"resume_from_checkpoint={checkpoint!r} is of step {step}, beyond max_steps={args.max_steps}")
-    if step == 0 or step != args.max_steps:
+    if not checkpoint or step_of(checkpoint) != args.max_steps:
         trainer.train(resume_from_checkpoint=checkpoint)
         return
     # No epoch to train; of the schedules, some divide by the number of steps.
@@ -288,7 +280,13 @@ def check_output(training: GircseTrainingArguments) -> str | None:
                 f"resume_from_checkpoint={wanted!r}: {found.name} holds no optimizer's state, as --save_only_model "
                 "leaves it, so that the run would not go on as it was. Train on from its weights in a new run instead"
             )
+        if 0 < training.max_steps < step_of(found):
+            raise ValueError(f"resume_from_checkpoint={wanted!r} is beyond max_steps={training.max_steps}: raise that")
     return str(checkpoint) if wanted == "last" else wanted
+
+
+def step_of(checkpoint: str | Path) -> int:
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
 def last_checkpoint(folder: Path) -> Path | None:

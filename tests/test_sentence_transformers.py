@@ -173,10 +173,10 @@ def test_max_seq_length_cuts_the_text_and_keeps_the_suffix(sentence_model):
     if "sentence_transformers.base" in sys.modules:  # from 5.4 on
         assert "'max_seq_length': 64" in str(sentence_model)
     text, suffix = "how do I renew the card that was stolen from me last week? " * 20, golden_ids(SUFFIX)
-    room = 12 - len(suffix)
+    room = 24 - len(suffix)
     with Inputs(sentence_model) as inputs:
         whole = sentence_model.encode(text)
-        sentence_model.max_seq_length = 12
+        sentence_model.max_seq_length = 24
         cut = sentence_model.encode([text, "rain"], prompt=PROMPT)
     ids = golden_ids(PROMPT + text)
     assert inputs.ids == [
@@ -185,6 +185,10 @@ def test_max_seq_length_cuts_the_text_and_keeps_the_suffix(sentence_model):
         golden_ids(PROMPT + "rain")[:room] + suffix,
     ]
     assert cosines(whole, cut[0]) < 0.9999
+    if "sentence_transformers.base" in sys.modules:  # before, the prompt comes as a part of the text
+        sentence_model.max_seq_length = len(golden_ids(PROMPT)) + len(suffix)
+        with pytest.raises(ValueError, match="prompt: the prompt .* leaves none for a text"):
+            sentence_model.encode([text, "rain"], prompt=PROMPT)
     sentence_model.max_seq_length = len(suffix)
     with pytest.raises(ValueError, match=f"max_length must be an int greater than the suffix's {len(suffix)} tokens"):
         sentence_model.encode(text)

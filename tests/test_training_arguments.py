@@ -157,7 +157,7 @@ def test_a_best_model_that_would_not_be_saved_is_refused(tmp_path):
     GircseTrainingArguments(**settings, save_strategy="best")
 
 
-@pytest.mark.parametrize("length, kept", [("20", 100), ("105", 105), ("120", 108)])
+@pytest.mark.parametrize("length, kept", [("40", 100), ("105", 105), ("120", 108)])
 def test_a_longer_text_than_before_is_saved_with_the_model(workplace, tmp_path, length, kept):
     """As far as the backbone's 128 positions leave room for 20 steps at inference; it was 100."""
     more = ["--max_length", length, "--max_steps", "1", "--held_out", "0", "--output_dir", str(tmp_path / "out")]

@@ -12,7 +12,7 @@ tests=(
     modeling backbones laser prefill speed processing losses
     loading loading_dtype round_trip remote_code merged_adapters adapters hub
     handler serving sentence_transformers sentence_saving
-    rows pairs pairs_hub bad_rows data collator
+    rows pairs pairs_columns pairs_hub bad_rows data collator
     gradient_cache accuracy training_arguments training_start training_processes training_resume training_log
     training_export convert autoregembed
     readme # whose block with two adapters the newest transformers runs with a newer peft alone
