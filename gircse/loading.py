@@ -152,11 +152,16 @@ def chat_prompt(tokenizer: Any) -> tuple[str, str]:
 
 
 def is_gircse(path: str, revision: str | None = None) -> bool:
-    """Whether a folder or Hub repo is a GIRCSE model.
+    """Whether a folder or Hub repo is a GIRCSE model; raises as [`read_config`] does."""
+    return read_config(path, revision).get("model_type") == "gircse"
+
+
+def read_config(path: str, revision: str | None = None) -> dict[str, Any]:
+    """The `config.json` of a folder or Hub repo.
 
     Raises:
         ValueError: for a path where nothing is, and for a folder that is no model of transformers; the message says
-            what it holds instead.
+            what it holds instead. For a revision of a folder.
     """
     check_is_there(path)
     folder = Path(path)
@@ -174,7 +179,7 @@ def is_gircse(path: str, revision: str | None = None) -> bool:
         else:
             remedy = "has no config.json: give the folder of a causal LM or of a GIRCSE model"
         raise ValueError(f"the model {path!r} {remedy}")
-    return PretrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type") == "gircse"
+    return PretrainedConfig.get_config_dict(path, revision=revision)[0]
 
 
 def check_is_there(path: str) -> None:

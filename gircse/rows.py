@@ -13,6 +13,7 @@ can set it aside and go on.
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import zlib
@@ -28,6 +29,16 @@ import pyarrow.parquet
 LINES, ARRAYS, TABLES, PARQUET = (".jsonl", ".ndjson"), ".json", (".csv", ".tsv"), ".parquet"
 ENDINGS = tuple(end + gz for end in (*LINES, ARRAYS, *TABLES) for gz in ("", ".gz")) + (PARQUET,)
 LONGEST_CELL = 2**31 - 1  # characters of a CSV's cell; the csv module's own limit is 131,072
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """The files that a path or a glob pattern stands for; of a folder those that end in one of ENDINGS."""
+    path = Path(pattern).expanduser()
+    if pattern and path.is_dir():
+        found = [file for file in path.iterdir() if file.name.endswith(ENDINGS)]
+    else:
+        found = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
+    return [file for file in found if file.is_file()]
 
 
 class Row(NamedTuple):

@@ -225,6 +225,8 @@ def test_a_folder_stands_for_the_files_in_it_that_can_be_read(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert plans.find_files([str(tmp_path)], tmp_path / "out") == [tmp_path / "a.csv.gz", tmp_path / "b.jsonl"]
+    with pytest.raises(FileNotFoundError, match="input='' matches no file"):  # not the working directory
+        plans.find_files([""], tmp_path / "out")
 
 
 def test_columns_of_lines_may_come_late_or_not_at_all(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import hashlib
 import json
 import os
@@ -14,12 +13,11 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from transformers import PretrainedConfig
 
 from .. import ROOT
 from ..command_line import progress
-from ..loading import commit_of, is_gircse, model_files
-from ..rows import ENDINGS, PARQUET, RowFile, is_text
+from ..loading import commit_of, model_files, read_config
+from ..rows import PARQUET, RowFile, is_text, matching_files
 from .shards import write_whole
 
 PLAN = "_plan.json"  # readers of a folder of Parquet pass over names that start with "_" or "."
@@ -86,12 +84,7 @@ def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
     """The absolute paths of all input files, sorted, each once; without those of an output below them."""
     files: set[Path] = set()
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            found = [file for file in path.iterdir() if file.name.endswith(ENDINGS)]
-        else:
-            found = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
-        found = {file.absolute() for file in found if file.is_file()}
+        found = {file.absolute() for file in matching_files(pattern)}
         if not found:
             raise FileNotFoundError(f"input={pattern!r} matches no file (working directory: {Path.cwd()})")
         files |= found
@@ -118,8 +111,8 @@ def identify_model(options: argparse.Namespace, begun: dict[str, Any]) -> tuple[
     folder = Path(options.model).expanduser()
     model = str(folder.resolve()) if folder.is_dir() else options.model
     revision = options.revision or (begun.get("revision") if begun.get("model") == model else None)
-    ours, config = is_gircse(model, revision), PretrainedConfig.get_config_dict(model, revision=revision)[0]
-    if not ours:
+    config = read_config(model, revision)
+    if config.get("model_type") != "gircse":
         raise ValueError(
             f"model={model!r} is no GIRCSE model but of type {config.get('model_type')!r}; train one first"
         )

@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from .. import rows as reader
 from ..rows import require
-from . import sources
+from . import sources as finder
 from .sources import file_rows, find_files, hub_rows, load_hub
 
 # FlagEmbedding's types of tasks with the instruction on both sides. "symmetric_class" is none: its documents are bare
@@ -108,7 +108,7 @@ def load_pairs(
         "instruction": instruction,
         "limit": limit,
         "keeps_bad": max_bad_share is not None,
-        "versions": tuple(map(_version, (__file__, sources.__file__, reader.__file__, *files))),
+        "versions": tuple(map(_version, (__file__, finder.__file__, reader.__file__, *files))),
     }
     try:
         pairs = datasets.Dataset.from_generator(_generate, features=GENERATED, gen_kwargs=arguments)

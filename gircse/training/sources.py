@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import glob
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import datasets
 
-from ..rows import ENDINGS, Row, RowFile
+from ..loading import is_hub_id
+from ..rows import ENDINGS, Row, RowFile, matching_files
 
 HELD_BACK = ("validation", "valid", "val", "dev", "test")  # splits that are never trained on unless asked for
 
 
 def find_files(source: str) -> tuple[str, ...]:
     """The absolute paths that `source` stands for, sorted; () if it can only be a Hub id."""
-    path = Path(source).expanduser()
-    if source and path.is_dir():
-        found: Iterable[Path] = path.iterdir()
-    elif path.exists():
-        found = [path]
-    elif re.search(r"[*?\[]", source):
-        found = map(Path, glob.glob(str(path), recursive=True))
-    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not source.endswith(ENDINGS):
-        return ()
-    else:
+    if not (Path(source).expanduser().exists() or re.search(r"[*?\[]", source)):
+        if is_hub_id(source) and not source.endswith(ENDINGS):
+            return ()
         raise FileNotFoundError(f"{source!r}: no such file or folder (working directory: {Path.cwd()})")
-    files = sorted(str(file.absolute()) for file in found if file.is_file() and file.name.endswith(ENDINGS))
+    files = sorted(str(file.absolute()) for file in matching_files(source) if file.name.endswith(ENDINGS))
     if not files:
         raise FileNotFoundError(
             f"{source!r}: no file here ends in {', '.join(ENDINGS)}; rename it, or for subfolders give a glob pattern"
