@@ -49,7 +49,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     torch.manual_seed(0)
-    backbone = AutoModelForCausalLM.from_config(text_config("llama", vocab_size=400, initializer_range=0.02))
+    config = text_config("llama", vocab_size=400, max_position_embeddings=256, initializer_range=0.02)
+    backbone = AutoModelForCausalLM.from_config(config)
     backbone.save_pretrained(folder / "backbone")
     make_tokenizer().save_pretrained(folder / "backbone")
 
@@ -60,7 +61,8 @@ def made(tmp_path_factory):
     (folder / "teacher").mkdir()
     (folder / "teacher/texts.json").write_text(json.dumps(texts), encoding="utf-8")
     np.save(folder / "teacher/vectors.npy", vectors)
-    settings = "--batch_size 16 --learning_rate 1e-2 --max_steps 96 --max_length 40"
+    # the longest of the prompts has 136 of this tokenizer's tokens, and a text needs room after it
+    settings = "--batch_size 16 --learning_rate 1e-2 --max_steps 96 --max_length 200"
     where = ("--vectors", folder / "teacher", "--output_dir", folder / "distilled")
     recipe("root_model/distil", "--model_name_or_path", folder / "backbone", *where, *settings.split())
     return SimpleNamespace(folder=folder, texts=texts, vectors=torch.from_numpy(vectors).float())
@@ -178,7 +180,7 @@ def test_distillation_loss_is_one_minus_the_mean_cosine():
 def test_the_teachers_batches_are_of_like_length_and_take_each_text_once_an_epoch(made):
     texts = distil.TeacherTexts(str(made.folder / "teacher"))
     _, processor = load(made.folder / "distilled")
-    loader = distil.teacher_loader(texts, processor, 10, 40, seed=0)
+    loader = distil.teacher_loader(texts, processor, 10, 200, seed=0)
     first, second = list(loader.sampler), list(loader.sampler)
     assert sorted(first) == sorted(second) == list(range(len(texts))) and first != second
     lengths = [len(texts[row][0]) for row in first]
@@ -205,7 +207,7 @@ def logged(folder) -> list[dict]:
 
 def train(name: str, made, folder, *arguments: str) -> list[dict]:
     """The log of two steps from the distilled model."""
-    settings = "--tuning full --max_steps 2 --logging_steps 1 --k 3 --held_out 16 --report_to none --max_length 60"
+    settings = "--tuning full --max_steps 2 --logging_steps 1 --k 3 --held_out 16 --report_to none --max_length 140"
     settings += " --per_device_train_batch_size 8 --save_strategy no --mix_sources"
     where = ("--model_name_or_path", made.folder / "distilled", "--output_dir", folder)
     recipe(name, *where, *settings.split(), *arguments)
