@@ -32,6 +32,9 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 REPO_ARGUMENTS = ("revision", "subfolder")
 # How settings are named that limit how far back layers see: sliding_window, attention_window_size, ...
 WINDOW = r"window(_size|_length)?$"
+# How much padding is put between tokens to see whether a decoder places them by `position_ids`. ALiBi's steepest slopes
+# make a token vanish at this distance.
+TRIED_GAP = 16
 # What decoders raise for a cache or a mask that they can't take: the next way of calling them is tried then.
 REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 SLOW = (
@@ -51,10 +54,13 @@ class Way(NamedTuple):
         cache: the name of the decoder's argument for a KV cache that later calls can continue; None if each step runs
             the whole sequence.
         square_masks: whether the decoder takes a mask of its own for each position of the prompt, (B, 1, N, N).
+        gaps: whether padding may lie between a row's tokens in the cache. MPT counts distances in slots, whatever
+            `position_ids` say, so that its padding has to be on the left.
     """
 
     cache: str | None = None
     square_masks: bool = False
+    gaps: bool = False
 
 
 def load_backbone(name_or_path: str, needs_head: bool = True, **kwargs: Any) -> PreTrainedModel:
@@ -276,14 +282,24 @@ def find_way(
     try:
         expected = states(ids[1:, 1:], mask[1:, 1:], Way())
         other = states(ids[1:, -1:], mask[1:, -1:], Way())
+        if not (expected.is_meta or expected.isfinite().all()):
+            dtype = str(language_model.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{type(language_model).__name__}'s states are not finite in {dtype}: load the model in another dtype, "
+                "as bfloat16. If they never are, its weights are not"
+            )
         for way in possible_ways(language_model, ids, generates):
             try:
                 found = states(ids, mask, way)[1:]
             except REFUSALS as error:
                 problem = str(error)
                 continue
-            if agree(found, expected, other, rounding_of(language_model, device)):
-                if way.cache is None and generates:
+            rounding = rounding_of(language_model, device)
+            if agree(found, expected, other, rounding):
+                if way.cache is not None:
+                    found = with_gap(states, ids[1:, 1:], way)
+                    way = way._replace(gaps=found is not None and agree(found, expected, other, rounding))
+                elif generates:
                     logger.warning(SLOW.format(type(language_model).__name__, transformers.__version__))
                 return way
     except TypeError as error:  # an unknown argument; other errors of a plain pass are the machine's
@@ -294,6 +310,16 @@ def find_way(
         # Older versions of torch would go on with the weights that autocast cast in these passes, without gradients.
         torch.clear_autocast_cache()
     raise unfit(language_model, f"with transformers {transformers.__version__}, {problem}")
+
+
+def with_gap(states: Callable[[Tensor, Tensor, Way], Tensor], ids: Tensor, way: Way) -> Tensor | None:
+    """The states of a row (1, N) with padding after its first token, (1, n, d); None if the decoder takes no such."""
+    gap = ids.new_zeros(1, TRIED_GAP)
+    padded = torch.cat([ids[:, :1], gap, ids[:, 1:]], dim=1)
+    mask = torch.ones_like(ids)
+    with suppress(*REFUSALS):
+        return states(padded, torch.cat([mask[:, :1], gap, mask[:, 1:]], dim=1), way)
+    return None
 
 
 def possible_ways(language_model: PreTrainedModel, ids: Tensor, generates: bool) -> list[Way]:

@@ -63,7 +63,7 @@ class StepLoop:
             seen = prompt_mask(model.language_model, attention_mask, self.way)
             self.state = decode(self.decoder, self.inputs, seen, positions, {})
         else:
-            groups = prefill_groups(model.language_model, input_ids, attention_mask, k)
+            groups = prefill_groups(model.language_model, input_ids, attention_mask, k, self.way)
             parts = [self._prefill(input_ids, attention_mask, k, rows) for rows in groups]
             self.state, attention_mask, cache = parts[0] if len(parts) == 1 else joined(groups, parts)
             self.past = {self.way.cache: cache}
@@ -81,7 +81,8 @@ class StepLoop:
         if rows is not None:
             longest = int(attention_mask[rows].sum(1).max())
             input_ids, attention_mask = input_ids[rows, -longest:], attention_mask[rows, -longest:]
-        shared, past = shared_prefix(language_model, input_ids, attention_mask, k), {self.way.cache: cache}
+        shared = shared_prefix(language_model, input_ids, attention_mask, k, self.way)
+        past = {self.way.cache: cache}
         if shared:
             input_ids, attention_mask = prefix_first(input_ids, attention_mask, shared)
         inputs = embed_tokens(language_model, input_ids, attention_mask)
@@ -175,13 +176,15 @@ def check_loop(model: Any, device: torch.device) -> None:
 
 
 def checkpoints(language_model: PreTrainedModel) -> bool:
-    """Whether gradient checkpointing is on: the backward pass then runs layers again."""
+    """Whether gradient checkpointing is on, transformers' or torch's (FSDP's own): the backward pass then runs layers
+    again."""
+    marks = ("gradient_checkpointing", "_checkpoint_wrapped_module")
     layers = language_model.modules()
-    return language_model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    return language_model.training and any(getattr(layer, mark, False) for layer in layers for mark in marks)
 
 
 def prefill_groups(
-    language_model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, k: int
+    language_model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, k: int, way: Way
 ) -> list[Tensor | None]:
     """Numbers of the rows that are prefilled together, (b,) each, or None for all rows: rows with a common start,
     which then runs once, and rows of like length, which then have little padding."""
@@ -195,7 +198,7 @@ def prefill_groups(
         alike.setdefault(tuple(start), []).append(row)
     groups, others = [], []
     for rows in alike.values():
-        shared = shared_prefix(language_model, input_ids[rows], attention_mask[rows], k)
+        shared = shared_prefix(language_model, input_ids[rows], attention_mask[rows], k, way)
         if shared * (len(rows) - 1) >= LEAST_TOKENS_SAVED:
             groups.append(rows)
         else:
@@ -221,12 +224,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
 
-def shared_prefix(language_model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, k: int) -> int:
+def shared_prefix(language_model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, k: int, way: Way) -> int:
     """How many tokens all rows start with, such as an instruction's: their states are the same in every row, so
     that the prefill runs them once. 0 where that saves no time, or would not be exact."""
     batch, length = input_ids.shape
     # After a shared prefix, padding lies between prefix and rest, and a sliding window would count it as positions.
-    if batch == 1 or input_ids.is_meta or exceeds_window(language_model.config, length + k):
+    if batch == 1 or input_ids.is_meta or not way.gaps or exceeds_window(language_model.config, length + k):
         return 0
     if runs_in_step(language_model):
         return 0

@@ -102,6 +102,7 @@ BACKBONES = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "mpt": {"vocab_size": 99, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 128, "initializer_range": 0.2},
     "cohere": {**SMALL, "logit_scale": 0.3},
     "granite": {**SMALL, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
 }
@@ -216,7 +217,7 @@ def export_tiny(
     torch.manual_seed(seed)
     processor = make_processor(**settings)
     text = text_config("qwen2", vocab_size=len(processor.tokenizer), pad_token_id=0, **(text or {}))
-    config = gircse.GircseConfig(text_config=text, num_steps=3, **(axes or {}))
+    config = gircse.GircseConfig(text_config=text, **{"num_steps": 3, **(axes or {})})
     export(gircse.GircseModel(config), processor, folder)
     return folder
 

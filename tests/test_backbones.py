@@ -14,11 +14,16 @@ from transformers.utils import ModelOutput
 
 from helpers import BACKBONES, SMALL, algorithm_1, attention_for, keeps_a_cache, relative, text_config
 
+COMMON = torch.stack([torch.arange(10, 19), torch.ones(9, dtype=torch.int64)])  # ids and mask of an instruction
 
+
+@pytest.mark.parametrize("common", [0, 9], ids=["", "common start"])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_backbones(make_model, batch, backbone):
+def test_backbones(make_model, batch, backbone, common):
     """Each backbone's own forward pass, run by Algorithm 1, is the reference: embedding scale, soft-capping, logit
-    scale, learned positions and sliding windows come out right, padded or not."""
+    scale, learned positions, biases by distance and sliding windows come out right, padded or not, and where texts
+    start with the same tokens."""
+    batch = tuple(torch.cat([start.expand(4, -1), x], 1) for start, x in zip(COMMON[:, :common], batch, strict=True))
     # Beyond its window, eager attention (Gemma 2's) makes NaN of rows that see nothing in float64.
     dtype = torch.float32 if backbone == "gemma2" else torch.float64
     model = make_model(backbone, dtype=dtype, **attention_for(backbone))
@@ -26,7 +31,7 @@ def test_backbones(make_model, batch, backbone):
         expected = F.normalize(algorithm_1(model, *batch, 4), dim=-1)
         output = model(*batch, k=4)
         assert relative(output.step_embeddings, expected) < 1e-5
-        left = torch.stack([torch.roll(row, 11 - int(mask.sum())) for row, mask in zip(*batch, strict=True)])
+        left = torch.stack([torch.roll(row, len(row) - int(mask.sum())) for row, mask in zip(*batch, strict=True)])
         assert relative(model(left, batch[1].flip(1), k=4).step_embeddings, expected) < 1e-5
 
 

@@ -131,15 +131,16 @@ def assert_trained_as_alone(made: Path, config: str, tuning: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "fsdp2-checkpointing"])
 def test_two_processes_train_as_one(made, alone, config):
-    variables = launched(config)
-    if config == "fsdp2":
+    variables = launched(config.partition("-")[0])
+    if config.startswith("fsdp2"):
         variables["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        variables["FSDP_ACTIVATION_CHECKPOINTING"] = "true" if config.endswith("checkpointing") else "false"
     runs = [arguments_of(made, tuning, made / f"{config}-{tuning}", processes=2) for tuning in TUNINGS]
     for said in run(2, ["-c", SCRIPT, str(ROOT), json.dumps(runs)], made, **variables):
         sharded = json.loads(re.search(r"^sharded: (.*)$", said, re.MULTILINE)[1])
-        assert len(sharded) == 2 and all(bool(count) == (config == "fsdp2") for count in sharded)
+        assert len(sharded) == 2 and all(bool(count) == (config != "ddp") for count in sharded)
     for tuning in TUNINGS:
         assert_trained_as_alone(made, config, tuning)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import DynamicCache
 
 from helpers import algorithm_1, attention_for, gradients, relative, room
@@ -239,18 +240,24 @@ def test_describe_steps(make_model, batch):
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_gradient_checkpointing_gives_the_plain_gradients(make_model, batch, padded):
+@pytest.mark.parametrize("by", ["transformers", "torch"])
+def test_gradient_checkpointing_gives_the_plain_gradients(make_model, batch, by, padded):
+    """torch's is what FSDP's `fsdp_activation_checkpointing` puts around the layers."""
     model = make_model(dtype=torch.float64).train()  # norms are in float32 inside
     ids, mask = batch if padded else (batch[0][:1], batch[1][:1])
     direction = torch.linspace(-1, 1, 32, dtype=torch.float64)
     results = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if by == "transformers":
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            else:
+                layers = model.language_model.model.layers
+                model.language_model.model.layers = torch.nn.ModuleList(map(checkpoint_wrapper, layers))
             assert room(model, "step_loop_gircse").checkpoints(model.language_model)
         model.zero_grad()
         (model(ids, mask, k=4).step_embeddings @ direction).sum().backward()
-        results.append(gradients(model))
+        results.append({name.replace("_checkpoint_wrapped_module.", ""): x for name, x in gradients(model).items()})
     for name in results[0]:
         assert relative(results[1][name], results[0][name]) < 1e-5, name
 

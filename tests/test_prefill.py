@@ -77,7 +77,8 @@ def test_prefix_is_not_shared_across_a_sliding_window_or_by_short_prefixes(make_
 
     def shared(backbone: str, ids: torch.Tensor) -> int:
         model = make_model(backbone)
-        return room(model, "step_loop_gircse").shared_prefix(model.language_model, ids, torch.ones_like(ids), 3)
+        way = model._find_way(ids.device)
+        return room(model, "step_loop_gircse").shared_prefix(model.language_model, ids, torch.ones_like(ids), 3, way)
 
     assert shared("mistral", ids) == 0  # a window of 6
     assert shared("qwen2", ids) == 11
