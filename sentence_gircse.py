@@ -101,7 +101,9 @@ class SentenceGircse(InputModule):
         """
         if processing_kwargs:
             text = processing_kwargs.get("text", {})
-            if processing_kwargs.keys() - {"text"} or text.keys() - {"max_length", "truncation"}:
+            # a long text is always cut, so that `truncation`, which may be given with it, changes nothing
+            others = processing_kwargs.keys() - {"text"} or text.keys() - {"max_length", "truncation"}
+            if others or text.get("truncation", True) is not True:
                 raise ValueError(f"processing_kwargs={processing_kwargs!r} may only be {{'text': {{'max_length': N}}}}")
             max_length = text.get("max_length", max_length)
         if max_length is None:

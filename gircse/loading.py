@@ -25,6 +25,11 @@ LOGIT_TEMPERATURE = 2.0  # T of a new model; at the papers' 1 gradients explode 
 PROMPTS = "config_sentence_transformers.json"
 # What an evaluation writes, also into a model's folder.
 REPORTS = ("results.json", "comparison.json", "prompts.json")
+# The JSON files and pickled weights of a GIRCSE model. Its folder is often a working directory too, with other ones.
+OWN_FILES = re.compile(
+    r"((processor_|preprocessor_)?config|config_sentence_transformers|modules|tokenizer(_config)?|special_tokens_map"
+    r"|added_tokens|vocab|.+\.index)\.json|pytorch_model.*\.bin"
+)
 # A new model's max_length leaves positions for at least this many steps, which evaluation takes.
 STEPS_OF_EVALUATION = 20
 
@@ -229,18 +234,40 @@ def prompts_of(model: str, revision: str | None = None) -> dict[str, str]:
 def model_files(folder: Path) -> list[Path]:
     """The files that the vectors of a folder's model depend on, in the same order on any system: weights and settings
     of the model, of Sentence Transformers' modules, and of an adapter that takes the weights' place. Not the reports of
-    an evaluation, nor shards that no index names, as nothing loads them."""
-    listed, config = folder / "modules.json", folder / "config.json"
+    an evaluation and other files of a user, nor shards that no index names, as nothing loads them."""
+    listed, settings = folder / "modules.json", own_settings(folder)
     modules = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
     folders = {folder} | {folder / module["path"] for module in modules}
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    if settings.get("model_type") == "gircse" and settings.get("adapter"):
+    if settings.get("adapter"):
         folders.add(folder / settings["adapter"])
     kinds = (".safetensors", ".bin", ".json", ".jinja")
     paths = {p for f in folders if f.is_dir() for p in f.iterdir() if p.suffix in kinds and p.name not in REPORTS}
+    if settings:
+        loose = {path for path in paths if path.parent == folder and path.suffix in (".json", ".bin")}
+        paths -= {path for path in loose if not OWN_FILES.fullmatch(path.name)}
     indexed = {path.parent for path in paths if path.name.endswith(".index.json")}
     paths -= {path for path in paths if "-of-" in path.name and path.parent not in indexed}
     return sorted(paths, key=lambda path: path.relative_to(folder).parts)
+
+
+def identify_base(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What identifies the causal LM that the adapter of a GIRCSE model's folder goes with, and its files, if it is a
+    folder too; nothing of a model without an adapter."""
+    adapter = own_settings(folder).get("adapter")
+    if not adapter:
+        return {}, {}
+    settings = json.loads((folder / adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    base, revision = settings["base_model_name_or_path"], settings.get("revision")
+    if Path(base).is_dir():
+        return {"base": base}, {f"base file {file.name}": file for file in model_files(Path(base))}
+    return {"base": base, "base revision": commit_of(base, revision) or revision}, {}
+
+
+def own_settings(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a GIRCSE model's folder; {} for another one."""
+    config = folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    return settings if settings.get("model_type") == "gircse" else {}
 
 
 def sentence_transformers_settings(processor: Any) -> dict[str, Any]:

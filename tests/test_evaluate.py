@@ -338,20 +338,30 @@ def test_scores_for_the_hub(evaluated, monkeypatch):
     whole = {"splits": ["test"], "subsets": ["default"], "scores": {"1": 1.5, "3": 2.5}}
     row = {"task": "STS12", "dataset": "mteb/sts12-sts", "revision": "abc", **whole}
     rows = [row, row | {"scores": {"1": 8, "3": 9}}, row | {"task": "own", "dataset": f"{LOCAL}own"}]
-    found = report.hub_entries(rows, 3)
+    found = report.hub_entries(rows, {"dtype": "float16"}, 3)
     assert list(found) == ["STS12.yaml"]
     [entry] = huggingface_hub.parse_eval_result_entries(yaml.safe_load(found["STS12.yaml"]))
     assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == ("mteb/sts12-sts", "STS12", "abc")
-    assert (entry.value, entry.notes, entry.source_name) == (2.5, "k = 3", f"mteb {mteb.__version__}")
+    assert (entry.value, entry.notes, entry.source_name) == (2.5, "k = 3, dtype = float16", f"mteb {mteb.__version__}")
     english = row | {"task": "STS17", "dataset": "mteb/sts17", "subsets": ["en-en"]}
     some = english | {"task": "STS22.v2", "subsets": ["en", "de"]}  # the Hub has no name for these together
-    found = report.hub_entries([english, some], 3)
+    found = report.hub_entries([english, some], {}, 3)
     assert list(found) == ["STS17.yaml"]
     assert yaml.safe_load(found["STS17.yaml"])[0]["dataset"]["task_id"] == "STS17_en-en_test"
-    static = report.hub_entries([row | {"scores": {"None": 4.5}}], None)["STS12.yaml"]
+    static = report.hub_entries([row | {"scores": {"None": 4.5}}], {}, None)["STS12.yaml"]
     assert yaml.safe_load(static)[0]["value"] == 4.5 and "notes" not in yaml.safe_load(static)[0]
     monkeypatch.setattr(report, "huggingface_hub", SimpleNamespace())  # an older one
-    assert report.hub_entries(rows, 3) == {}
+    assert report.hub_entries(rows, {}, 3) == {}
+
+
+def test_a_folder_that_had_another_models_report_keeps_nothing_of_it(evaluated, tmp_path):
+    """A curve of steps, and scores for the Hub, which don't name their model."""
+    (tmp_path / ".eval_results").mkdir()
+    (tmp_path / ".eval_results/STS13.yaml").write_text("[]")
+    (tmp_path / "k_curve.png").write_bytes(b"")
+    rows = [row | {"scores": {"None": 50.0}} for row in evaluated.report["tasks"]]
+    report.write_report(tmp_path, rows, {}, ModelMeta.create_empty(), {}, None, "a command")
+    assert not list(tmp_path.rglob("*.yaml"))[1:] and not (tmp_path / "k_curve.png").exists()
 
 
 def test_registry_entry_of_mteb(evaluated, model_folder, data_folder, embed):

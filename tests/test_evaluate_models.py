@@ -146,6 +146,57 @@ def test_learned_tokens_have_no_more_k_than_they_were_trained_with(gircse, data_
         run(folder, tmp_path / "out", "--k", "5", data=data_folder, tasks=["sts_pairs"])
 
 
+def test_a_models_own_number_of_steps_is_among_those_measured(gircse, model_folder, data_folder, tmp_path, capsys):
+    """The card and a comparison show it."""
+    folder = make_folder(gircse, tmp_path / "four", num_steps=4)
+    run(folder, tmp_path / "out", data=data_folder, tasks=["sts_pairs"])
+    assert "(k = 4)" in (tmp_path / "out/card_metadata.yaml").read_text(encoding="utf-8")
+    run(folder, tmp_path / "other", "--k", "2", data=data_folder, tasks=["sts_pairs"])
+    assert "--k has no 4, the model's num_steps: its card and a comparison show k = 2" in capsys.readouterr().out
+
+
+def test_a_models_default_prompt_is_that_of_tasks_without_one(static_folder, data_folder, tmp_path):
+    """As mteb, and the library itself, embed these."""
+    folder = shutil.copytree(static_folder, tmp_path / "model")
+    file = folder / "config_sentence_transformers.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    prompts = {"plain": "boat on the lake: ", "query": "", "document": ""}
+    settings |= {"prompts": prompts, "default_prompt_name": "plain"}
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    [row] = run(folder, tmp_path / "out", data=data_folder, tasks=["sts_pairs"])["tasks"]
+    assert row["prompts"] == {"both": "boat on the lake: "}
+    model, [task] = SentenceTransformer(str(folder), device="cpu"), choose_tasks(["sts_pairs"], str(data_folder))
+    with warnings.catch_warnings(action="ignore"):
+        result = mteb.evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False)
+    assert row["scores"]["None"] == pytest.approx(100 * result.task_results[0].get_score(), abs=0.01)
+    [row] = run(folder, tmp_path / "out", data=data_folder, tasks=["retrieval_little"])["tasks"]
+    assert row["prompts"] == {"query": "", "document": ""}  # these are prompts too
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["", "loaded by mteb"])
+def test_vectors_that_are_no_numbers_get_no_score(static_folder, data_folder, tmp_path, monkeypatch, capsys, loaded):
+    """A ranking would make one of them like any other."""
+
+    class Overflowing(AbsEncoder):
+        def encode(self, inputs, **kwargs):
+            return np.full((sum(len(batch["text"]) for batch in inputs), 2), np.nan, np.float32)
+
+    load = subjects.load_subject
+
+    def overflowing(args):
+        subject = load(args)
+        subject.embed = lambda texts, *rest: np.full((len(texts), 1, 8), np.inf)
+        subject.loaded = Overflowing() if loaded else None
+        return subject
+
+    monkeypatch.setattr(evaluate_gircse, "load_subject", overflowing)
+    tasks = ["retrieval_little", "sts_pairs"]
+    assert not run(static_folder, tmp_path, "--dtype", "float16", data=data_folder, tasks=tasks, status=1)
+    said = capsys.readouterr()
+    reason = "vectors are not finite in float16: evaluate in another --dtype, as bfloat16"
+    assert (said.out + said.err).count(reason) >= len(tasks)
+
+
 def test_k_below_one_is_refused(model_folder, data_folder, tmp_path):
     with pytest.raises(ValueError, match=r"k=\[0, 1\] must be from 1"):
         run(model_folder, tmp_path, "--k", "0", "1", data=data_folder, tasks=["sts_pairs"])
@@ -361,8 +412,13 @@ def test_revision_of_an_adapter_only_folder_is_its_adapter_too(model_folder, tmp
     config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     (copy / "config.json").write_text(json.dumps({**config, "adapter": "lora"}))
     (copy / "lora").mkdir()
+    (tmp_path / "base").mkdir()
     hashes = set()
-    for weights in (b"one", b"two"):
-        (copy / "lora" / "adapter_model.safetensors").write_bytes(weights)
-        hashes.add(subjects.content_hash(copy))
-    assert len(hashes) == 2
+    for base, files in ((str(tmp_path / "base"), ["lora/adapter_model", "../base/model"]), ("us/lm", ["lora/adapter"])):
+        (copy / "lora/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "revision": "v1"}))
+        for name in files:
+            for weights in (b"one", b"two"):
+                (copy / f"{name}.safetensors").write_bytes(weights)
+                hashes.add(subjects.content_hash(copy))
+    (copy / "lora/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "revision": "v2"}))
+    assert len(hashes | {subjects.content_hash(copy)}) == 7

@@ -234,7 +234,7 @@ def test_processing_kwargs_of_one_call(sentence_model):
         sentence_model.encode(text, processing_kwargs={"text": {"max_length": 9, "truncation": True}})
         sentence_model.encode(text)
     assert [len(ids) for ids in inputs.ids] == [9, 64]
-    for wrong in ({"text": {"padding": "max_length"}}, {"image": {}}):
+    for wrong in ({"text": {"padding": "max_length"}}, {"text": {"truncation": False}}, {"image": {}}):
         with pytest.raises(ValueError, match="may only be {'text': {'max_length': N}}"):
             sentence_model.encode(text, processing_kwargs=wrong)
 

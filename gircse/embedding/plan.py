@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from .. import ROOT
 from ..command_line import progress
-from ..loading import commit_of, model_files, read_config
+from ..loading import commit_of, identify_base, model_files, read_config
 from ..rows import PARQUET, RowFile, is_text, matching_files
 from .shards import write_whole
 
@@ -120,21 +120,12 @@ def identify_model(options: argparse.Namespace, begun: dict[str, Any]) -> tuple[
         raise ValueError(f"model={model!r} brings code of its own: read it, then add --trust_remote_code")
     if folder.is_dir():
         names = {f"model file {file.relative_to(model).as_posix()}": file for file in model_files(Path(model))}
-        base, its_files = identify_base(Path(model, config["adapter"])) if config.get("adapter") else ({}, {})
+        base, its_files = identify_base(Path(model))
         return {"model": model, "revision": None, **base}, names | its_files
     commit = commit_of(model, revision)
     if commit is None:
         raise ValueError(f"model={model!r}: its commit can't be told, as its files are not in the cache of the Hub")
     return {"model": model, "revision": commit}, {}
-
-
-def identify_base(adapter: Path) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The same of the causal LM that an adapter goes with."""
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    base, revision = settings["base_model_name_or_path"], settings.get("revision")
-    if Path(base).is_dir():
-        return {"base": base}, {f"base file {file.name}": file for file in model_files(Path(base))}
-    return {"base": base, "base revision": commit_of(base, revision) or revision}, {}
 
 
 def digest(files: dict[str, Path]) -> dict[str, str]:

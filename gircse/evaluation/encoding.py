@@ -47,6 +47,7 @@ class Vectors:
         for start in progress(range(0, len(by_length), self.batch_size)):
             batch = by_length[start : start + self.batch_size]
             embeddings = self.subject.embed([new[key] for key in batch], prompt, side, self.steps)  # (B, |k|, d)
+            check_finite(embeddings, self.subject)
             for column, file in enumerate(self.files.values()):
                 np.ascontiguousarray(embeddings[:, column], dtype=np.float32).tofile(file)
             self.rows.update(zip(batch, range(len(self.rows), len(self.rows) + len(batch)), strict=True))
@@ -84,13 +85,22 @@ class LoadedEncoder(AbsEncoder):
         if self.subject.expand:
             texts = texts_of(inputs, self.subject, task_metadata, prompt_type.value if prompt_type else None)
             inputs = DataLoader(Dataset.from_dict({"text": texts}), batch_size=inputs.batch_size)
-        return self.subject.loaded.encode(inputs, task_metadata=task_metadata, prompt_type=prompt_type, **kwargs)
+        embeddings = self.subject.loaded.encode(inputs, task_metadata=task_metadata, prompt_type=prompt_type, **kwargs)
+        check_finite(embeddings, self.subject)
+        return embeddings
 
     def similarity(self, first: Any, second: Any) -> Any:
         return self.subject.loaded.similarity(first, second)
 
     def similarity_pairwise(self, first: Any, second: Any) -> Any:
         return self.subject.loaded.similarity_pairwise(first, second)
+
+
+def check_finite(embeddings: Any, subject: Subject) -> None:
+    """Raises a ValueError for NaN and infinity, of which a ranking would make a score like any other."""
+    if not np.isfinite(embeddings).all():
+        dtype = subject.settings.get("dtype", "its own dtype" if subject.loaded else "float32")
+        raise ValueError(f"vectors are not finite in {dtype}: evaluate in another --dtype, as bfloat16")
 
 
 def texts_of(inputs: Any, subject: Subject, task_metadata: Any, side: str | None) -> list[str]:

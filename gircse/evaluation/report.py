@@ -105,15 +105,16 @@ def hub_task(row: dict[str, Any]) -> str | None:
     return None
 
 
-def hub_entries(rows: list[dict[str, Any]], shown: int | None) -> dict[str, str]:
-    """Names and YAML of the files that belong in a model repo's `.eval_results/`, with the scores at k = `shown`.
+def hub_entries(rows: list[dict[str, Any]], settings: dict[str, Any], shown: int | None) -> dict[str, str]:
+    """Names and YAML of the files that belong in a model repo's `.eval_results/`, with the scores at k = `shown`; their
+    notes say k and the settings.
 
     Those of data sets on the Hub, each task's main score, but for tasks of which some subsets were evaluated; none
     where huggingface_hub is older than this format (1.4).
     """
     if not hasattr(huggingface_hub, "EvalResultEntry"):
         return {}
-    files = {}
+    files, notes = {}, ", ".join(f"{name} = {value}" for name, value in {"k": shown, **settings}.items() if value)
     for row in rows:
         if row["dataset"].startswith(LOCAL) or f"{row['task']}.yaml" in files:
             continue
@@ -126,7 +127,7 @@ def hub_entries(rows: list[dict[str, Any]], shown: int | None) -> dict[str, str]
             value=row["scores"][str(shown)],
             source_url="https://github.com/embeddings-benchmark/mteb",
             source_name=f"mteb {mteb.__version__}",
-            notes=None if shown is None else f"k = {shown}",
+            notes=notes or None,
         )
         content = huggingface_hub.eval_result_entries_to_yaml([entry])
         files[f"{row['task']}.yaml"] = yaml_dump(content, sort_keys=False)
@@ -178,7 +179,10 @@ def write_report(
     (out / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "card_metadata.yaml").write_text(card_metadata(rows, meta, shown), encoding="utf-8")
     (out / "model_meta.py").write_text(registry_entry(meta), encoding="utf-8")
-    for name, content in hub_entries(rows, shown).items():
+    (out / "k_curve.png").unlink(missing_ok=True)
+    for entry in (out / ".eval_results").glob("*.yaml"):  # perhaps of another model, of which it says nothing
+        entry.unlink()
+    for name, content in hub_entries(rows, settings, shown).items():
         (out / ".eval_results").mkdir(exist_ok=True)
         (out / ".eval_results" / name).write_text(content, encoding="utf-8")
     if len(rows[0]["scores"]) > 1:

@@ -32,6 +32,7 @@ from ..loading import (
     PROMPTS,
     check_is_there,
     commit_of,
+    identify_base,
     is_gircse,
     load,
     model_files,
@@ -59,6 +60,7 @@ class Subject:
         prompts: literal prefixes by mteb's names.
         template: makes a prompt of an instruction; None if only `prompts` are used, by mteb's rule.
         shown: the k of the model card.
+        default: the prompt of a task for which `prompts` has none, where there is no `template`.
         expand: augments texts before they are embedded.
         loaded: the model that mteb's registry loaded, which writes its own prompts.
     """
@@ -70,6 +72,7 @@ class Subject:
     prompts: dict[str, str]
     template: str | None
     shown: int | None
+    default: str = ""
     expand: Writer | None = None
     loaded: EncoderProtocol | None = None
 
@@ -84,7 +87,8 @@ class Subject:
             return LOADER
         if self.template is None:
             prompt_type = PromptType(side) if side else None
-            return get_prompt(self.prompts, metadata, prompt_type) or ""
+            found = get_prompt(self.prompts, metadata, prompt_type)
+            return self.default if found is None else found
         return task_prompt(self.prompts, self.template, metadata, side)
 
 
@@ -199,15 +203,19 @@ def gircse_subject(args: argparse.Namespace, device: str) -> Subject:
         "framework": ["Sentence Transformers", "PyTorch", "Transformers", "safetensors"],
     }
     shown = None if steps == [None] else config.num_steps if config.num_steps in steps else steps[-1]
+    if shown not in (None, config.num_steps):
+        say(f"  --k has no {config.num_steps}, the model's num_steps: its card and a comparison show k = {shown}")
     return Subject(model_meta(args, facts), {}, steps, embed, prompts, template, shown)
 
 
 def steps_of(config: PretrainedConfig, wanted: list[int] | None) -> list[int | None]:
-    """The k that are evaluated, in rising order; None stands for a model that generates nothing."""
+    """The k that are evaluated, in rising order: those asked for, or STEPS and the model's own number. None stands for
+    a model that generates nothing."""
     if config.step_token == "none":
         return [None]
-    most = config.num_steps if config.step_token == "learned" else max(wanted or STEPS)
-    steps = sorted({k for k in wanted or STEPS if wanted or k <= most})
+    tried = wanted or (*STEPS, config.num_steps)
+    most = config.num_steps if config.step_token == "learned" else max(tried)
+    steps = sorted({k for k in tried if wanted or k <= most})
     if steps[0] < 1 or steps[-1] > most:
         raise ValueError(f"k={steps} must be from 1 to {most} for this model")
     return steps
@@ -246,7 +254,8 @@ def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subj
     facts = {name: value for name in type(known).model_fields if (value := getattr(known, name)) is not None}
     facts["use_instructions"] = bool(args.prompt_template or any(prompts.values()))
     facts["loader_kwargs"] = known.loader_kwargs | loader_kwargs
-    return Subject(model_meta(args, facts), settings, [None], embed, prompts, args.prompt_template, None)
+    default = model.prompts.get(model.default_prompt_name) or ""
+    return Subject(model_meta(args, facts), settings, [None], embed, prompts, args.prompt_template, None, default)
 
 
 def registry_subject(args: argparse.Namespace, meta: ModelMeta, device: str) -> Subject:
@@ -320,7 +329,7 @@ def file_of(model: str, name: str) -> Path | None:
 
 
 def content_hash(folder: Path) -> str:
-    """12 digits that change with the weights or a setting of a model's folder."""
+    """12 digits that change with the weights or a setting of a model's folder, or of what its adapter goes with."""
     digest = hashlib.sha256()
     for path in model_files(folder):
         digest.update(path.relative_to(folder).as_posix().encode())
@@ -330,6 +339,13 @@ def content_hash(folder: Path) -> str:
             digest.update(json.dumps(kept, sort_keys=True).encode())
             continue
         with io.BytesIO(without_requirements(path)) if path.name == PROMPTS else path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    base, files = identify_base(folder)
+    if base and not files:  # on the Hub
+        digest.update(json.dumps(base).encode())
+    for name, path in files.items():
+        digest.update(name.encode())
+        with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
 
