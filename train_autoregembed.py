@@ -10,8 +10,9 @@ row's instruction asks of its text. In the second one, on pairs with one hard ne
 start for its positive as the positive itself, and a better one than the negative. Scores of the model before this
 stage, which its loss takes in, are kept in the output folder.
 
-All other arguments are those of train_gircse.py. Their defaults here are the paper's: 5 learned tokens, batches of 32,
-a cosine schedule, and for the stages rates of 1e-5 and 5e-6, 1 epoch and 4.
+All other arguments are those of train_gircse.py. Their defaults here are the paper's: all weights, 5 learned tokens,
+batches of 32, a cosine schedule, and for the stages rates of 1e-5 and 5e-6, 1 epoch and 4. The rate of a LoRA
+(--tuning lora), which the paper doesn't train, is that of train_gircse.py.
 """
 
 from __future__ import annotations
@@ -30,10 +31,8 @@ from gircse.training.autoregembed import AlignmentTrainer, CompressionTrainer, C
 
 STAGES = {"compression": CompressionTrainer, "alignment": AlignmentTrainer}
 SHARED = "--k 5 --per_device_train_batch_size 32 --lr_scheduler_type cosine --warmup_ratio 0.05"
-DEFAULTS = {
-    "compression": "--learning_rate 1e-5 --num_train_epochs 1",
-    "alignment": "--learning_rate 5e-6 --num_train_epochs 4",
-}
+EPOCHS = {"compression": "1", "alignment": "4"}
+RATES = {"compression": "1e-5", "alignment": "5e-6"}  # of all weights
 OF_ALIGNMENT = ("beta", "tau", "reference_sign")
 
 
@@ -47,6 +46,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--decoder", help="the causal LM (the model, if it is one)")
     tokens = "of a new model: learned, or soft or hard (learned)"
     parser.add_argument("--step_token", choices=["learned", "soft", "hard"], help=tokens)
+    parser.add_argument("--tuning", choices=["full", "lora"], default="full", help="full for all weights (full)")
     parser.add_argument("--target_length", type=int, default=128, help="most tokens that the decoder says (128)")
     parser.add_argument("--beta", type=float, help="of the alignment (0.1)")
     parser.add_argument("--tau", type=float, help="of the alignment (0.1)")
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, rest = parse(argv)
     settings = {name: value for name in OF_ALIGNMENT if (value := getattr(options, name)) is not None}
     trainer = partial(STAGES[options.stage], target_length=options.target_length, **settings)
-    given = [*SHARED.split(), *DEFAULTS[options.stage].split()]
+    given = [*SHARED.split(), "--num_train_epochs", EPOCHS[options.stage], "--tuning", options.tuning]
+    given += ["--learning_rate", RATES[options.stage]] if options.tuning == "full" else []
     new = only_gguf_file(options.model_name_or_path) or not is_gircse(options.model_name_or_path)
     if step_token := options.step_token or ("learned" if new else None):
         given += ["--step_token", step_token]

@@ -72,24 +72,28 @@ def test_the_alignment_wants_the_positives_score_and_none_of_the_negatives():
 # Batches ------------------------------------------------------------------------------------------------------------
 
 
-def test_targets_are_the_bare_documents_with_their_end(processor):
+def test_targets_are_the_bare_documents_with_their_end_unless_they_were_cut(processor):
     collator = TargetCollator(processor, 64, target_length=9)
     rows = [
         {"query": "q", "positive": "a longer thing than nine tokens are", "negatives": ["red"], "instruction": "find"},
         {"query": "r", "positive": "red", "negatives": [], "instruction": ""},
     ]
-    same = {"symmetric": True, "source": "s", "label": None}
+    same = {"symmetric": False, "source": "s", "label": None}
     rows = [{**row, **same, "all_positives": [row["positive"]]} for row in rows]
     batch = collator(rows)
     ids, mask = batch["targets"]["input_ids"], batch["targets"]["attention_mask"]
     red = [*processor.tokenizer("red", add_special_tokens=False)["input_ids"], processor.tokenizer.eos_token_id]
     assert ids.shape == (3, 9) and mask.sum(1).tolist() == [9, len(red), len(red)]
-    assert ids[1, : len(red)].tolist() == ids[2, : len(red)].tolist() == red and ids[0, -1] == red[-1]
-    assert "references" not in batch
+    assert ids[1, : len(red)].tolist() == ids[2, : len(red)].tolist() == red and red[-1] not in ids[0]
+    assert "references" not in batch and "positive" not in batch
 
     scores = {("find", "q", rows[0]["positive"]): -9.0, ("find", "q", "red"): -7.5, ("", "r", "red"): -2.0}
     collator.references = scores
-    assert collator(rows)["references"].tolist() == [-9, -2, -7.5]  # the positives, then the negatives
+    batch = collator(rows)
+    assert batch["references"].tolist() == [-9, -2, -7.5]  # the positives, then the negatives
+    expected = processor([row["positive"] for row in rows], instruction=["find", None])
+    assert batch["positive"]["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert batch["document"]["input_ids"].shape[1] < batch["positive"]["input_ids"].shape[1]  # bare, as a search has it
     collator.references = {key: score for key, score in scores.items() if key[0]}
     assert collator(rows)["references"].isnan().tolist() == [False, True, False]  # no score is taken for one
 
@@ -160,7 +164,8 @@ def test_references_are_the_scores_of_the_model_that_training_starts_from(place,
     for row in make_rows(28, lambda i: 1 + i % 2):
         query = processor([row["query"]], instruction=row["instruction"] or None)
         found.add(round(score(query, row["neg"][0]), 3))
-        of_themselves.append(score(processor(row["pos"][:1]), row["pos"][0]))
+        positive = processor(row["pos"][:1], instruction=row["instruction"] or None)
+        of_themselves.append(score(positive, row["pos"][0]))
     assert len(found & scores) > 0.8 * len(found)  # all but those held out, and what rounds otherwise
     distances = (itself[:, None] - torch.tensor(of_themselves)).abs().min(1).values
     assert distances.max() < 1e-3

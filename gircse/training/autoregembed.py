@@ -31,8 +31,9 @@ OF_ICR = ("temperature", "refinement_weight", "reduction", "matryoshka_dims", "s
 
 class TargetCollator(PairCollator):
     """Batches of pairs with what the decoder is to say of the documents: `targets`, {input_ids, attention_mask} (M, T)
-    int64, padded on the right, each bare and with the end token behind it; and, once they are there, `references`, (M,)
-    float32."""
+    int64, padded on the right, each bare and with the end token behind it, unless it was cut; and, once they are there,
+    `references`, (M,) float32, and `positive`, the positives as the queries are read: with their row's instruction,
+    whether or not that is what a search has documents read with."""
 
     def __init__(self, processor: Any, max_length: int | None, target_length: int) -> None:
         super().__init__(processor, max_length)
@@ -46,13 +47,14 @@ class TargetCollator(PairCollator):
         if self.references:  # held-out pairs have none
             keys = [(row["instruction"], row["query"], text) for row, text in documents]
             batch["references"] = torch.tensor([self.references.get(key, math.nan) for key in keys])
+            instructions = [row["instruction"] or None for row in rows]
+            batch["positive"] = self._encode([text for _, text in positives], instructions)
         return batch
 
     def targets(self, texts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer = self.processor.tokenizer
-        longest = self.target_length - 1
-        rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in texts]
-        rows = [torch.tensor([*row, tokenizer.eos_token_id]) for row in rows]
+        rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        rows = [torch.tensor([*row, tokenizer.eos_token_id][: self.target_length]) for row in rows]
         pad = torch.nn.utils.rnn.pad_sequence
         ids = pad(rows, batch_first=True, padding_value=tokenizer.eos_token_id)
         return {"input_ids": ids, "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True)}
@@ -63,7 +65,7 @@ class ConditionalTrainer(GircseTrainer):
 
     Args:
         decoder: the causal LM that says the documents; it is frozen.
-        target_length: the most tokens of a document that it says, the end token included.
+        target_length: the most tokens of a document that it says, the end token included; longer ones are cut.
 
     Raises:
         ValueError: for an argument of ICR that is not at its default.
@@ -140,7 +142,7 @@ class AlignmentTrainer(ConditionalTrainer):
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         count = len(inputs["query"]["input_ids"])
         queries = self.states(model, inputs["query"])
-        positives = self.states(model, {name: rows[:count] for name, rows in inputs["document"].items()})
+        positives = self.states(model, inputs["positive"])
         ids, mask = (inputs["targets"][name] for name in ("input_ids", "attention_mask"))
         ids, mask = (torch.cat([rows, rows[:count]]) for rows in (ids, mask))
         said = token_log_probabilities(self.decoder, torch.cat([queries, queries, positives]), ids, mask).sum(1)

@@ -38,7 +38,7 @@ NAMES = {
     "autoregembed": "AutoRegEmbed, both stages",
     "warmed_up": "GIRCSE after AutoRegEmbed's first stage",
 }
-OTHER_SYSTEMS = ("learned_tokens", "answers", "compressed", "autoregembed", "warmed_up")
+OTHER_SYSTEMS = {"learned_tokens": 5, "answers": 3, "compressed": 5, "autoregembed": 5, "warmed_up": 5}  # and k
 # A row of a table: its name, the runs' method, and k.
 COMPARED = [(NAMES[method], method, None) for method in ("causal_eos", "bidirectional_avg")]
 COMPARED += [(f"GIRCSE, k = {k}", "gircse", k) for k in (1, 5, 20)]
@@ -48,7 +48,7 @@ VARIANTS += [
     for variant, change in (("_two", ", 2 queries contrasted"), ("_lora", ", LoRA"))
     for name, method, k in COMPARED
 ]
-VARIANTS += [(f"{NAMES[method]}, k = 5", method, 5) for method in OTHER_SYSTEMS]
+VARIANTS += [(f"{NAMES[method]}, k = {k}", method, k) for method, k in OTHER_SYSTEMS.items()]
 # Table 3's rows; of one seed, as two of them have no more.
 PARTS = [
     ("no generation (Causal-EOS)", "causal_eos", None),
