@@ -29,6 +29,7 @@ from gircse.command_line import HelpFormatter, lenient_console
 from gircse.loading import is_gircse, load, only_gguf_file, prompts_of
 from gircse.training.accuracy import accuracy_steps
 from gircse.training.arguments import BAD_ROWS, DataArguments, GircseTrainingArguments, ModelArguments
+from gircse.training.callbacks import Split
 from gircse.training.card import plot_curves, show_neighbours
 from gircse.training.data import split_held_out
 from gircse.training.pairs import describe, load_pairs, parse_columns
@@ -62,7 +63,9 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
     if data.max_length and data.max_length > processor.max_length:
         processor.max_length = model.text_limit(data.max_length)  # the saved model reads as much as this run
     pairs = read_pairs(data, training)
-    pairs, held_out = hold_out(pairs, data.held_out, training)
+    split = Split.of(checkpoint) if checkpoint else {}
+    check_split(split, len(pairs), data)
+    pairs, held_out = hold_out(pairs, split.get("held_out", data.held_out), training)
     if not len(held_out) and (training.eval_strategy != "no" or training.eval_on_start):
         raise ValueError(f"{data.train_data} has too few pairs to hold some out by itself: give --held_out N")
     if arguments.tuning == "lora":
@@ -79,6 +82,7 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
         data.max_length,
         base_models=base_models,
         train_data=data.train_data,
+        callbacks=[Split(len(pairs) + len(held_out), len(held_out))],
     )
 
     if len(held_out):
@@ -231,6 +235,20 @@ def hold_out(
         return split_held_out(pairs, held_out_size(len(pairs), training), training.seed)
     except ValueError:  # every query has more pairs than would be held out, which nobody asked for
         return split_held_out(pairs, 0, training.seed)
+
+
+def check_split(split: dict[str, int], pairs: int, data: DataArguments) -> None:
+    """Raises a ValueError where a run would not go on with the pairs of its checkpoint, `split` of `Split.of`."""
+    if pairs != split.get("pairs", pairs):
+        raise ValueError(
+            f"train_data={data.train_data!r} has {pairs:,} pairs, and the run of this checkpoint read "
+            f"{split['pairs']:,}: give it the same ones, or train on from the checkpoint's weights in a new run"
+        )
+    if data.held_out is not None and data.held_out != split.get("held_out", data.held_out):
+        raise ValueError(
+            f"held_out={data.held_out}, but the run of this checkpoint held out {split['held_out']} pairs and trained "
+            "on the others: leave --held_out away"
+        )
 
 
 def held_out_size(rows: int, training: GircseTrainingArguments) -> int:

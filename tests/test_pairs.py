@@ -155,6 +155,18 @@ def test_folder_and_pattern(tmp_path):
     assert load_pairs(str(tmp_path / "data" / "**" / "*.jsonl"))["source"][:] == ["0", "a", "c"]
 
 
+def test_files_of_one_name_are_sources_by_their_folders(tmp_path):
+    """Labels are compared within a source, and batches are of one."""
+    for name in ("nq/train.jsonl", "banking/deep/train.csv", "banking/deep/train.jsonl.gz", "other.jsonl"):
+        if name.endswith("csv"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("query,pos\na,b\n")
+        else:
+            write_rows(tmp_path / name, [PAIR])
+    assert load_pairs(str(tmp_path / "**/*.*"))["source"][:] == ["banking/deep/train"] * 2 + ["nq/train", "other"]
+    assert load_pairs(str(tmp_path / "banking/deep"))["source"][:] == ["train", "train"]
+
+
 def test_nothing_to_read(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     for source in (tmp_path, tmp_path / "notes.txt"):

@@ -122,6 +122,23 @@ def test_hub_data_set_with_a_split_a_source(monkeypatch, limit, sizes, read):
         load_pairs("someone/split-pairs", limit=limit)
 
 
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["train_r1", "dev_r1", "test_r1", "train_r2"], ["train_r1", "train_r2"]),
+        (["validation_matched", "test_en", "eval", "Dev", "titles", "contest"], ["titles", "contest"]),
+        (["train.en", "extra"], ["train.en"]),
+    ],
+)
+def test_splits_to_test_on_are_told_by_a_word_of_their_name(monkeypatch, names, read):
+    def load_dataset(name, config, *, split):
+        return datasets.Dataset.from_list([{"query": f"of {split}", "pos": ["p"]}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_info", hub_info(*names))
+    assert load_pairs("someone/many-splits")["source"][:] == read
+
+
 def test_hub_data_set_with_nothing_to_train_on_is_refused(monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_config_info", hub_info("validation", "test"))
     with pytest.raises(ValueError, match="no split to train on, only validation, test"):

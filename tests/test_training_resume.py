@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from gircse.training.callbacks import Split
 from gircse.training.trainer import GircseTrainer
 from helpers import ROOT, environment
 from train_gircse import SAMPLE_FOLDER, SAMPLE_RUN, check_output, main, parse
@@ -131,6 +134,39 @@ def test_the_model_of_a_checkpoint_is_written_without_training(workplace, straig
     found, expected = (load_file(folder / "model.safetensors") for folder in (output, checkpoint))
     assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
     assert (output / "modules.json").exists() and "learning rate 0.001" in (output / "README.md").read_text()
+
+
+def test_a_run_that_goes_on_for_longer_holds_out_the_pairs_that_it_did(workplace, tmp_path, monkeypatch, capsys):
+    """By default their number hangs on the length of the run."""
+    monkeypatch.setattr("train_gircse.FEWEST_HELD_OUT", 1)
+    argv = [part for part in workplace.argv if part != "--held_out"]
+    argv.remove("3")  # of --held_out; --save_steps has one too
+    argv = [*argv[: argv.index("--save_steps")], *argv[argv.index("--save_steps") + 2 :], "--output_dir", str(tmp_path)]
+    again = [*argv, "--resume_from_checkpoint", "last"]
+    main([*argv, "--max_steps", "2", "--save_steps", "2", "--per_device_train_batch_size", "2"])
+    first = re.findall(r"before training \((\d+) pairs\)", capsys.readouterr().out)
+    assert first == ["1"]
+    main([*again, "--max_steps", "4", "--per_device_train_batch_size", "30"])
+    assert re.findall(r"before training \((\d+) pairs\)", capsys.readouterr().out) == first
+    message = f"held_out=5, but the run of this checkpoint held out {first[0]} pairs and trained on the others: leave"
+    with pytest.raises(ValueError, match=message):
+        main([*again, "--max_steps", "5", "--held_out", "5"])
+    with pytest.raises(ValueError, match=r"has 30 pairs, and the run of this checkpoint read 60: give it the same"):
+        main([*again, "--max_steps", "5", "--limit", "30"])
+
+
+def test_a_checkpoint_of_an_earlier_version_knows_no_split(workplace, straight, tmp_path):
+    copy = shutil.copytree(straight.folder / "checkpoint-9", tmp_path / "out/checkpoint-9")
+    state = json.loads((copy / "trainer_state.json").read_text())
+    assert (
+        state["stateful_callbacks"].pop("Split")["args"]
+        == {"pairs": 60, "held_out": 3}
+        == Split.of(straight.folder / "checkpoint-9")
+    )
+    (copy / "trainer_state.json").write_text(json.dumps(state))
+    assert Split.of(copy) == {}
+    main([*workplace.argv, "--output_dir", str(copy.parent), "--resume_from_checkpoint", "last", "--save_steps", "1"])
+    assert Split.of(copy.parent / "checkpoint-14") == {"pairs": 60, "held_out": 3}
 
 
 def test_lora_run_resumes(lora, workplace, steps_taken):

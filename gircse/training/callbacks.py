@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from .data import TrainingPairs
 
@@ -28,6 +29,27 @@ class LogFile(TrainerCallback):
         if state.is_world_process_zero and state.log_history:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class Split(TrainerCallback, ExportableState):
+    """Keeps in each checkpoint how many pairs there are, and how many of them are held out: by default that hangs on
+    the length of the run, and a run that goes on for longer would hold out pairs that it has trained on."""
+
+    def __init__(self, pairs: int, held_out: int) -> None:
+        self.pairs, self.held_out = pairs, held_out
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"pairs": self.pairs, "held_out": self.held_out}, "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Trainer writes only what a checkpoint has already, and one of an earlier version has none.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
+    @classmethod
+    def of(cls, checkpoint: str | Path) -> dict[str, int]:
+        """The arguments of the run that wrote a checkpoint; {} of an earlier version's."""
+        state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+        return state.get("stateful_callbacks", {}).get(cls.__name__, {}).get("args", {})
 
 
 class EpochSetter(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ import datasets
 from ..loading import is_hub_id
 from ..rows import ENDINGS, Row, RowFile, matching_files
 
-HELD_BACK = ("validation", "valid", "val", "dev", "test")  # splits that are never trained on unless asked for
+# Words in the names of splits that are never trained on unless asked for: validation_matched, test_r1.
+HELD_BACK = {"validation", "valid", "val", "dev", "test", "eval", "evaluation"}
 
 
 def find_files(source: str) -> tuple[str, ...]:
@@ -41,8 +43,11 @@ def load_hub(name: str, config: str | None, split: str | None, limit: int | None
         splits = datasets.get_dataset_config_info(name, config).splits
         if "train" in splits:
             return {"": _load_split(name, config, "train", limit)}
+        words = {s: set(re.split(r"[^a-z]+", s.lower())) for s in splits}
+        some = [s for s in splits if not words[s] & HELD_BACK]
+        some = [s for s in some if "train" in words[s]] or some
         # A split whose size the data set's card does not give counts as 1.
-        sizes = {s: getattr(info, "num_examples", 0) or 1 for s, info in splits.items() if s not in HELD_BACK}
+        sizes = {s: getattr(splits[s], "num_examples", 0) or 1 for s in some}
         if not sizes:
             raise ValueError(f"{name!r} has no split to train on, only {', '.join(splits)}; choose another data set")
         shares = {s: limit and math.ceil(limit * size / sum(sizes.values())) for s, size in sizes.items()}
@@ -60,11 +65,17 @@ def _load_split(name: str, config: str | None, split: str, limit: int | None) ->
 
 
 def file_rows(paths: tuple[str, ...]) -> Iterator[tuple[str, str, Row]]:
-    """Yields (file, default source, row)."""
-    for path in paths:
-        stem = Path(path.removesuffix(".gz")).stem
+    """Yields (file, default source, row). The source is the file's name; of files of one name in several folders, the
+    path below the folder that holds all of them."""
+    names = {path: Path(path.removesuffix(".gz")).with_suffix("") for path in paths}
+    folders: dict[str, set[Path]] = {}
+    for name in names.values():
+        folders.setdefault(name.name, set()).add(name.parent)
+    for path, name in names.items():
+        alike = folders[name.name]
+        below = os.path.commonpath(alike) if len(alike) > 1 else name.parent
         for row in RowFile(path).read():
-            yield path, stem, row
+            yield path, name.relative_to(below).as_posix(), row
 
 
 def hub_rows(name: str, splits: Mapping[str, datasets.Dataset]) -> Iterator[tuple[str, str, Row]]:

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gircse.loading import load
@@ -34,6 +33,7 @@ from gircse.training.publishing import export
 from gircse.training.trainer import ATTENTION_KERNELS
 from graphs import GraphedLoop
 from teacher_vectors import TeacherTexts
+from train_gircse import last_checkpoint
 
 SIMILAR = "Retrieve semantically similar text."
 # The instructions that write_prompts.py gives the model. Those to classify are left out: they ask for one aspect of a
@@ -170,8 +170,7 @@ def main() -> None:
         )
     loader = teacher_loader(texts, processor, args.batch_size, args.max_length, args.seed)
     trainer = DistillingTrainer(model, training_arguments(args), train_dataset=texts, loader=loader, settings=args)
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
     export(model, processor, args.output_dir)
 
 
