@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -50,6 +51,29 @@ class Split(TrainerCallback, ExportableState):
         """The arguments of the run that wrote a checkpoint; {} of an earlier version's."""
         state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
         return state.get("stateful_callbacks", {}).get(cls.__name__, {}).get("args", {})
+
+
+class StartAgain(TrainerCallback):
+    """With `auto_find_batch_size`, Trainer begins anew when memory runs out, at step 0, but with the weights and the
+    optimizer's state of then: this puts those of the beginning back."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.auto_find_batch_size:
+            return
+        trained = {name: weight for name, weight in kwargs["model"].named_parameters() if weight.requires_grad}
+        if not self.weights:
+            self.weights = {name: weight.detach().to("cpu", copy=True) for name, weight in trained.items()}
+            return
+        for name, weight in trained.items():
+            weight.data.copy_(self.weights[name])
+        if state.global_step == 0:  # else Trainer has read the checkpoint's state
+            kwargs["optimizer"].state.clear()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weights = {}
 
 
 class EpochSetter(TrainerCallback):

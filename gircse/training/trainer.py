@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..loading import whole_weights
 from .accuracy import accuracy_steps, retrieval_accuracy
 from .arguments import FULL_RATE, LORA_RATE, GircseTrainingArguments
-from .callbacks import EpochSetter, LogFile, Watch
+from .callbacks import EpochSetter, LogFile, StartAgain, Watch
 from .card import model_card
 from .data import PairCollator, SourceBatches, TrainingPairs, check_negatives, check_prompts
 from .gradient_cache import RandomState, joint_side, place_rows, rows_of, sub_batches, value_with_gradient_of
@@ -88,7 +88,7 @@ class GircseTrainer(Trainer):
             train_dataset=dataset,
             eval_dataset=held_out,
             processing_class=processor,
-            callbacks=[LogFile(args.output_dir), self._epoch_setter, *(callbacks or [])],
+            callbacks=[LogFile(args.output_dir), self._epoch_setter, StartAgain(), *(callbacks or [])],
         )
         if self.is_deepspeed_enabled and (args.sub_batch_size or args.auto_find_batch_size):
             raise ValueError(
