@@ -144,6 +144,20 @@ def test_lora_is_merged_in_the_dtype_that_is_saved(processor, tmp_path):
     torch.testing.assert_close(learned, change, rtol=0.05, atol=float(change.abs().max()) / 50)
 
 
+@pytest.mark.parametrize(("size", "told"), [(1e-5, True), (0.1, False)])
+def test_what_saving_would_round_off_is_told(processor, tmp_path, caplog, size, told):
+    """A LoRA of weights of about 0.2, of which bfloat16 keeps eight bits: steps of 0.001."""
+    model = add_lora(tiny_model(dtype=torch.bfloat16), ModelArguments(lora_r=2))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.fill_(size)
+    export(copy.deepcopy(model), processor, tmp_path / "wide", "float32")
+    assert "has learned" not in caplog.text
+    export(model, processor, tmp_path / "narrow", "bfloat16")
+    found = caplog.text.count("% of what the LoRA has learned: save in --save_dtype float32")
+    assert found == told
+
+
 @pytest.mark.parametrize("save_adapter", [False, True])
 def test_a_plain_load_of_bfloat16_weights_is_float32(processor, tmp_path, save_adapter):
     """On a CPU without instructions for bfloat16 it would be several times slower."""

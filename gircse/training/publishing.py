@@ -14,10 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
 
 from .. import ROOT
 from ..loading import commit_of, is_hub_id, saving_problem, sentence_transformers_settings
 from .arguments import BAD_ROWS, GircseTrainingArguments
+
+logger = logging.get_logger("gircse")
 
 # What is copied to a trained model's folder; `save_pretrained` writes the other code files.
 COMMANDS = ("train", "convert", "evaluate", "embed", "serve", "export")
@@ -28,6 +31,7 @@ CODE_FILES += ["sentence_gircse.py", "modules.json", "handler.py"]
 CODE_FILES += [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "gircse").rglob("*.py"))]
 CODE_FILES += [f"configs/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zero3")]
 ADAPTER_FOLDER = "adapter"
+MOST_ROUNDED_OFF = 0.1  # of what a LoRA has changed, without a warning
 NEEDED_BY_ADAPTERS = {"peft": ">=0.15"}
 # Patterns of files that are not uploaded, and of those that an upload deletes from the repo if the folder lacks them.
 NOT_PUBLISHED = ["checkpoint-*", "runs/*", "*.bin", "training_log.jsonl", "reference_scores-*.jsonl", BAD_ROWS]
@@ -60,7 +64,11 @@ def export(
         shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of an earlier run
         saved = getattr(torch, dtype)
         if tuned:  # in the wider dtype, as bfloat16 would round off much of what was learned
-            model = model.to(torch.promote_types(model.dtype, saved)).merge_and_unload()
+            model = model.to(torch.promote_types(model.dtype, saved))
+            if (lost := share_rounded_off(model, saved)) > MOST_ROUNDED_OFF:
+                remedy = "save in --save_dtype float32, or the LoRA alone (--save_adapter)"
+                logger.warning(f"saved in {dtype}, the weights lose {lost:.0%} of what the LoRA has learned: {remedy}")
+            model = model.merge_and_unload()
         model = model.to(saved)
         earlier = {file: file.stat().st_mtime_ns for file in folder.glob("model*.safetensors*")}
         model.save_pretrained(folder)
@@ -69,6 +77,24 @@ def export(
                 file.unlink()
     complete(folder, processor, query_instruction)
     return model
+
+
+@torch.no_grad()
+def share_rounded_off(model: nn.Module, dtype: torch.dtype) -> float:
+    """How much of a LoRA's change of the weights W is gone once W + BA is rounded to `dtype`: 1 - <kept, BA> / |BA|^2.
+    Of a low rate or a short run most entries change by less than half of the last digit, and not at all then."""
+    from peft.tuners.lora import Linear
+
+    whole, lost = 0.0, 0.0
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            weight = layer.get_base_layer().weight
+            for name in layer.active_adapters:
+                change = layer.get_delta_weight(name).float()
+                kept = (weight.float() + change).to(dtype).float() - weight.to(dtype).float()
+                whole += float((change * change).sum())
+                lost += float((change * (change - kept)).sum())
+    return lost / whole if whole else 0.0
 
 
 def complete(folder: Path, processor: Any, query_instruction: str | None = None) -> None:
