@@ -327,6 +327,12 @@ def keeps_a_cache(model):
     return shapes[-1][1] == 1
 
 
+def dtype_for(backbone):
+    """float64, but for Gemma 2, whose eager attention makes NaN of rows beyond its window, and for MPT, whose mask
+    overflows (transformers 4.51)."""
+    return torch.float32 if backbone in ("gemma2", "mpt") else torch.float64
+
+
 def attention_for(backbone):
     """transformers 4.51 can't make GPT-2's padding mask for SDPA in float64."""
     return {"attn_implementation": "eager"} if backbone == "gpt2" else {}

@@ -12,7 +12,7 @@ import transformers
 from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
-from helpers import BACKBONES, SMALL, algorithm_1, attention_for, keeps_a_cache, relative, text_config
+from helpers import BACKBONES, SMALL, algorithm_1, attention_for, dtype_for, keeps_a_cache, relative, text_config
 
 COMMON = torch.stack([torch.arange(10, 19), torch.ones(9, dtype=torch.int64)])  # ids and mask of an instruction
 
@@ -24,9 +24,7 @@ def test_backbones(make_model, batch, backbone, common):
     scale, learned positions, biases by distance and sliding windows come out right, padded or not, and where texts
     start with the same tokens."""
     batch = tuple(torch.cat([start.expand(4, -1), x], 1) for start, x in zip(COMMON[:, :common], batch, strict=True))
-    # Beyond its window, eager attention (Gemma 2's) makes NaN of rows that see nothing in float64.
-    dtype = torch.float32 if backbone == "gemma2" else torch.float64
-    model = make_model(backbone, dtype=dtype, **attention_for(backbone))
+    model = make_model(backbone, dtype=dtype_for(backbone), **attention_for(backbone))
     with torch.no_grad():
         expected = F.normalize(algorithm_1(model, *batch, 4), dim=-1)
         output = model(*batch, k=4)
