@@ -282,12 +282,7 @@ def find_way(
     try:
         expected = states(ids[1:, 1:], mask[1:, 1:], Way())
         other = states(ids[1:, -1:], mask[1:, -1:], Way())
-        if not (expected.is_meta or expected.isfinite().all()):
-            dtype = str(language_model.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{type(language_model).__name__}'s states are not finite in {dtype}: load the model in another dtype, "
-                "as bfloat16. If they never are, its weights are not"
-            )
+        check_finite(expected, language_model)
         for way in possible_ways(language_model, ids, generates):
             try:
                 found = states(ids, mask, way)[1:]
@@ -310,6 +305,15 @@ def find_way(
         # Older versions of torch would go on with the weights that autocast cast in these passes, without gradients.
         torch.clear_autocast_cache()
     raise unfit(language_model, f"with transformers {transformers.__version__}, {problem}")
+
+
+def check_finite(states: Tensor, language_model: PreTrainedModel) -> None:
+    if not (states.is_meta or states.isfinite().all()):
+        dtype = str(language_model.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{type(language_model).__name__}'s states are not finite in {dtype}: load the model in another dtype, as "
+            "bfloat16. If they never are, its weights are not"
+        )
 
 
 def with_gap(states: Callable[[Tensor, Tensor, Way], Tensor], ids: Tensor, way: Way) -> Tensor | None:

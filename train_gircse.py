@@ -62,12 +62,8 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
     check_settings(model, processor, arguments, data, training)
     if data.max_length and data.max_length > processor.max_length:
         processor.max_length = model.text_limit(data.max_length)  # the saved model reads as much as this run
-    pairs = read_pairs(data, training)
-    split = Split.of(checkpoint) if checkpoint else {}
-    check_split(split, len(pairs), data)
-    pairs, held_out = hold_out(pairs, split.get("held_out", data.held_out), training)
-    if not len(held_out) and (training.eval_strategy != "no" or training.eval_on_start):
-        raise ValueError(f"{data.train_data} has too few pairs to hold some out by itself: give --held_out N")
+    rows = read_pairs(data, training)
+    pairs, held_out = hold_out(rows, data, training, checkpoint)
     if arguments.tuning == "lora":
         model = add_lora(model, arguments)
     check_saving(model, processor, training)
@@ -82,7 +78,7 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
         data.max_length,
         base_models=base_models,
         train_data=data.train_data,
-        callbacks=[Split(len(pairs) + len(held_out), len(held_out))],
+        callbacks=[Split(len(rows), len(held_out))],
     )
 
     if len(held_out):
@@ -226,22 +222,28 @@ def check_settings(
 
 
 def hold_out(
-    pairs: datasets.Dataset, count: int | None, training: GircseTrainingArguments
+    rows: datasets.Dataset, data: DataArguments, training: GircseTrainingArguments, checkpoint: str | None
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training and held-out pairs; see `split_held_out`."""
+    """Training and held-out pairs, those of a checkpoint's run if there is one; see `split_held_out`."""
+    split = Split.of(checkpoint) if checkpoint else {}
+    check_split(split, len(rows), data)
+    count = split.get("held_out", data.held_out)
     if count is not None:
-        return split_held_out(pairs, count, training.seed)
+        return split_held_out(rows, count, training.seed)
     try:
-        return split_held_out(pairs, held_out_size(len(pairs), training), training.seed)
+        pairs, held_out = split_held_out(rows, held_out_size(len(rows), training), training.seed)
     except ValueError:  # every query has more pairs than would be held out, which nobody asked for
-        return split_held_out(pairs, 0, training.seed)
+        pairs, held_out = split_held_out(rows, 0, training.seed)
+    if not len(held_out) and (training.eval_strategy != "no" or training.eval_on_start):
+        raise ValueError(f"{data.train_data} has too few pairs to hold some out by itself: give --held_out N")
+    return pairs, held_out
 
 
-def check_split(split: dict[str, int], pairs: int, data: DataArguments) -> None:
+def check_split(split: dict[str, int], rows: int, data: DataArguments) -> None:
     """Raises a ValueError where a run would not go on with the pairs of its checkpoint, `split` of `Split.of`."""
-    if pairs != split.get("pairs", pairs):
+    if rows != split.get("pairs", rows):
         raise ValueError(
-            f"train_data={data.train_data!r} has {pairs:,} pairs, and the run of this checkpoint read "
+            f"train_data={data.train_data!r} has {rows:,} pairs, and the run of this checkpoint read "
             f"{split['pairs']:,}: give it the same ones, or train on from the checkpoint's weights in a new run"
         )
     if data.held_out is not None and data.held_out != split.get("held_out", data.held_out):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gircse.training.accuracy import retrieval_accuracy, rows_by_tokens
-from gircse.training.arguments import GircseTrainingArguments
+from gircse.training.arguments import DataArguments, GircseTrainingArguments
 from gircse.training.data import PairCollator
 from helpers import make_rows
 from train_gircse import held_out_size, hold_out, save
@@ -109,9 +109,9 @@ def test_accuracy_takes_a_twentieth_of_the_texts(tmp_path, rows, settings, expec
 def test_nothing_is_held_out_by_default_of_queries_with_many_pairs(tmp_path):
     training = GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     pairs = make_pairs([{**row, "query": f"q{i // 20}"} for i, row in enumerate(make_rows(100))])
-    assert [len(part) for part in hold_out(pairs, None, training)] == [100, 0]
+    assert [len(part) for part in hold_out(pairs, DataArguments(), training, None)] == [100, 0]
     with pytest.raises(ValueError, match="held_out is 8, but every query has more pairs than that"):
-        hold_out(pairs, 8, training)
+        hold_out(pairs, DataArguments(held_out=8), training, None)
 
 
 def test_accuracy_masks_false_negatives():

@@ -354,16 +354,6 @@ def test_scores_for_the_hub(evaluated, monkeypatch):
     assert report.hub_entries(rows, {}, 3) == {}
 
 
-def test_a_folder_that_had_another_models_report_keeps_nothing_of_it(evaluated, tmp_path):
-    """A curve of steps, and scores for the Hub, which don't name their model."""
-    (tmp_path / ".eval_results").mkdir()
-    (tmp_path / ".eval_results/STS13.yaml").write_text("[]")
-    (tmp_path / "k_curve.png").write_bytes(b"")
-    rows = [row | {"scores": {"None": 50.0}} for row in evaluated.report["tasks"]]
-    report.write_report(tmp_path, rows, {}, ModelMeta.create_empty(), {}, None, "a command")
-    assert not list(tmp_path.rglob("*.yaml"))[1:] and not (tmp_path / "k_curve.png").exists()
-
-
 def test_registry_entry_of_mteb(evaluated, model_folder, data_folder, embed):
     """It is valid to mteb, and mteb's own loader makes of it the model that was evaluated."""
     meta = registered(evaluated.out)

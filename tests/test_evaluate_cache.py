@@ -86,6 +86,19 @@ def test_the_hash_of_a_model_is_of_what_it_embeds_with(model_folder, tmp_path):
     assert content_hash(folder) != before
 
 
+def test_a_folder_that_had_another_models_report_keeps_nothing_of_it(
+    model_folder, static_folder, data_folder, tmp_path
+):
+    """A curve of steps, and scores for the Hub, which don't name their model."""
+    where = {"data": data_folder, "tasks": ["sts_pairs"]}
+    run(model_folder, tmp_path, "--k", "1", "2", **where)
+    assert (tmp_path / "k_curve.png").exists()
+    (tmp_path / ".eval_results").mkdir()
+    (tmp_path / ".eval_results/STS13.yaml").write_text("[]")
+    run(static_folder, tmp_path, **where)
+    assert not (tmp_path / "k_curve.png").exists() and not [*(tmp_path / ".eval_results").iterdir()]
+
+
 def test_a_sample_of_equal_labels_is_refused(model_folder, data_folder, tmp_path):
     rows = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "label": int(i > 0)} for i in range(40)]
     data = edited(data_folder, tmp_path, "pairclass_pairs.jsonl.gz", rows)

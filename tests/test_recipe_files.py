@@ -87,6 +87,8 @@ def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, 
                 options.model_name_or_path,
                 "--step_token",
                 options.step_token or "learned",
+                "--tuning",
+                options.tuning,
             ]
         parsed = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         models[name], settings[name], data, rest = parsed
@@ -96,15 +98,16 @@ def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, 
         assert (data.max_length, settings[name].per_device_train_batch_size) == (64, 16)
         assert settings[name].seed == int(name[-1])
         assert settings[name].logging_steps == 7  # the last one given counts
-        tuning = ("lora", 5e-4) if "_lora-" in name else ("full", 1e-4)
-        assert (models[name].tuning, settings[name].learning_rate) == tuning
+        rates = {f"{method}_lora-seed0": ("lora", rate) for method, rate in compare_methods.LORA_RATES.items()}
+        assert (models[name].tuning, settings[name].learning_rate) == rates.get(name, ("full", 1e-4))
     axes = {
         name: (model.step_token or "soft", model.attention or "causal", model.pooling or "mean")
         for name, model in models.items()
     }
     for name, found in axes.items():
         eos, both_ways = name.startswith("causal_eos"), name.startswith("bidirectional_avg")
-        pooling, attention = "last" if eos else "mean", "bidirectional" if both_ways else "causal"
+        pooling = "last" if eos else "mean_with_prompt" if name == "answers-seed0" else "mean"
+        attention = "bidirectional" if both_ways else "causal"
         tokens = {"answers-seed0": "hard"} | dict.fromkeys(LEARNED, "learned")
         token = "none" if eos or both_ways else tokens.get(name, "soft")
         assert found == (token, attention, pooling)
