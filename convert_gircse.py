@@ -23,7 +23,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from gircse.command_line import lenient_console, parser_of, unescape
+from gircse.command_line import lenient_console, local_path, parser_of, unescape
 from gircse.loading import commit_of, is_gircse, load, only_gguf_file
 from gircse.training.publishing import ADAPTER_FOLDER, complete, export, place_of, save_configuration
 
@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("model", help="the plain causal LM: Hub id or folder")
     add("--adapter", help="a PEFT adapter of it: Hub id or folder")
     add("--save_adapter", action="store_true", help="save the adapter as it is, not merged weights")
-    add("--output_dir", type=Path, required=True, help="a new folder")
+    add("--output_dir", type=local_path, required=True, help="a new folder")
     add("--num_steps", type=int, default=5, help="K, the generated tokens where nobody asks for another number (5)")
     add("--logit_temperature", type=float, default=1.0, help="T of the soft tokens (1, as in both papers)")
     add("--pooling", default="mean", help="mean, mean_with_prompt or last (mean)")

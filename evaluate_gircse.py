@@ -44,7 +44,7 @@ from huggingface_hub import HfApi, constants
 from mteb.abstasks.abstask import AbsTask
 
 from gircse import ROOT
-from gircse.command_line import DTYPES, lenient_console, unescape
+from gircse.command_line import DTYPES, lenient_console, local_path, unescape
 from gircse.evaluation.cache import Results, prompts_of
 from gircse.evaluation.comparison import markdown as comparison_table
 from gircse.evaluation.comparison import write_comparison
@@ -201,7 +201,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--data", help="folder with the data files of local tasks")
     add("--sample", type=int, help="of local tasks, so many rows of each, the same ones each time (all)")
     add("--k", nargs="+", type=int, help=f"numbers of generated tokens ({' '.join(map(str, STEPS))})")
-    add("--output_dir", default="runs/eval", help="where results are kept and looked for (runs/eval)")
+    add("--output_dir", type=local_path, default="runs/eval", help="where results are kept and looked for (runs/eval)")
     add("--batch_size", type=int, default=32, help="texts embedded at once (32)")
     add("--dtype", default="float32", choices=DTYPES, help="of the weights (float32)")
     add("--max_length", type=int, help="most tokens of a text (the model's)")
@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = [task for task in tasks if task.metadata.name not in failed]
     if not tasks:
         return 1
-    out, command = Path(args.output_dir), shlex.join(["python", "evaluate_gircse.py", *argv])
+    out, command = args.output_dir, shlex.join(["python", "evaluate_gircse.py", *argv])
     if models:
         return int(not evaluate_models(models, tasks, failed, out, command))
     had = len(failed)

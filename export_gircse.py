@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from gircse import ROOT
-from gircse.command_line import lenient_console, parser_of
+from gircse.command_line import lenient_console, local_path, parser_of
 from gircse.loading import is_gircse, load, prompts_of
 from gircse.onnx.folder import check_folder, export_onnx
 from gircse.onnx.graph import OPSET, check_opset
@@ -24,7 +23,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("--model", default=str(ROOT), help="GIRCSE model, Hub id or folder; by default the one of this repo")
-    add("--output_dir", type=Path, required=True, help="a new folder, or that of an earlier export")
+    add("--output_dir", type=local_path, required=True, help="a new folder, or that of an earlier export")
     add("--k", type=int, help="generated tokens, by default what the model's config says")
     add("--opset", type=int, default=OPSET, help=f"version of ONNX's operators (default: {OPSET})")
     return parser.parse_args(argv)

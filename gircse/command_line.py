@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -24,6 +25,13 @@ def positive_int(value: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise argparse.ArgumentTypeError(f"{value!r} is not a whole number above 0")
     return int(value)
+
+
+def local_path(value: str) -> Path:
+    """An argument that is a path to write to; one of a bucket would become a folder that is called so."""
+    if "://" in value:
+        raise argparse.ArgumentTypeError(f"{value!r} is no path: give one of a disk, and upload it when it is done")
+    return Path(value).expanduser()
 
 
 def lenient_console() -> None:

@@ -38,6 +38,7 @@ DOCUMENTS = [f"document {i}: {text}" for i, text in enumerate(sum(([a, b] for a,
 RELEVANT = {"q0": {"d0": 2, "d1": 1}, "q1": {"d3": 1}, "q2": {"d4": 1, "d9": 1}}
 QUERIES = {"q0": "where do boats float", "q1": "what falls in winter", "q2": "who paints"}
 FACETS = {"animal": "Identify the animal.", "place": "Identify the place."}
+SEARCH = "Given a web search query, retrieve relevant passages that answer the query."  # the models' prompt `query`
 TASKS = {
     "classification_rooms": "accuracy",
     "clustering_rooms": "v_measure",

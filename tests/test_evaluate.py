@@ -30,6 +30,7 @@ from evaluation_helpers import (
     PAIRS,
     QUERIES,
     RELEVANT,
+    SEARCH,
     TASKS,
     TRIPLETS,
     Passes,
@@ -99,9 +100,8 @@ def test_scores_equal_an_independent_computation(evaluated, embed, k):
     cosines = [embed(a, instruction, k) @ embed(b, instruction, k) for a, b, *_ in PAIRS]
     assert found["sts_pairs"] == pytest.approx(100 * spearmanr(cosines, [pair[2] for pair in PAIRS])[0], abs=0.01)
 
-    pairs = json.loads(result_files(evaluated.out)[f"k_{k}/pairclass_pairs"].read_text(encoding="utf-8"))["scores"][
-        "test"
-    ][0]
+    file = result_files(evaluated.out)[f"k_{k}/pairclass_pairs"]
+    [pairs] = json.loads(file.read_text(encoding="utf-8"))["scores"]["test"]
     precision = average_precision_score([pair[3] for pair in PAIRS], cosines)  # the two instructions are the same
     assert pairs["cosine_ap"] == pytest.approx(precision, abs=1e-5)
     assert found["pairclass_pairs"] == pytest.approx(100 * pairs["max_ap"], abs=0.01)
@@ -110,7 +110,7 @@ def test_scores_equal_an_independent_computation(evaluated, embed, k):
     documents = np.stack([embed(text, None, k) for text in texts])
     gains = []
     for query, relevant in RELEVANT.items():
-        order = np.argsort(-documents @ embed(QUERIES[query], INSTRUCTIONS["retrieval"], k))[:10]
+        order = np.argsort(-documents @ embed(QUERIES[query], SEARCH, k))[:10]
         discounts = 1 / np.log2(np.arange(2, 12))
         ideal = sorted(relevant.values(), reverse=True)
         gain = sum(relevant.get(f"d{i}", 0) * discount for i, discount in zip(order, discounts, strict=True))

@@ -74,12 +74,11 @@ INSTRUCTIONS = {
     "retrieval_medquad": "Given a health question, retrieve a passage that answers it.",
     "retrieval_scitldr": "Given a one-sentence summary, retrieve the abstract it summarises.",
     "retrieval_xquad_en": "Given a question, retrieve Wikipedia passages that answer the question.",
-    # by kind of task, for data of other names
+    # by kind of task, for data of other names; queries of a search get the model's own prompt `query`
     "sts": "Retrieve semantically similar text.",
     "pairclass": "Retrieve semantically similar text.",
     "classification": "Classify the given text.",
     "clustering": "Identify the topic or theme of the given text.",
-    "retrieval": "Given a question, retrieve passages that answer the question.",
 }
 FACETS = "instruct_instructions"
 LOCAL = "local/"  # where other tasks have the Hub id of their data set
@@ -104,7 +103,7 @@ class LocalTask:
         cls,
         name: str,
         files: dict[str, Path],
-        instruction: str,
+        instruction: str | None,
         facet: str | None = None,
         sample: int | None = None,
     ) -> LocalTask:
@@ -113,7 +112,7 @@ class LocalTask:
         Args:
             name: the task's name in results.
             files: role to path; a path where no file is makes the task `unavailable`.
-            instruction: of all texts; for retrieval, of the queries.
+            instruction: of all texts; for retrieval, of the queries, None for the model's own.
             facet: the label set, where there are several.
             sample: so many of its rows, drawn with a fixed seed, instead of all.
         """
@@ -129,7 +128,7 @@ class LocalTask:
             category="t2c" if cls.kind in ("Classification", "Clustering") else "t2t",
             eval_langs=["eng-Latn"],
             main_score=cls.main_score,
-            prompt=instruction if cls.symmetric else {"query": instruction},
+            prompt=instruction if cls.symmetric or not instruction else {"query": instruction},
         )
         own = {"metadata": metadata, "files": files, "facet": facet, "sample": sample}
         return type(cls.__name__, (cls,), own)()
@@ -370,7 +369,7 @@ def local_tasks(folder: str | Path, sample: int | None = None) -> list[LocalTask
         else:
             continue
         if title not in tasks:
-            tasks[title] = task.make(title, needed, INSTRUCTIONS.get(title, INSTRUCTIONS[layout]), sample=sample)
+            tasks[title] = task.make(title, needed, INSTRUCTIONS.get(title, INSTRUCTIONS.get(layout)), sample=sample)
 
     described = read_instructions(paths[FACETS]) if FACETS in paths else {}
     for (dataset, facet), instruction in described.items():

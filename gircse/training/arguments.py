@@ -181,6 +181,8 @@ class GircseTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.remove_unused_columns = False
         self._check_inherited()
+        if "://" in self.output_dir:
+            raise ValueError(f"output_dir={self.output_dir!r} is no path: give one of a disk")
         if self.disable_tqdm is None and not sys.stderr.isatty():
             self.disable_tqdm = True  # bars would fill a file; the lines of the log stay
         if self.load_best_model_at_end and self.metric_for_best_model is None:

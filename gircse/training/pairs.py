@@ -135,8 +135,14 @@ def _name_unused(rows: datasets.Dataset, name: str) -> None:
 
 
 def _check_labels(rows: datasets.Dataset, name: str) -> None:
-    """Raises a ValueError if no text of the good rows is a negative of another, which leaves nothing to learn."""
+    """Raises a ValueError if no text of the good rows is a negative of another, which leaves nothing to learn; warns of
+    labels that may say something else than a class."""
     labels = rows.data.column("label").filter(pyarrow.compute.is_null(rows.data.column("bad")))
+    if set(labels.unique().to_pylist()) == {"0", "1"}:
+        logger.warning(
+            f"{name}: label is 0 or 1, and taken for the class of a query: all rows are pairs. If it says whether a "
+            "row's texts belong together, keep the rows of 1 alone, without the column"
+        )
     if len(labels) < 2 or len(labels.unique()) > 1 or not labels[0].is_valid:
         return
     if not pyarrow.compute.sum(pyarrow.compute.list_value_length(rows.data.column("neg"))).as_py():
