@@ -123,14 +123,15 @@ def deploy(options: argparse.Namespace, app: str) -> Any:
         RuntimeError: if they don't start; Ray has printed the error of one.
     """
     gpus, cpus = size(options)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     deployment = serve.deployment(
         Replica,
         name="Replica",
-        # Nodes find this repo's code where this machine has it.
+        # Nodes find this repo's code, and packages, where this machine has them.
         ray_actor_options={
             "num_gpus": gpus,
             "num_cpus": cpus,
-            "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}},
+            "runtime_env": {"env_vars": {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}},
         },
         autoscaling_config={
             "min_replicas": options.min_replicas,

@@ -8,6 +8,7 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -135,6 +136,22 @@ def test_a_failure_hides_what_happened(replica, monkeypatch):
     [(status, answer)] = together(replica, {"input": "a"})
     assert status == 500 and answer["error"]["type"] == "server_error"
     assert "secret" not in str(answer) and "Traceback" not in str(answer)
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"), [("CUDA error: an illegal memory access was encountered", True), ("CUDA out of memory", False)]
+)
+def test_a_replica_that_has_lost_its_gpu_is_replaced(exported, monkeypatch, message, lost):
+    replica = Replica(str(exported), None, "tiny", **SETTINGS)
+    replica.check_health()
+
+    def fail(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(replica.batcher, "run", fail)
+    assert together(replica, {"input": "a"})[0][0] == 500
+    with pytest.raises(RuntimeError, match=message) if lost else nullcontext():
+        replica.check_health()
 
 
 def test_vectors_that_are_no_numbers_are_a_failure_of_their_request_alone(replica, monkeypatch):
@@ -309,9 +326,10 @@ def test_a_request_of_too_many_bytes(monkeypatch):
     assert status == 413 and answer["error"]["message"].startswith("the request has more than 100 bytes: send fewer")
 
 
-def test_health_while_ray_does_not_answer():
+@pytest.mark.parametrize("error", [RayActorError(), KeyError("gircse-host-8000")])
+def test_health_while_ray_does_not_answer_or_knows_of_no_app(error):
     def lost():
-        raise RayActorError()
+        raise error
 
     status, headers, _ = asyncio.run(http(Front(echo, lost, 10, 5.0), "GET", "/health")())
     assert status == 503 and headers["retry-after"] == "1"

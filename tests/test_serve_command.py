@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -99,6 +101,19 @@ def test_replicas_that_do_not_start_do_not_stay(monkeypatch, error):
     with pytest.raises(error):
         serve_gircse.deploy(serve_gircse.parse([]), "app")
     assert deleted == ["app"]
+
+
+@pytest.mark.parametrize("given", [None, os.pathsep.join(("/opt/one", "/opt/two"))])
+def test_replicas_find_what_this_process_finds(monkeypatch, given):
+    monkeypatch.setenv("PYTHONPATH", given) if given else monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(serve_gircse, "size", lambda _: (0, 1))
+    for name in ("start", "run"):
+        monkeypatch.setattr(serve_gircse.serve, name, lambda *_, **__: None)
+    made = {}
+    monkeypatch.setattr(serve_gircse.serve, "deployment", lambda *_, **options: made.update(options) or MagicMock())
+    serve_gircse.deploy(serve_gircse.parse([]), "app")
+    found = made["ray_actor_options"]["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep)
+    assert found == [str(serve_gircse.ROOT), *(given.split(os.pathsep) if given else [])]
 
 
 @pytest.mark.parametrize(

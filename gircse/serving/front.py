@@ -54,7 +54,7 @@ class Front:
         try:
             if await asyncio.to_thread(self.running):
                 return reply(200, json.dumps({"status": "ok"}).encode())
-        except (RayError, RayServeException):
+        except (KeyError, RayError, RayServeException):  # KeyError: somebody deleted the app
             logger.warning("Ray does not say which replicas run", exc_info=True)
         return failure(503, "no replica of the model is running: one is being started, so try again")
 

@@ -64,9 +64,11 @@ def write(vectors: list[list[float]], name: str, tokens: int, encoding_format: s
         shown = [base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() for vector in vectors]
     else:
         shown = vectors
-    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(shown)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return json.dumps({"object": "list", "data": data, "model": name, "usage": usage}).encode()
+    rest = json.dumps({"object": "list", "model": name, "usage": usage})
+    items = ({"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(shown))
+    # One by one, as no other thread runs while one call of `dumps` lasts.
+    return f'{rest[:-1]}, "data": [{", ".join(map(json.dumps, items))}]}}'.encode()
 
 
 def write_error(status: int, message: str) -> bytes:

@@ -58,6 +58,7 @@ class Replica:
         # Requests are read, and answers written, beside the event loop, so that new ones come in meanwhile; in one
         # thread, as two at a time may not use a tokenizer.
         self.clerk = ThreadPoolExecutor(1)
+        self.broken = ""  # by which error
         self.run(self.tokens(["warm up"], "", self.k), self.k)  # raises for a k that the model can't do
 
     async def __call__(self, body: Any) -> tuple[int, bytes]:
@@ -71,9 +72,16 @@ class Replica:
             return 404, write_error(404, str(error))
         except (TypeError, ValueError) as error:  # checks of the request, and the model's of k
             return 400, write_error(400, str(error))
-        except Exception:  # what happened is for those who run the server
+        except Exception as error:  # what happened is for those who run the server
             logger.exception("a request failed")
+            if "CUDA error" in str(error):  # after which the process can't use its GPU any more
+                self.broken = str(error)
             return 500, write_error(500, "the server failed to embed this; its log says why")
+
+    def check_health(self) -> None:
+        """Ray Serve calls it every few seconds, and puts another replica in the place of one whose GPU is lost."""
+        if self.broken:
+            raise RuntimeError(self.broken)
 
     def read(self, body: Any) -> tuple[list[list[int]], int | None, int, str]:
         """The tokens of each text, k, how many dimensions the vectors have, and the answer's encoding."""
