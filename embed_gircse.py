@@ -25,7 +25,6 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -33,13 +32,15 @@ from tqdm import tqdm
 
 import gircse
 from gircse import ROOT
-from gircse.command_line import DTYPES, lenient_console, parser_of, positive_int, progress
+from gircse.command_line import DTYPES, lenient_console, local_path, parser_of, positive_int, progress
 from gircse.embedding.actors import Embedder, Tally, size_pool
 from gircse.embedding.plan import PLAN, list_shards, make_plan
 from gircse.embedding.shards import BAD_ROWS, is_abandoned, is_there, report
+from gircse.loading import prompts_of
 from gircse.rows import ENDINGS
 
 EXIT_BAD_ROWS = 3
+RETRIES = 5  # of a shard, whose actor may have died of it, as of memory, or with its node
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,10 +49,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--input", nargs="+", required=True, help=f"files, folders or quoted patterns: {', '.join(ENDINGS)}")
     add("--text_column", default="text", help="column or JSON field that holds the text (default: text)")
     add("--id_column", help="int or str column that becomes `id`; by default it is file:row, rows counted from 1")
-    add("--output", type=Path, required=True, help="folder of the shards, empty or of an earlier run")
+    add("--output", type=local_path, required=True, help="folder of the shards, empty or of an earlier run")
     add("--model", default=str(ROOT), help="GIRCSE model, Hub id or folder; by default the one of this repo")
     add("--revision", help="branch, tag or commit of a model on the Hub")
-    add("--trust_remote_code", action="store_true", help="run the code of --model; this repo's model needs none but it")
+    add("--trust_remote_code", action="store_true", help="run the code that --model brings, unless it is this repo's")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights; embeddings are float32")
     add("--k", type=positive_int, help="generated tokens, by default what the model's config says")
     add("--instruction", help="of every text; by default none: texts are documents of a retrieval task")
@@ -63,7 +64,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, plan: dict[str, Any], waiting: Sequence[dict[str, Any]]) -> None:
-    """Embeds the shards that are `waiting`."""
+    """Embeds the shards that are `waiting`.
+
+    Raises:
+        OSError: as in `gircse.loading.prompts_of`.
+        ray.exceptions.RayError: if a shard can't be embedded, or its actor died `RETRIES` times and once more.
+    """
+    shared = what_actors_share(options, plan)
     if not ray.is_initialized():
         # The cluster of RAY_ADDRESS, or one of its own; without an address Ray would join whatever was started here.
         ray.init(os.environ.get("RAY_ADDRESS") or "local", include_dashboard=False)
@@ -73,14 +80,13 @@ def run(options: argparse.Namespace, plan: dict[str, Any], waiting: Sequence[dic
         logging.getLogger(name).setLevel(level)
     ray.cloudpickle.register_pickle_by_value(gircse)  # a node may have no clone of this repo
     tally = ray.remote(num_cpus=0)(Tally).remote()
-    device = "cuda" if gpus else "cpu"
-    output = str(options.output.absolute())
     finished = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map(
         Embedder,
-        fn_constructor_args=(plan, output, options.batch_size, device, options.trust_remote_code, tally),
+        fn_constructor_args=(*shared, "cuda" if gpus else "cpu", tally),
         compute=ray.data.ActorPoolStrategy(size=count),
         num_gpus=gpus,
         num_cpus=cpus,
+        max_task_retries=RETRIES,
     )
     total = sum(file["rows"] for file in plan["files"])
     before = total - sum(shard["stop"] - shard["start"] for shard in waiting)
@@ -96,6 +102,14 @@ def run(options: argparse.Namespace, plan: dict[str, Any], waiting: Sequence[dic
             over.set()
             follower.join()
         bar.update(total - bar.n)
+
+
+def what_actors_share(options: argparse.Namespace, plan: dict[str, Any]) -> tuple[Any, ...]:
+    """The first arguments of each [`Embedder`]. The prompt is read here, once: no actor may have another one, nor none
+    for want of a connection."""
+    prompts = prompts_of(plan["settings"]["model"], plan["settings"]["revision"])
+    output = str(options.output.absolute())
+    return plan, prompts.get("document", ""), output, options.batch_size, options.trust_remote_code
 
 
 def follow(bar: tqdm, tally: Any, working: str, wait: Callable[[float], bool]) -> None:
@@ -120,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if waiting:
         try:
             run(options, plan, waiting)
-        except Exception:
+        except BaseException:  # Control-C too
             if not begun and not any(options.output.glob("*.parquet")):
                 (options.output / PLAN).unlink()  # else the command that mends it would be taken for another job's
             raise

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import deepspeed
 from transformers.utils import cached_file, logging
@@ -84,7 +84,6 @@ def load(
     axes = {name: value for name, value in axes.items() if value is not None}
     model_class = get_class_from_dynamic_module("modeling_gircse.GircseModel", str(ROOT))
     processor_class = get_class_from_dynamic_module("processing_gircse.GircseProcessor", str(ROOT))
-    AutoConfig.register("gircse", model_class.config_class, exist_ok=True)  # else tokenizers ask for trust in code
     attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
     settings: dict[str, Any] = {"dtype": getattr(torch, dtype), **attention}
     at = {"revision": revision} if revision else {}
@@ -92,8 +91,9 @@ def load(
     if not gguf and is_gircse(path, revision):
         if adapter:
             raise ValueError(f"adapter={adapter!r} needs a plain causal LM, and {path!r} is a GIRCSE model")
-        # False, since the folder's code is not needed. Left out, AutoTokenizer would ask the user whether to trust it.
-        processor = processor_class.from_pretrained(path, trust_remote_code=False, **at)
+        # With the configuration, AutoTokenizer doesn't ask for trust in the folder's code, which is not needed.
+        config = model_class.config_class.from_pretrained(path, **at)
+        processor = processor_class.from_pretrained(path, config=config, trust_remote_code=False, **at)
         with whole_weights():
             model = model_class.from_pretrained(path, **at, **settings)
         check_given(path, model.config, axes)
@@ -222,12 +222,16 @@ def is_hub_id(name: str) -> bool:
 
 
 def prompts_of(model: str, revision: str | None = None) -> dict[str, str]:
-    """The literal prompts by name in the `config_sentence_transformers.json` of a folder or Hub id, if it has one."""
+    """The literal prompts by name in the `config_sentence_transformers.json` of a folder or Hub id, if it has one.
+
+    Raises:
+        OSError: if it can't be told whether it has one, as without it texts might go in under wrong prompts.
+    """
     try:
         file = cached_file(model, PROMPTS, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:  # offline, and it was not fetched before
-        logger.warning(f"{model}: the prompts of its {PROMPTS} can't be had: {error}")
-        return {}
+    except OSError as error:  # no connection, and the file was not fetched before
+        remedy = f"`hf download {model}` fetches the whole repo"
+        raise OSError(f"the model {model!r}: its {PROMPTS}, which may hold prompts, can't be had: {remedy}") from error
     return json.loads(Path(file).read_text(encoding="utf-8")).get("prompts", {}) if file else {}
 
 

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 
 import embed_gircse
 import embed_helpers
-from embed_gircse import EXIT_BAD_ROWS, main, parse
+from embed_gircse import EXIT_BAD_ROWS, main, parse, what_actors_share
 from embed_helpers import TEXTS, arguments, expected, machine, read, stamps, write_lines
-from gircse import command_line, rows
+from gircse import command_line, loading, rows
 from gircse.command_line import progress
 from gircse.embedding import actors, shards
 from gircse.embedding import plan as plans
@@ -128,8 +128,9 @@ def test_the_model_of_this_repo_default_ids_and_status_0(cluster, tmp_path):
 
 
 def test_vectors_that_are_no_numbers_are_an_error(tmp_path, monkeypatch):
-    plan = make_plan(parse(arguments(write_lines(tmp_path / "a.jsonl", [{"text": "x"}]), tmp_path / "out")))
-    embedder = actors.Embedder(plan, str(tmp_path / "out"), 2, "cpu", True)
+    options = parse(arguments(write_lines(tmp_path / "a.jsonl", [{"text": "x"}]), tmp_path / "out"))
+    plan = make_plan(options)
+    embedder = actors.Embedder(*what_actors_share(options, plan), "cpu")
     monkeypatch.setattr(embedder.model, "generate_embedding", lambda **_: torch.tensor([[float("nan")] * 576]))
     (shard,) = plans.list_shards(plan)
     with pytest.raises(RuntimeError, match=r"000000.parquet: vectors are not finite in torch.float32: use another"):
@@ -141,7 +142,7 @@ def embed_alone(call: list[str], order: int = 1) -> int:
     """Runs a job without Ray, its shards in this order; returns its exit status."""
     options = parse(call)
     plan = make_plan(options)
-    embedder = actors.Embedder(plan, str(options.output), options.batch_size, "cpu", True)
+    embedder = actors.Embedder(*what_actors_share(options, plan), "cpu")
     for shard in plans.list_shards(plan)[::order]:
         if not (options.output / shard["name"]).exists():
             assert embedder(shard)["rows"] == shard["stop"] - shard["start"]
@@ -260,14 +261,28 @@ def test_documents_get_the_models_prompt_for_them(tmp_path, model, instruction):
     assert F.cosine_similarity(found, expected(["a red thing"], 2, changed, **kept)).min() > 0.9999
 
 
+def test_a_job_whose_models_prompts_can_not_be_read_does_not_begin(tmp_path, monkeypatch):
+    """For a want of them, an actor would embed documents bare that others embed under a prompt."""
+    options = parse(arguments(write_lines(tmp_path / "a.jsonl", [{"text": "x"}]), tmp_path / "out"))
+    plan = make_plan(options)
+
+    def disconnected(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+    monkeypatch.setattr(loading, "cached_file", disconnected)
+    with pytest.raises(OSError, match="config_sentence_transformers.json, which may hold prompts, can't be had: `hf"):
+        what_actors_share(options, plan)
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_weights_have_the_dtype_that_is_asked_for(model, tmp_path, monkeypatch, own):
     """Those of this repo, which its own code loads, and of another."""
     file = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
-    plan = make_plan(parse(arguments(file, tmp_path / "out", "--dtype", "bfloat16")))
+    options = parse(arguments(file, tmp_path / "out", "--dtype", "bfloat16"))
+    shared = what_actors_share(options, make_plan(options))
     if own:
         monkeypatch.setattr(actors, "ROOT", model)
-    assert actors.Embedder(plan, str(tmp_path / "out"), 2, "cpu", True).model.dtype == torch.bfloat16
+    assert actors.Embedder(*shared, "cpu").model.dtype == torch.bfloat16
 
 
 def test_a_k_that_leaves_no_room_for_text_is_refused(tmp_path):
@@ -323,6 +338,7 @@ def test_only_the_named_cluster_is_joined(monkeypatch, given, joined):
     monkeypatch.setenv("RAY_ADDRESS", given)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("embed_gircse.what_actors_share", lambda *_: ())
     with pytest.raises(InterruptedError):
         embed_gircse.run(None, {}, [])
     assert calls == [joined]
@@ -383,11 +399,11 @@ def test_a_log_has_a_line_at_once_and_one_every_half_minute(capsys, monkeypatch)
 def test_an_actor_tells_how_far_it_is(tmp_path, monkeypatch):
     """Each second, and of bad rows at the end."""
     file = write_lines(tmp_path / "a.jsonl", [*({"text": str(i)} for i in range(5)), b"bad"])
-    call = arguments(file, tmp_path / "out", "--k", "1")
+    options = parse(arguments(file, tmp_path / "out", "--k", "1", "--batch_size", "2"))
     tally = actors.Tally()
     told = []
     remote = SimpleNamespace(tell=SimpleNamespace(remote=lambda *of: (told.append(of), tally.tell(*of))))
-    embedder = actors.Embedder(make_plan(parse(call)), str(tmp_path / "out"), 2, "cpu", True, remote)
+    embedder = actors.Embedder(*what_actors_share(options, make_plan(options)), "cpu", remote)
     seconds = iter(range(0, 100, 2))
     monkeypatch.setattr(actors, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     embedder({"name": "000000.parquet", "file": 0, "start": 0, "stop": 6})

@@ -151,6 +151,9 @@ def test_a_job_keeps_the_commit_that_it_began_with(tmp_path):
         ([(8, 0), (4, 0)], {}, (2, 0, 4)),
         ([(8, 0), (4, 0)], {"num_actors": 2}, (4, 0, 2)),
         ([(8, 0), (1, 0)], {"num_actors": 2}, (2, 0, 4)),
+        ([(2, 0), *[(64, 0)] * 10], {}, (10, 0, 64)),  # a small head has no say
+        ([(2, 0), *[(64, 0)] * 10], {"num_actors": 2}, (20, 0, 32)),
+        ([(60, 0), *[(64, 0)] * 10], {}, (11, 0, 60)),
     ],
 )
 def test_pool_of_actors(monkeypatch, nodes, asked, actors):
@@ -207,15 +210,19 @@ def test_what_can_not_be_right_is_refused_before_anything_runs(tmp_path, make_mo
         assert error.value.code == 2
 
 
-def test_a_job_that_failed_before_its_first_shard_leaves_its_folder_free(tmp_path, monkeypatch):
-    monkeypatch.setattr("embed_gircse.run", lambda *_: 1 / 0)
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_job_that_failed_before_its_first_shard_leaves_its_folder_free(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("embed_gircse.run", fail)
     file = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     for shards in (0, 1):
         call = arguments(file, tmp_path / "out")
         if shards:
             make_plan(parse(call))
             (tmp_path / "out" / "000000.parquet").write_bytes(b"")  # as of a disk that has lost it
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(error):
             main(call)
         assert (tmp_path / "out" / PLAN).exists() == bool(shards)
 
@@ -323,6 +330,28 @@ def alive(process: int) -> bool:
 
 def actors_of(job: subprocess.Popen) -> list[int]:
     return [process for process, name in descendants(job.pid).items() if re.match(r"ray::.*Embedder", name)]
+
+
+def test_an_output_is_a_folder_of_a_disk(capsys):
+    """And not one that is called `~` or `s3:`."""
+    assert parse(["--input", "x", "--output=~/vectors"]).output == Path.home() / "vectors"
+    with pytest.raises(SystemExit):
+        parse(["--input", "x", "--output", "s3://bucket/vectors"])
+    assert "'s3://bucket/vectors' is no path: give one of a disk" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_shard_that_kills_its_actor_is_not_tried_for_ever(tmp_path, monkeypatch):
+    """As one does that takes more memory than there is."""
+    monkeypatch.setattr("embed_gircse.RETRIES", 1)
+    monkeypatch.setattr("embed_gircse.Embedder.embed", lambda *_: os._exit(1))
+    call = arguments(write_lines(tmp_path / "a.jsonl", [{"text": "x"}]), tmp_path / "out", "--num_actors", "1")
+    try:
+        with pytest.raises(ray.exceptions.RayError):
+            main(call)
+    finally:
+        ray.shutdown()
+    assert not (tmp_path / "out" / PLAN).exists()
 
 
 @pytest.mark.slow

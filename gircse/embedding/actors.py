@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from .. import ROOT
 from ..cluster import resources, room_on_gpus
-from ..loading import load, prompts_of
+from ..loading import load
 from ..locking import one_at_a_time
 from ..rows import RowFile
 from .shards import BAD_ROWS_KEY, write_whole
@@ -27,20 +27,22 @@ class Embedder:
 
     Args:
         plan: what [`make_plan`] returns.
+        document_prompt: the model's own, literally, for texts without an instruction.
         output: the folder of the shards, an absolute path that all nodes share.
         batch_size: texts that go through the model together.
-        device: "cuda" or "cpu".
         trust_remote_code: for [`load_model`].
+        device: "cuda" or "cpu".
         tally: handle of a [`Tally`], which is told how many rows of a shard are done, about once a second.
     """
 
     def __init__(
         self,
         plan: dict[str, Any],
+        document_prompt: str,
         output: str,
         batch_size: int,
-        device: str,
         trust_remote_code: bool,
+        device: str,
         tally: Any = None,
     ):
         self.settings, self.files, self.id_kind = plan["settings"], plan["files"], plan["id"]
@@ -49,9 +51,7 @@ class Embedder:
         with one_at_a_time():
             self.model, self.processor = load_model(self.settings, trust_remote_code)
         self.model.to(device)
-        self.prompt = self.processor.prompt_for(self.settings["instruction"])
-        if not self.prompt:
-            self.prompt = prompts_of(self.settings["model"], self.settings["revision"]).get("document", "")
+        self.prompt = self.processor.prompt_for(self.settings["instruction"]) or document_prompt
         self.max_length = self.model.text_limit(self.processor.max_length, self.settings["k"])
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, int]:
@@ -147,17 +147,24 @@ class Tally:
 
 
 def size_pool(num_actors: int | None, num_gpus: float | None) -> tuple[int, float, int]:
-    """How many actors there are in all, and the GPUs and CPU cores of each.
+    """How many actors there are in all, and the GPUs and CPU cores of each. Actors on CPUs have equally many cores: as
+    many as puts most cores to work, which may leave the smallest nodes out.
 
     Raises:
         ValueError: if no node has room for `num_actors` of them.
     """
     nodes, gpus = resources(num_gpus)
     rooms = [(min(cpu, room_on_gpus(gpu, gpus)) if gpus else cpu, cpu) for cpu, gpu in nodes]
-    used = [(num_actors or (room if gpus else 1), cpu) for room, cpu in rooms if room >= (num_actors or 1)]
+    used = [(room, cpu) for room, cpu in rooms if room >= (num_actors or 1)]
     if not used:
         raise ValueError(
             f"no node has room for num_actors={num_actors} of num_gpus={gpus:g} and a CPU core each (CPUs and GPUs of "
             f"the nodes: {nodes}); ask for fewer"
         )
-    return sum(count for count, _ in used), gpus, 1 if gpus else min(cpu // count for count, cpu in used)
+    if gpus:
+        return sum(num_actors or room for room, _ in used), gpus, 1
+    count = num_actors or 1
+    shares = sorted(cpu // count for _, cpu in used)
+    actors = {cores: count * sum(share >= cores for share in shares) for cores in shares}
+    cores = max(actors, key=lambda cores: cores * actors[cores])
+    return actors[cores], gpus, cores
