@@ -43,7 +43,11 @@ class AdapterMixin:
         folder = adapter_folder(repo, **where)
         source = peft_package(repo).PeftConfig.from_pretrained(folder)
         base, common = source.base_model_name_or_path, {**common, "revision": source.revision}
-        if PretrainedConfig.get_config_dict(base, **common)[0].get("model_type") == cls.config_class.model_type:
+        try:
+            kind = PretrainedConfig.get_config_dict(base, **common)[0].get("model_type")
+        except OSError as error:
+            raise OSError(f"{repo!r} holds an adapter of {base!r}, which can't be loaded here: {error}") from error
+        if kind == cls.config_class.model_type:
             language_model = cls.from_pretrained(base, **common, **kwargs).language_model
         else:
             language_model = load_backbone(base, **common, **kwargs)

@@ -148,7 +148,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
     if "longrope" in (rope.get("rope_type"), rope.get("type")):
         original = rope.get("original_max_position_embeddings")
         return original or config.original_max_position_embeddings
-    return getattr(config, "max_position_embeddings", None)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's
 
 
 def decoder_of(language_model: PreTrainedModel) -> nn.Module:
@@ -257,6 +257,7 @@ def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
 def find_way(
     language_model: PreTrainedModel,
     states: Callable[[Tensor, Tensor, Way], Tensor],
+    check: Callable[[Tensor, Way], None],
     generates: bool,
     device: torch.device,
 ) -> Way:
@@ -268,6 +269,8 @@ def find_way(
 
     Args:
         states: a function of ids, mask and a way, which returns the model's states of them, (B, n, d).
+        check: a function of ids, (1, N), and a way, which raises a ValueError for vectors that would be wrong all the
+            same.
         generates: whether positions are generated after the text, for which a cache is wanted.
 
     Raises:
@@ -296,6 +299,7 @@ def find_way(
                     way = way._replace(gaps=found is not None and agree(found, expected, other, rounding))
                 elif generates:
                     logger.warning(SLOW.format(type(language_model).__name__, transformers.__version__))
+                check(ids[:1], way)
                 return way
     except TypeError as error:  # an unknown argument; other errors of a plain pass are the machine's
         problem = str(error)

@@ -28,6 +28,13 @@ def check_inputs(
         )
     if input_ids.shape[0] == 0:
         return input_ids, attention_mask, k
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids must be int64, not {str(input_ids.dtype).removeprefix('torch.')}")
+    if not attention_mask.is_meta and (wrong := (attention_mask != 0) & (attention_mask != 1)).any():
+        raise ValueError(
+            f"attention_mask holds {attention_mask[wrong][0].item()}: it must be 1 for tokens and 0 for padding, "
+            "neither a mask that is added to scores nor one of texts packed into a row"
+        )
     mask = attention_mask.to(torch.bool)
     # Generated tokens follow the last column, so padding goes to the left, whichever side the caller has padded:
     # distances between cache slots are then the distances between positions, which sliding windows rely on.

@@ -46,7 +46,7 @@ from .inputs_gircse import check_inputs, check_options
 from .single_pass_gircse import check_bidirectional, single_pass_states
 from .soft_tokens_gircse import next_token
 from .static_steps_gircse import static_states
-from .step_loop_gircse import StepLoop, check_loop, settled_states
+from .step_loop_gircse import StepLoop, check_loop, is_sharded, settled_states
 
 
 @dataclass
@@ -122,13 +122,16 @@ class GircseModel(GircsePreTrainedModel):
 
     Raises:
         ValueError: if the backbone has a structure that the step loop can't work with. Whether its vectors come out
-            right is tested at the first text, or by `from_causal_lm`.
+            right is tested at the first text, which raises a ValueError then, or by `from_causal_lm`.
     """
 
     def __init__(self, config: GircseConfig, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         check_structure(self.language_model)
+        if hasattr(self.language_model, "hf_device_map"):  # saving and trainers look for it here
+            places = self.language_model.hf_device_map.items()
+            self.hf_device_map = {f"language_model.{name}".rstrip("."): place for name, place in places}
         self._ways: dict[str | None, Way] = {}  # how the decoder is called, by implementation of attention
         implementation = getattr(self.language_model.config, "_attn_implementation", None)
         if config.attention == "bidirectional" and implementation not in ("eager", "sdpa", None):
@@ -185,20 +188,12 @@ class GircseModel(GircsePreTrainedModel):
         )
         model = cls(config, language_model)
         model.eval()
-        with attention_of_any_device(language_model):
-            model._check_numerics()
-        return model
-
-    def _check_numerics(self) -> None:
-        """Raises a ValueError that names the backbone if its vectors would be wrong."""
-        # `self.device` is the device of the first weight, which a device map may have offloaded (meta). Inputs go to
+        # `model.device` is the device of the first weight, which a device map may have offloaded (meta). Inputs go to
         # that of the first weight that is not.
-        device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
-        if self.config.attention == "bidirectional":
-            check_bidirectional(self, device)
-        self._find_way(device)
-        if self._generates:
-            check_loop(self, device)
+        device = next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
+        with attention_of_any_device(language_model):
+            model._find_way(device)
+        return model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -310,10 +305,13 @@ class GircseModel(GircsePreTrainedModel):
             For each text, for each step, `top_k` pairs (token, probability), most probable first.
 
         Raises:
-            TypeError, ValueError: as in [`GircseModel.forward`]; if the model has no soft or hard step tokens.
+            TypeError, ValueError: as in [`GircseModel.forward`]; if the model has no soft or hard step tokens, or
+                `top_k` < 1.
         """
         if not self._generates:
             raise ValueError(f"step_token={self.config.step_token!r} generates no tokens to describe")
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k} must be an int >= 1")
         input_ids, attention_mask, k = check_inputs(self, input_ids, attention_mask, k)
         texts: list[list[list[tuple[int | str, float]]]] = [[] for _ in range(input_ids.shape[0])]
         if not texts:
@@ -376,11 +374,20 @@ class GircseModel(GircsePreTrainedModel):
         return next_token(self.get_input_embeddings(), self.get_output_embeddings(), self.config, state)
 
     def _find_way(self, device: torch.device) -> Way:
-        """How this backbone's decoder is called: found by trial once for each implementation of attention, and kept."""
+        """How this backbone's decoder is called: found by trial once for each implementation of attention, and kept.
+        Raises a ValueError that names the backbone if its vectors would be wrong."""
         implementation = attention_implementation(self.language_model)
         if implementation not in self._ways:
-            self._ways[implementation] = find_way(self.language_model, self._tried_states, self._generates, device)
+            trials = self._tried_states, self._check_way
+            self._ways[implementation] = find_way(self.language_model, *trials, self._generates, device)
         return self._ways[implementation]
+
+    def _check_way(self, ids: Tensor, way: Way) -> None:
+        """What the comparison of states does not show; raises a ValueError for it."""
+        if self.config.attention == "bidirectional":
+            check_bidirectional(self, ids)
+        if self._generates and not is_sharded(self.language_model):  # else weights can't be read apart from a call
+            check_loop(self, ids, way)
 
     def _tried_states(self, ids: Tensor, mask: Tensor, way: Way) -> Tensor:
         """What `find_way` compares, (B, n, d): h'_0 and the states of two steps. The steps take the prompt's last

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 try:
     from sentence_transformers.base.modules import InputModule
@@ -27,6 +27,8 @@ except ImportError:  # before sentence-transformers 5.4
 
 # The subfolder in which a saved model holds an adapter in place of weights; `adapter` in config.json names it.
 ADAPTER_FOLDER = "adapter"
+
+logger = logging.get_logger(__name__)
 
 
 class Outputs(dict):
@@ -241,6 +243,11 @@ class SentenceGircse(InputModule):
                 weight.data = weight.data.clone()
             merged.model.save_pretrained(output_path, safe_serialization=safe_serialization)
         else:
+            if base.exists():
+                logger.warning(
+                    f"{output_path}: an adapter of the model in {base.resolve()}, with which it loads on this machine "
+                    "alone. For a model that loads anywhere, call model[0].merge_adapter() before it is saved"
+                )
             self._save_adapter(output_path, str(base.resolve()) if base.exists() else config.name_or_path)
         self.processor.save_pretrained(output_path)
         # Sentence Transformers copies this file only if it was loaded from a model's folder, not if it was imported.
@@ -304,6 +311,10 @@ def _load_model(name: str, where: dict[str, Any], settings: dict[str, Any]) -> A
     kept = {key: getattr(config, key) for key in settings_of_steps}
     settings = {**place, "subfolder": "", "revision": saved["revision"], **kept, **settings}
     settings.pop("trust_remote_code", None)
-    model = code.from_pretrained(saved["base_model_name_or_path"], **settings)
+    base = saved["base_model_name_or_path"]
+    try:
+        model = code.from_pretrained(base, **settings)
+    except OSError as error:
+        raise OSError(f"{name!r} holds an adapter of {base!r}, which can't be loaded here: {error}") from error
     model.load_adapter(name, **place)
     return model

@@ -46,10 +46,9 @@ def decode_all(model: Any, inputs: Tensor, mask: Tensor, way: Way) -> Tensor:
 
 
 @torch.no_grad()
-def check_bidirectional(model: Any, device: torch.device) -> None:
-    """Raises a ValueError if the first position does not see what comes after it."""
+def check_bidirectional(model: Any, ids: Tensor) -> None:
+    """Raises a ValueError if the first position of `ids`, (1, N), does not see what comes after it."""
     embed = model.get_input_embeddings()
-    ids = torch.arange(4, device=device)[None] % embed.num_embeddings
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % embed.num_embeddings
     first = [decode_all(model, embed(x), torch.ones_like(x), Way())[:, 0] for x in (ids, changed)]

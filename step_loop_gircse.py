@@ -150,14 +150,13 @@ def settled_states(
 
 
 @torch.no_grad()
-def check_loop(model: Any, device: torch.device) -> None:
-    """Raises a ValueError unless logits and token embeddings, as the step loop makes them, are those of the backbone's
-    own forward pass."""
+def check_loop(model: Any, ids: Tensor, way: Way) -> None:
+    """Raises a ValueError unless logits and token embeddings of `ids`, (1, N), as the step loop makes them, are those
+    of the backbone's own forward pass."""
     language_model, embed, head = model.language_model, model.get_input_embeddings(), model.get_output_embeddings()
-    ids = torch.arange(4, device=device)[None] % embed.num_embeddings
     ones = torch.ones_like(ids)
     expected = language_model(input_ids=ids, attention_mask=ones, use_cache=False).logits[:, -1]
-    loop = StepLoop(model, ids[:, :-1], ones[:, :-1], 1)
+    loop = StepLoop(model, ids[:, :-1], ones[:, :-1], 1, way)
     inputs, state = embed(ids), loop.advance(embed(ids[:, -1]))
     pairs = [("logits", after_head(model.config.text_config, head(state)), expected)]
     if model.config.step_token == "soft" and not embed.weight.is_meta:  # else the loop itself calls the module
@@ -166,9 +165,11 @@ def check_loop(model: Any, device: torch.device) -> None:
         pairs.append(("token embeddings", one_hot @ embed.weight * scale, inputs[0]))
     for what, ours, theirs in pairs:
         ours = ours.to(theirs.device)  # under a device map, the head may be on another device
-        exact = ours.dtype in (torch.float32, torch.float64) and not is_quantized(language_model)
-        allowed = (2e-3 if exact else 6e-2) * float(theirs.abs().max())
-        if not float((ours - theirs).abs().max()) <= allowed:
+        if is_quantized(language_model):
+            rounding = 0.3  # activations too may be rounded, by row or with all others
+        else:
+            rounding = 2e-3 if ours.dtype in (torch.float32, torch.float64) else 6e-2
+        if not float((ours - theirs).abs().max()) <= rounding * float(theirs.abs().max()):
             raise ValueError(
                 f"{type(language_model).__name__} is not supported: its {what} are not what the step loop computes "
                 "through the KV cache"

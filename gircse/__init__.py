@@ -2,4 +2,6 @@
 
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]  # the Hub repo that this is part of
+# The Hub repo that this is part of. The folder's links are followed, the file's are not: in the Hub's cache, they lead
+# out of the repo.
+ROOT = Path(__file__).parent.resolve().parent

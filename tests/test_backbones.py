@@ -81,11 +81,12 @@ def test_a_cache_is_passed_by_whatever_name_a_decoder_has_for_it(make_model, bat
     name = next(n for n in ("cache", "past_key_values") if n in inspect.signature(decoder.forward).parameters)
     original, lengths = type(decoder).forward, []
 
-    def renamed(self, inputs_embeds, attention_mask=None, position_ids=None, memory=None, use_cache=None, **kwargs):
-        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
-        output = original(self, inputs_embeds=inputs_embeds, **inputs, **{name: memory})
-        lengths.append(inputs_embeds.shape[1])
-        return ModelOutput(last_hidden_state=output.last_hidden_state, memory=output.get(name))
+    def renamed(self, input_ids=None, inputs_embeds=None, memory=None, **kwargs):
+        kwargs = {key: value for key, value in kwargs.items() if key != name}
+        output = original(self, input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs, **{name: memory})
+        lengths.append((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+        kept = dict.fromkeys((name, "hidden_states", "attentions"))  # the causal LM reads them
+        return ModelOutput(last_hidden_state=output.last_hidden_state, memory=output.get(name), **kept)
 
     monkeypatch.setattr(type(decoder), "forward", renamed)
     again = make_model()  # the same weights; how its decoder is driven is tried anew
@@ -137,8 +138,9 @@ def test_a_hybrid_of_attention_layers_alone_keeps_its_cache(gircse, batch):
         assert keeps_a_cache(model) == cached
 
 
-def test_a_head_that_the_loop_does_not_reproduce_is_refused(gircse, tmp_path, monkeypatch):
-    """As if a new architecture did something to its logits that the loop knows nothing of."""
+def test_a_head_that_the_loop_does_not_reproduce_is_refused(gircse, batch, tmp_path, monkeypatch):
+    """As if a new architecture, or a newer transformers, did something to its logits that the loop knows nothing of:
+    by `from_causal_lm`, and at each text by a model that is made or loaded otherwise."""
     from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
     AutoModelForCausalLM.from_config(text_config("qwen2")).save_pretrained(tmp_path)
@@ -149,10 +151,26 @@ def test_a_head_that_the_loop_does_not_reproduce_is_refused(gircse, tmp_path, mo
         output.logits = output.logits * 1.3
         return output
 
-    gircse.GircseModel.from_causal_lm(str(tmp_path))
+    gircse.GircseModel.from_causal_lm(str(tmp_path)).save_pretrained(tmp_path / "saved")
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", shifted)
     with pytest.raises(ValueError, match="Qwen2ForCausalLM is not supported: its logits"):
         gircse.GircseModel.from_causal_lm(str(tmp_path))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    made = gircse.GircseModel(gircse.GircseConfig(text_config=plain.config), plain).train()
+    for model in (made, gircse.GircseModel.from_pretrained(tmp_path / "saved")):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="Qwen2ForCausalLM is not supported: its logits"):
+                model.generate_embedding(*batch)
+    assert made.language_model.training
+
+
+def test_a_limit_of_positions_by_another_name(make_model):
+    """MPT makes a bias for as many as its `max_seq_len`."""
+    model = make_model("mpt")
+    assert model.text_limit(512, 4) == 124
+    model.generate_embedding(torch.ones(1, 124, dtype=torch.long), k=4)
+    with pytest.raises(ValueError, match=r"N \+ k = 125 \+ 4 exceeds the backbone's 128 positions"):
+        model.generate_embedding(torch.ones(1, 125, dtype=torch.long), k=4)
 
 
 def test_a_backbone_whose_states_are_smaller_than_its_layers(make_model, batch):

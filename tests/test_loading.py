@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from helpers import DTYPE_ARGUMENTS, ROOT, assert_same_weights, edit_weights, run_fresh, text_config
+from helpers import DTYPE_ARGUMENTS, ROOT, assert_same_weights, edit_weights, export_tiny, run_fresh, text_config
 
 # dtype and attention ------------------------------------------------------------------------------------------------
 
@@ -214,6 +215,53 @@ def test_plain_causal_lm_is_refused_by_from_pretrained(gircse, make_plain, backb
         gircse.GircseConfig.from_pretrained(folder)
     with pytest.raises(ValueError, match="from_causal_lm"):
         gircse.GircseModel.from_pretrained(folder, config=gircse.GircseConfig(text_config=plain.config))
+
+
+# This repo's own code -----------------------------------------------------------------------------------------------
+
+
+def own_code_child(job_file: str) -> None:
+    """Loads a folder by this repo's code, and then others by theirs."""
+    import json
+    import sys
+    from pathlib import Path
+
+    import torch
+    from transformers import AutoModel
+
+    job, found = json.loads(Path(job_file).read_text()), []
+    sys.path.insert(0, job["root"])
+    from gircse.loading import load
+
+    load(job["folders"][0])
+    for folder in job["folders"]:
+        found.append(getattr(type(AutoModel.from_pretrained(folder, trust_remote_code=True)), "WHOSE", None))
+    torch.save(found, job["report"])
+
+
+def test_the_own_code_is_not_taken_for_that_of_other_folders(gircse, tmp_path):
+    folders = []
+    for name in ("one", "two"):
+        folder = export_tiny(gircse, tmp_path / name)
+        code = (folder / "modeling_gircse.py").read_text(encoding="utf-8")
+        assert code.count('"""A causal LM that generates an embedding in K steps.') == 1
+        changed = code.replace("    def get_input_embeddings", f"    WHOSE = {name!r}\n\n    def get_input_embeddings")
+        (folder / "modeling_gircse.py").write_text(changed, encoding="utf-8")
+        folders.append(str(folder))
+    job = {"folders": folders, "root": str(ROOT)}
+    assert run_fresh(own_code_child, tmp_path / "process", job) == ["one", "two"]
+
+
+def test_the_package_finds_its_repo_from_the_hubs_cache(tmp_path):
+    """Where a file is a link to one of another folder."""
+    blob = tmp_path / "blobs" / "0123"
+    blob.parent.mkdir()
+    blob.write_bytes((ROOT / "gircse" / "__init__.py").read_bytes())
+    package = tmp_path / "snapshots" / "abc" / "gircse"
+    package.mkdir(parents=True)
+    (package / "__init__.py").symlink_to(blob)
+    (tmp_path / "link").symlink_to(tmp_path / "snapshots" / "abc")
+    assert runpy.run_path(str(tmp_path / "link" / "gircse" / "__init__.py"))["ROOT"] == package.parent
 
 
 # The published model ------------------------------------------------------------------------------------------------

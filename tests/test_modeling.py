@@ -234,6 +234,8 @@ def test_describe_steps(make_model, batch):
         expected = torch.softmax(model.language_model(input_ids=row).logits[0, -1], dim=-1).topk(3)
     assert [token for token, _ in described[1][0]] == expected.indices.tolist()
     assert [p for _, p in described[1][0]] == pytest.approx(expected.values.tolist())
+    with pytest.raises(ValueError, match="top_k=0 must be an int >= 1"):
+        model.describe_steps(*batch, top_k=0)
 
 
 # Gradient checkpointing ----------------------------------------------------------------------------------------------
@@ -340,6 +342,13 @@ def test_bad_ids_and_masks(make_model, batch):
             model.generate_embedding(outside, mask, k=1)
     with pytest.raises(ValueError, match=r"\(B, N\)"):
         model.generate_embedding(ids, mask[:, :4], k=1)
+    for wrong, value in ((torch.where(mask == 1, 0.0, -torch.inf), "-inf"), (mask * 2, "2")):
+        with pytest.raises(ValueError, match=f"attention_mask holds {value}: it must be 1 for tokens and 0"):
+            model.generate_embedding(ids, wrong, k=1)
+    for right in (mask.bool(), mask.float()):
+        assert torch.equal(model.generate_embedding(ids, right, k=1), model.generate_embedding(ids, mask, k=1))
+    with pytest.raises(TypeError, match="input_ids must be int64, not float32"):
+        model.generate_embedding(ids.float(), mask, k=1)
     for wrong in ({"input_ids": ids}, ["a text"], ids.numpy()):
         with pytest.raises(TypeError, match=f"must be a tensor, not {type(wrong).__name__}: call generate_embedding"):
             model.generate_embedding(wrong)

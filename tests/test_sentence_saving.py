@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -234,6 +235,22 @@ def test_a_saved_adapter_is_applied_by_all_that_load(exported, adapted, gircse):
     assert cosines(auto_embeddings(saved), expected).min() > 0.9999
     whole = SentenceTransformer(modules=[type(model[0])(gircse.GircseModel.from_pretrained(saved), model[0].processor)])
     assert cosines(whole.encode(TEXTS), expected).min() > 0.9999
+
+
+def test_an_adapter_of_a_folder_is_told_from_one_that_loads_anywhere(exported, tmp_path, monkeypatch):
+    model = add_adapter(load(exported))
+    said = []
+    monkeypatch.setattr(sys.modules[type(model[0]).__module__].logger, "warning", said.append)
+    model.save_pretrained(str(tmp_path / "one"))
+    assert len(said) == 1 and f"an adapter of the model in {exported.resolve()}, with which it loads" in said[0]
+    settings = tmp_path / "one" / "adapter" / "adapter_config.json"
+    settings.write_text(settings.read_text(encoding="utf-8").replace(str(exported.resolve()), "/home/someone/base"))
+    for loader in (load, functools.partial(AutoModel.from_pretrained, trust_remote_code=True)):
+        with pytest.raises(OSError, match=r"one' holds an adapter of '/home/someone/base', which can't be loaded here"):
+            loader(tmp_path / "one")
+    model[0].merge_adapter()
+    model.save_pretrained(str(tmp_path / "two"))
+    assert len(said) == 1
 
 
 def test_a_saved_adapter_is_found_from_elsewhere_and_saved_again(exported, adapted, tmp_path, monkeypatch):

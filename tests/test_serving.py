@@ -119,6 +119,9 @@ def test_any_part_may_be_offloaded(gircse, make_model, tmp_path, backbone, offlo
     assert any(parameter.is_meta for parameter in model.parameters())
     for found in (model.generate_embedding(**BATCH), model(**BATCH).embeddings.detach()):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    found = gircse.GircseModel.from_pretrained(tmp_path / "saved").generate_embedding(**BATCH)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 # Quantized weights --------------------------------------------------------------------------------------------------
