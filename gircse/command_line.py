@@ -51,11 +51,11 @@ def parser_of(documentation: str | None) -> argparse.ArgumentParser:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Escapes plain per cent signs in help texts, such as those of some of transformers' arguments, which argparse
-    would take for formats."""
+    """Leaves out defaults of None, which say nothing, and escapes plain per cent signs in help texts, such as those of
+    some of transformers' arguments, which argparse would take for formats."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = super()._get_help_string(action) or ""
+        text = (action.help if action.default is None else super()._get_help_string(action)) or ""
         return re.sub(r"%(%|\(\w+\)\w)?", lambda match: match[0] if match[1] else "%%", text)
 
 

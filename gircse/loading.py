@@ -21,7 +21,7 @@ from . import ROOT
 
 # What the paper puts before a text (appendix C), and what stands for the text in `chat_prompt`.
 PAPER_PROMPT, TEXT = "Instruct: {instruction}\nQuery: ", "{text}"
-LOGIT_TEMPERATURE = 2.0  # T of a new model; at the papers' 1 gradients explode (docs/training.md)
+LOGIT_TEMPERATURE = 2.0  # T of a new model; at the papers' 1 gradients explode (docs/results.md)
 PROMPTS = "config_sentence_transformers.json"
 # What an evaluation writes, also into a model's folder.
 REPORTS = ("results.json", "comparison.json", "prompts.json")

@@ -14,7 +14,7 @@ from ..command_line import unescape
 from .losses import REDUCTIONS
 
 BAD_ROWS = "bad_rows.jsonl"
-# Peak learning rates at which a pretrained backbone learns without diverging (docs/training.md).
+# Peak learning rates at which a pretrained backbone learns without diverging (docs/results.md).
 LORA_RATE, FULL_RATE = 5e-4, 5e-5
 OF_EVALUATION = "held-out pairs are evaluated by retrieval accuracy alone"
 OF_BATCHES = "batches are of one source each, in random order; --mix_sources mixes the sources"
@@ -70,9 +70,9 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     tuning: str = field(default="lora", metadata={"help": "lora, or full for all weights", "choices": ["lora", "full"]})
-    lora_r: int = 64
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
+    lora_r: int = field(default=64, metadata={"help": "rank of the LoRA"})
+    lora_alpha: int = field(default=32, metadata={"help": "alpha of the LoRA, which is scaled by alpha / rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the LoRA"})
     num_steps: int | None = field(default=None, metadata={"help": "K at inference of a new model (20)"})
     logit_temperature: float | None = field(
         default=None, metadata={"help": "T of a new model's soft tokens (2; the paper's 1 makes gradients explode)"}
@@ -152,7 +152,7 @@ class GircseTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=16, metadata={"help": "queries a process and step"})
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the pairs"})
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "where the log goes besides"})
-    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "no buffer ever changes here"})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "off, as no buffer changes in training"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of the log"})
     k: int = field(default=5, metadata={"help": "K, the generated tokens in training"})
     temperature: float = field(default=0.02, metadata={"help": "tau of InfoNCE"})

@@ -348,13 +348,11 @@ def tables(models: dict[str, dict], runs: dict[str, list[dict]]) -> dict[str, di
             "unequal_steps": unequal_steps(),
             "several_vectors": several_vectors(),
             "two_stage": two_stage(),
-        },
-        "docs/root_model.md": {"learning_rates": learning_rates(), "lengths": lengths()},
-        "docs/training.md": {
             "stable_start": stable_start(),
             "stable_runs": stable_runs(),
             "stable_default": stable_default(),
         },
+        "docs/root_model.md": {"learning_rates": learning_rates(), "lengths": lengths()},
         "docs/speed.md": speed_tables.tables(),
     }
 

@@ -75,7 +75,7 @@ METHODS = {
     "causal_eos": "--step_token none --pooling last",
     "bidirectional_avg": "--step_token none --attention bidirectional",
 }
-# GIRCSE's is the best of three (docs/training.md), five times that of all weights. The baselines keep this ratio.
+# GIRCSE's is the best of three (docs/results.md), five times that of all weights. The baselines keep this ratio.
 LORA_RATES = {"gircse": 5e-4, "causal_eos": 2.5e-4, "bidirectional_avg": 1e-3}
 TWO = "--contrast 2"
 # Of each variant: the method that it changes, and the arguments that change it; the last one given counts.

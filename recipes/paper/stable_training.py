@@ -65,7 +65,7 @@ RUNS = {
     "end_token": f"{PAPERS} --suffix '<|im_end|>' --logit_temperature 2 {FULL}",
     "causal_eos": f"--step_token none --pooling last {FULL}",
 }
-# The default but for a small budget; 1e-4 is half of the default rate of a LoRA, and not tuned.
+# The default but for a small budget; 1e-4 is a fifth of the default rate of a LoRA, and not tuned.
 DEFAULT = "--max_steps 40 --per_device_train_batch_size 8 --learning_rate 1e-4 --logging_steps 1 --report_to none"
 SEEDS = {f"default_seed{seed}": seed for seed in (1, 2, 3)}
 TASKS = ["sts_stsbenchmark_dev", "retrieval_xquad_en", "classification_hwu64_intent"]
