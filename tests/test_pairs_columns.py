@@ -87,6 +87,13 @@ def test_one_label_for_all_leaves_no_negatives(tmp_path):
     assert load_pairs(path)["label"][:] == ["1"] * 3
 
 
+@pytest.mark.parametrize(("labels", "warns"), [((0, 1, 1), True), ((0, 1, 2), False), (("no", "yes", "no"), False)])
+def test_labels_that_may_say_whether_a_pair_is_one_are_warned_of(tmp_path, caplog, labels, warns):
+    rows = [{"anchor": f"q{i}", "positive": f"p{i}", "label": label} for i, label in enumerate(labels)]
+    assert load_pairs(write_rows(tmp_path / "a.jsonl", rows))["label"][:] == [str(label) for label in labels]
+    assert ("label is 0 or 1, and taken for the class of a query: all rows are pairs" in caplog.text) == warns
+
+
 def test_columns_with_several_pairs_are_refused(tmp_path):
     path = write_rows(tmp_path / "x.jsonl", [{"title": "t", "question": "q", "answer": "a"}])
     with pytest.raises(

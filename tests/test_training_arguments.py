@@ -127,6 +127,12 @@ def test_arguments_without_effect_are_refused(tmp_path, setting):
         GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, accelerator_config={"split_batches": True})
 
 
+def test_an_output_that_is_no_path_is_refused():
+    """And not made a folder that is called `s3:`."""
+    with pytest.raises(ValueError, match=r"output_dir='s3://bucket/out' is no path: give one of a disk"):
+        GircseTrainingArguments(output_dir="s3://bucket/out", use_cpu=True, report_to="none")
+
+
 def test_defaults_of_the_command_line_are_refused_nowhere(tmp_path):
     parser = HfArgumentParser(GircseTrainingArguments)
     (training,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "--do_train"])
