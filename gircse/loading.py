@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +264,9 @@ def identify_base(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     base, revision = settings["base_model_name_or_path"], settings.get("revision")
     if Path(base).is_dir():
         return {"base": base}, {f"base file {file.name}": file for file in model_files(Path(base))}
+    if commit_of(base, revision) is None:
+        with suppress(OSError, ValueError):  # offline, or not there: loading will say so
+            read_config(base, revision)  # which is in the cache from now on, where its place tells the commit
     return {"base": base, "base revision": commit_of(base, revision) or revision}, {}
 
 

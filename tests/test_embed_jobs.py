@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from embed_gircse import main, parse
 from embed_helpers import TEXTS, arguments, expected, machine, read, stamps, write_lines
-from gircse import rows
+from gircse import loading, rows
 from gircse.embedding import plan as plans
 from gircse.embedding.actors import size_pool
 from gircse.embedding.plan import PLAN, make_plan
@@ -284,6 +284,23 @@ def test_another_adapter_for_the_same_output_is_refused(tmp_path):
     (model / "lora" / "adapter_model.safetensors").write_bytes(b"12")
     with pytest.raises(ValueError, match="model file lora/adapter_model.safetensors was "):
         make_plan(parse(call))
+
+
+@pytest.mark.parametrize(("online", "commit"), [(True, "abc"), (False, None)])
+def test_the_commit_of_an_adapters_base_is_asked_for_at_once(tmp_path, monkeypatch, online, commit):
+    """Else it would be known in the second run alone, which would take it for another one."""
+    (tmp_path / "config.json").write_text('{"model_type": "gircse", "adapter": "."}')
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "us/lm", "revision": null}')
+    cached = []
+
+    def read_config(*asked):
+        if not online:
+            raise OSError("no connection")
+        cached.append(asked)
+
+    monkeypatch.setattr(loading, "read_config", read_config)
+    monkeypatch.setattr(loading, "commit_of", lambda *asked: "abc" if asked in cached else None)
+    assert loading.identify_base(tmp_path) == ({"base": "us/lm", "base revision": commit}, {})
 
 
 # What is killed ------------------------------------------------------------------------------------------------------

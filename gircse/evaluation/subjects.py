@@ -330,23 +330,20 @@ def file_of(model: str, name: str) -> Path | None:
 
 def content_hash(folder: Path) -> str:
     """12 digits that change with the weights or a setting of a model's folder, or of what its adapter goes with."""
+    own = {path.relative_to(folder).as_posix(): path for path in model_files(folder)}
+    base, files = identify_base(folder)
     digest = hashlib.sha256()
-    for path in model_files(folder):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        if path == folder / "config.json":  # the dtype of a load without one, which an evaluation never is, is no part
+    for name, path in (own | files).items():
+        digest.update(name.encode())
+        if name == "config.json":  # the dtype of a load without one, which an evaluation never is, is no part
             settings = json.loads(path.read_text(encoding="utf-8"))
-            kept = {name: value for name, value in settings.items() if name not in ("dtype", "torch_dtype")}
+            kept = {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
             digest.update(json.dumps(kept, sort_keys=True).encode())
             continue
-        with io.BytesIO(without_requirements(path)) if path.name == PROMPTS else path.open("rb") as file:
+        with io.BytesIO(without_requirements(path)) if name == PROMPTS else path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    base, files = identify_base(folder)
     if base and not files:  # on the Hub
         digest.update(json.dumps(base).encode())
-    for name, path in files.items():
-        digest.update(name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
 
 

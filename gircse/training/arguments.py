@@ -152,7 +152,7 @@ class GircseTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=16, metadata={"help": "queries a process and step"})
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the pairs"})
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "where the log goes besides"})
-    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "off, as no buffer changes in training"})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "off: no buffer changes in training"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of the log"})
     k: int = field(default=5, metadata={"help": "K, the generated tokens in training"})
     temperature: float = field(default=0.02, metadata={"help": "tau of InfoNCE"})
