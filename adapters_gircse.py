@@ -46,7 +46,7 @@ class AdapterMixin:
         try:
             kind = PretrainedConfig.get_config_dict(base, **common)[0].get("model_type")
         except OSError as error:
-            raise OSError(f"{repo!r} holds an adapter of {base!r}, which can't be loaded here: {error}") from error
+            raise OSError(f"{str(repo)!r} holds an adapter of {base!r}, which can't be loaded here: {error}") from error
         if kind == cls.config_class.model_type:
             language_model = cls.from_pretrained(base, **common, **kwargs).language_model
         else:
