@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from transformers.utils import cached_file
 from .backbone_gircse import HUB_ARGUMENTS, REPO_ARGUMENTS, dequantized, is_quantized, is_tied, load_backbone
 from .configuration_gircse import dtype_name
 
+# Fields of a PEFT configuration that hold module names; and those that hold numbers by module name, with the attributes
+# of PEFT's layers that hold these.
+MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
+NUMBER_FIELDS = {"rank_pattern": ("r",), "alpha_pattern": ("lora_alpha", "alpha")}
 ADDS_TO_EMBEDDINGS = "it adds to the token embeddings, whose weight the steps read as it is"
 
 
@@ -40,6 +45,11 @@ class AdapterMixin:
         chosen = [getattr(part, "_attn_implementation_internal", None) for part in (config.text_config, config)]
         kwargs.setdefault("attn_implementation", chosen[0] or chosen[1])
         where["subfolder"] = "/".join(filter(None, (where.get("subfolder"), config.adapter)))
+        if config.step_token == "learned":
+            raise ValueError(
+                f"step_token='learned': {str(repo)!r} holds an adapter alone, without such tokens: load a folder with "
+                "all weights"
+            )
         folder = adapter_folder(repo, **where)
         source = peft_package(repo).PeftConfig.from_pretrained(folder)
         base, common = source.base_model_name_or_path, {**common, "revision": source.revision}
@@ -173,6 +183,33 @@ class AdapterMixin:
         unwrap(self)
         self.config.name_or_path = ""  # it is no longer the model of that folder or repo
 
+    def adapter_config_for_causal_lm(self, name: str) -> Any:
+        """PEFT's configuration of the adapter `name` as one of the plain causal LM, a copy. Patterns of module names
+        may have been written for a `GircseModel`'s; in their place are the full names of the layers that they meet."""
+        config, layers = copy.deepcopy(self.peft_config[name]), {}
+        for path, module in self.language_model.named_modules():
+            if any(name in getattr(module, part, ()) for part in getattr(module, "adapter_layer_names", ())):
+                layers[path] = module
+        fields = {field: getattr(config, field, None) or () for field in (*MODULE_FIELDS, *NUMBER_FIELDS)}
+        if not any(isinstance(names, str) or any("." in it for it in names) for names in fields.values()):
+            return config
+        config.target_modules = set(layers)
+        for field, attributes in NUMBER_FIELDS.items():
+            if fields[field]:
+                numbers = {
+                    path: getattr(layer, attribute)[name]
+                    for path, layer in layers.items()
+                    for attribute in attributes
+                    if hasattr(layer, attribute)
+                }
+                setattr(config, field, numbers)
+        for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            if hasattr(config, field):
+                setattr(config, field, None)
+        if getattr(config, "modules_to_save", None):
+            config.modules_to_save = [module.removeprefix("language_model.") for module in config.modules_to_save]
+        return config
+
     def _untie_adapted(self) -> None:
         """Gives the LM head a weight of its own if it shares the token embeddings' and an adapter changes either."""
         backbone = self.language_model
@@ -198,7 +235,14 @@ def merge_adapter(
     config = peft.PeftConfig.from_pretrained(adapter, **where)
     tied = is_tied(language_model)
     trainable = {name: weight.requires_grad for name, weight in language_model.named_parameters()}
+    if any(weight.is_meta for weight in language_model.parameters()):
+        raise ValueError(
+            f"adapter={adapter!r} can't be merged into layers that device_map has put off to memory or disk: load it "
+            "without, save_pretrained the merged model, and load that folder with device_map"
+        )
     try:
+        if getattr(config, "layer_replication", None):
+            raise ValueError("it repeats layers (layer_replication), and PEFT itself merges such an adapter wrongly")
         model = peft.PeftModel(language_model, config)
         ends = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
         if tied and any(isinstance(end, peft.tuners.tuners_utils.BaseTunerLayer) for end in ends):

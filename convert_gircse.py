@@ -22,10 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from transformers.utils import logging
 
 from gircse.command_line import lenient_console, local_path, parser_of, unescape
 from gircse.loading import commit_of, is_gircse, load, only_gguf_file
 from gircse.training.publishing import ADAPTER_FOLDER, complete, export, place_of, save_configuration
+
+logger = logging.get_logger("gircse")
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -67,9 +70,12 @@ def check(options: argparse.Namespace) -> None:
     folder = options.output_dir
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output_dir={str(folder)!r} is there and not an empty folder: choose another")
+    gguf = only_gguf_file(options.model)
     if options.save_adapter and not options.adapter:
         raise ValueError("save_adapter needs the adapter that is to be saved: add --adapter")
-    if not only_gguf_file(options.model) and is_gircse(options.model):
+    if options.save_adapter and gguf:
+        raise ValueError(f"save_adapter: an adapter can't be loaded beside a GGUF file ({gguf}); leave it out")
+    if not gguf and is_gircse(options.model):
         raise ValueError(f"model={options.model!r} is a GIRCSE model already: load it as it is")
 
 
@@ -87,6 +93,11 @@ def convert(options: argparse.Namespace) -> None:
         save_configuration(model, options.output_dir)
         complete(options.output_dir, processor)
     else:
+        if options.adapter and options.save_dtype == "bfloat16":
+            remedy = "--save_dtype float32 or --save_adapter keeps them"
+            logger.warning(
+                f"merged weights are rounded to bfloat16, and small changes by the adapter are lost: {remedy}"
+            )
         export(model, processor, options.output_dir, options.save_dtype)
     if options.document_prompt:
         file = options.output_dir / "config_sentence_transformers.json"

@@ -70,7 +70,7 @@ class EndpointHandler:
         self.model = model.to("cuda" if on_gpu else "cpu")
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True, local_files_only=True)
         settings = Path(path, "config_sentence_transformers.json")
-        self.prompts = json.loads(settings.read_text(encoding="utf-8"))["prompts"] if settings.exists() else {}
+        self.prompts = json.loads(settings.read_text(encoding="utf-8")).get("prompts", {}) if settings.exists() else {}
 
     def __call__(self, data: dict[str, Any]) -> list:
         """Embeds the texts of a request.

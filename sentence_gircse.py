@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import operator
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class SentenceGircse(InputModule):
         """Token ids of B texts.
 
         Args:
-            inputs: the texts.
+            inputs: the texts; a str is one.
             prompt: a literal prefix of all of them.
             max_length: most tokens of a text, prompt and suffix included; `max_seq_length` by default, or
                 fewer, if the backbone has no positions for more beside the generated tokens.
@@ -114,7 +115,13 @@ class SentenceGircse(InputModule):
             except TypeError:  # `forward` raises the error for it
                 steps = None
             max_length = self.model.text_limit(self.max_seq_length, steps)
-        return self.processor(list(inputs), prompt=prompt, max_length=max_length).data
+        texts = inputs if isinstance(inputs, str) else list(inputs)
+        try:
+            return self.processor(texts, prompt=prompt, max_length=max_length).data
+        except (TypeError, ValueError) as error:
+            if str(error).startswith("text["):
+                raise type(error)(f"{error} (Counted in a batch: `encode` sorts texts by their length.)") from error
+            raise
 
     def tokenize(self, texts: list[str], **kwargs: Any) -> dict[str, Tensor]:
         """What sentence-transformers before 5.4 calls instead of `preprocess`, with the prompt in the texts."""
@@ -205,6 +212,8 @@ class SentenceGircse(InputModule):
             "local_files_only": local_files_only,
             "trust_remote_code": trust_remote_code,
         }
+        if Path(model_name_or_path).exists():  # an adapter is saved with the name of what it belongs to
+            model_name_or_path = os.path.abspath(model_name_or_path)
         for_model = {**(config_kwargs or {}), **(model_kwargs or {})}
         for_processor = {**common, **(tokenizer_kwargs or {}), **(processor_kwargs or {})}
         return cls(
@@ -226,16 +235,19 @@ class SentenceGircse(InputModule):
         """
         model, config = self.model, self.model.config
         base = Path(config.name_or_path)
+        layers = [module for module in model.modules() if hasattr(module, "base_layer")]
         if not hasattr(model, "peft_config"):
             model.save_pretrained(output_path, safe_serialization=safe_serialization)
-        # Merged, since the adapter alone would not give the model again: one made in memory has no folder to load from,
-        # one saved over its own folder has lost it, an adapter's file lacks the learned tokens, and a disabled one
-        # would be loaded as an active one.
+        # Merged, since the adapter alone would not give the model again: one made in memory, or in a folder that is
+        # gone, has nothing to load it with, one saved over its own folder has lost it, an adapter's file lacks the
+        # learned tokens, a disabled one would be loaded as an active one, only one can be saved, and PEFT's own wrapper
+        # saves no code.
         elif (
-            not config.name_or_path
+            not (config.name_or_path and (base.exists() or getattr(config, "_commit_hash", None)))
             or base.resolve() == Path(output_path).resolve()
             or config.step_token == "learned"
-            or any(hasattr(module, "base_layer") and module.disable_adapters for module in model.modules())
+            or any(layer.disable_adapters or len(layer.active_adapters) > 1 for layer in layers)
+            or hasattr(model, "get_base_model")
         ):
             merged = copy.deepcopy(self)
             merged.merge_adapter()
@@ -264,24 +276,17 @@ class SentenceGircse(InputModule):
         config = copy.deepcopy(self.model.config)
         config.adapter = ADAPTER_FOLDER
         config.save_pretrained(output_path)
-        backbone.peft_config, backbone._hf_peft_config_loaded = copy.deepcopy(self.model.peft_config), True
-        for name, adapter in backbone.peft_config.items():
+        adapters = {name: self.model.adapter_config_for_causal_lm(name) for name in self.model.peft_config}
+        for adapter in adapters.values():
             adapter.base_model_name_or_path, adapter.revision = base, getattr(config, "_commit_hash", None)
             adapter.inference_mode = False
-            if isinstance(adapter.target_modules, str) or any("." in name for name in adapter.target_modules or ()):
-                # the backbone's names in place of a GircseModel's
-                adapter.target_modules = {path for path, it in backbone.named_modules() if _has_adapter(it, name)}
+        backbone.peft_config, backbone._hf_peft_config_loaded = adapters, True
         try:
             backbone.save_pretrained(folder)
         finally:
             del backbone.peft_config
             backbone._hf_peft_config_loaded = False
         Path(folder, "generation_config.json").unlink(missing_ok=True)
-
-
-def _has_adapter(module: Any, name: str) -> bool:
-    """Whether a layer of PEFT has weights of the adapter."""
-    return any(name in getattr(module, part, ()) for part in getattr(module, "adapter_layer_names", ()))
 
 
 def _load_model(name: str, where: dict[str, Any], settings: dict[str, Any]) -> Any:
@@ -309,12 +314,16 @@ def _load_model(name: str, where: dict[str, Any], settings: dict[str, Any]) -> A
             code = type(AutoModel.from_config(config, trust_remote_code=where["trust_remote_code"]))
     settings_of_steps = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
     kept = {key: getattr(config, key) for key in settings_of_steps}
-    settings = {**place, "subfolder": "", "revision": saved["revision"], **kept, **settings}
+    chosen, settings = settings, {**place, "subfolder": "", "revision": saved["revision"], **kept, **settings}
     settings.pop("trust_remote_code", None)
     base = saved["base_model_name_or_path"]
     try:
         model = code.from_pretrained(base, **settings)
     except OSError as error:
         raise OSError(f"{name!r} holds an adapter of {base!r}, which can't be loaded here: {error}") from error
-    model.load_adapter(name, **place)
+    try:
+        model.load_adapter(name, **place)
+    except ImportError as error:  # transformers wants a newer peft for it
+        logger.warning(f"{name}: the adapter is merged, and can't be trained on: {error}")
+        return AutoModel.from_pretrained(name, **{**where, **chosen})
     return model

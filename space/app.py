@@ -97,7 +97,11 @@ def embedder(model: Any, processor: Any) -> Callable[[str, str, int], tuple[Figu
     @torch.no_grad()
     def embed(lines: str, instruction: str | None, k: int) -> tuple[Figure, Figure, pandas.DataFrame]:
         texts = read(lines)
-        inputs = processor(texts, instruction=(instruction or "").strip() or None)
+        try:
+            longest = model.text_limit(processor.max_length, MOST_STEPS)
+            inputs = processor(texts, instruction=(instruction or "").strip() or None, max_length=longest)
+        except (TypeError, ValueError) as error:  # shown on the page only as a gradio.Error
+            raise gradio.Error(str(error)) from error
         steps = model.generate_embedding(**inputs, k=MOST_STEPS, return_steps=True).float()
         described = model.describe_steps(**inputs, k=int(k), top_k=TOKENS_SHOWN, tokenizer=processor.tokenizer)
         return similarity_map(texts, steps[:, int(k) - 1]), curves(steps, int(k)), token_table(described, int(k))

@@ -99,16 +99,19 @@ def test_an_adapter_stays_one(plain, adapter, tmp_path):
 @pytest.mark.parametrize(
     "arguments, error",
     [
+        (["--output_dir", "{new}", "--save_adapter", "--adapter", "a", "{gguf}"], r"beside a GGUF file \(a.gguf\)"),
         (["--output_dir", "{full}"], "is there and not an empty folder: choose another"),
         (["--output_dir", "{new}", "--save_adapter"], "save_adapter needs the adapter that is to be saved"),
     ],
 )
 def test_what_can_not_be_right_is_refused(plain, tmp_path, arguments, error):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/file").touch()
-    places = {"full": tmp_path / "full", "new": tmp_path / "new"}
+    for file in ("full/file", "gguf/a.gguf"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    places = {"full": tmp_path / "full", "new": tmp_path / "new", "gguf": tmp_path / "gguf"}
+    model = [] if "{gguf}" in arguments else [plain[1]]
     with pytest.raises(ValueError, match=error):
-        main([plain[1], *(argument.format(**places) for argument in arguments)])
+        main([*model, *(argument.format(**places) for argument in arguments)])
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"] and not (tmp_path / "new").exists()
 
 

@@ -303,10 +303,13 @@ def test_inference_client(handler, embed, monkeypatch):
     assert cosine(found.tolist(), embed(TEXTS, STS)) > 0.9999
 
 
-def test_a_folder_without_prompts_is_served(exported, tmp_path):
+@pytest.mark.parametrize("settings", [None, "{}"])
+def test_a_folder_without_prompts_is_served(exported, tmp_path, settings):
     for file in exported.iterdir():
         if file.name != "config_sentence_transformers.json":
             (shutil.copytree if file.is_dir() else shutil.copy)(file, tmp_path / file.name)
+    if settings:
+        (tmp_path / "config_sentence_transformers.json").write_text(settings)
     handler, _ = make_handler(tmp_path)
     assert len(handler({"inputs": "rain"})) == 32
     with pytest.raises(ValueError, match="prompt_name='STS12' is not in"):

@@ -28,7 +28,7 @@ REMOTE_ORDER = (
 PACKAGE_ORDER = """
     gircse gircse.command_line gircse.cluster gircse.rows gircse.loading gircse.locking
     gircse.training gircse.training.sources gircse.training.pairs gircse.training.data gircse.training.losses
-    gircse.training.gradient_cache gircse.training.arguments gircse.training.publishing gircse.training.card
+    gircse.training.gradient_cache gircse.training.arguments gircse.training.card gircse.training.publishing
     gircse.training.accuracy gircse.training.callbacks gircse.training.trainer
     gircse.embedding gircse.embedding.shards gircse.embedding.plan gircse.embedding.actors
     gircse.evaluation gircse.evaluation.fields gircse.evaluation.tasks gircse.evaluation.report

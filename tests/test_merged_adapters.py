@@ -3,6 +3,7 @@ fit raises."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,24 @@ def test_adapter_that_changes_nothing_is_refused(gircse, make_plain, tmp_path):
     adapter = save_adapter(plain, tmp_path / "adapter", std=0)
     with pytest.raises(ValueError, match=f"{re.escape(repr(adapter))} changes nothing"):
         gircse.GircseModel.from_causal_lm(folder, adapter=adapter)
+
+
+def test_adapter_that_repeats_layers_is_refused(gircse, make_plain, tmp_path):
+    plain, folder = make_plain()
+    adapter = save_adapter(plain, tmp_path / "adapter")
+    file = Path(adapter) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_replication": [[0, 2], [1, 3]]}))
+    with pytest.raises(ValueError, match=r"it repeats layers \(layer_replication\)"):
+        gircse.GircseModel.from_causal_lm(folder, adapter=adapter)
+
+
+def test_adapter_is_not_merged_into_layers_that_are_elsewhere(gircse, make_plain, tmp_path):
+    plain, folder = make_plain()
+    adapter = save_adapter(plain, tmp_path / "adapter")
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0", "model.layers.2", "lm_head")
+    where = {"device_map": dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}, "offload_folder": str(tmp_path)}
+    with pytest.raises(ValueError, match="put off to memory or disk: load it without, save_pretrained the merged"):
+        gircse.GircseModel.from_causal_lm(folder, adapter=adapter, **where)
 
 
 def test_adapter_of_another_model_is_refused(gircse, make_plain, tmp_path):

@@ -126,11 +126,15 @@ def test_python_blocks_run(page, copy, tmp_path, request):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def shell_lines(text: str, pattern: str) -> list[list[str]]:
+    """The words of those lines of a page's bash blocks in which the pattern is found."""
+    code = "\n".join(re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in code.splitlines() if re.search(pattern, line)]
+
+
 def commands(text: str) -> list[list[str]]:
     """Those of a page's bash blocks that run a program of this repo, as its name and its arguments."""
-    code = "\n".join(re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
-    lines = [line for line in code.splitlines() if re.search(r"python \w+_(gircse|autoregembed)\.py", line)]
-    words = [shlex.split(line, comments=True) for line in lines]
+    words = shell_lines(text, r"python \w+_(gircse|autoregembed)\.py")
     found = [line[line.index("python") + 1 :] for line in words]
     return [[name.removesuffix(".py"), *arguments] for name, *arguments in found if "..." not in arguments]
 
@@ -148,6 +152,20 @@ def test_commands_of_the_pages_are_understood(command, monkeypatch):
         _, arguments = program.parse(arguments)
         program = train_gircse
     program.parse(arguments)
+
+
+@pytest.mark.parametrize(
+    "words", [w for page in WITH_SPACES for w in shell_lines(text_of(page), r"^hf ")], ids=" ".join
+)
+def test_the_hub_program_understands_the_pages(words, tmp_path):
+    program = shutil.which("hf", path=Path(sys.executable).parent)
+    if program is None:
+        pytest.skip("this huggingface_hub has no hf")
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [program, *words[1:]], cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert result.returncode != 2, result.stderr  # 1: it has no connection
 
 
 @pytest.mark.slow

@@ -256,8 +256,8 @@ def test_an_adapter_of_a_folder_is_told_from_one_that_loads_anywhere(exported, t
 def test_a_saved_adapter_is_found_from_elsewhere_and_saved_again(exported, adapted, tmp_path, monkeypatch):
     monkeypatch.chdir(exported.parent)
     model = add_adapter(load(Path(exported.name)))
-    model.save_pretrained(str(tmp_path / "one"))
     monkeypatch.chdir(tmp_path)
+    model.save_pretrained(str(tmp_path / "one"))
     load(Path("one")).save_pretrained("two")
     again = load(Path("two"), config_kwargs={"num_steps": 5})
     np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS, k=5))
@@ -274,10 +274,17 @@ def test_an_adapter_that_transformers_saved_is_applied(adapted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [r"language_model\..*\.(q_proj|down_proj)", ["language_model.model.layers.1.mlp.up_proj"]]
+    "settings",
+    [
+        {"target_modules": r"language_model\..*\.(q_proj|down_proj)"},
+        {"target_modules": ["language_model.model.layers.1.mlp.up_proj"]},
+        {"target_modules": ["q_proj"], "alpha_pattern": {r"language_model\.model\.layers\.0\.self_attn\.q_proj": 64}},
+        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {r"language_model.*\.up_proj": 2}},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r"language_model\.model\.layers\.0\..*"},
+    ],
 )
-def test_an_adapter_of_some_layers_is_applied(exported, names, tmp_path):
-    model = add_adapter(load(exported), target_modules=names)
+def test_an_adapter_of_some_layers_is_applied(exported, settings, tmp_path):
+    model = add_adapter(load(exported), **settings)
     model.save_pretrained(str(tmp_path / "saved"))
     assert cosines(auto_embeddings(tmp_path / "saved"), model.encode(TEXTS)).min() > 0.9999
     np.testing.assert_array_equal(load(tmp_path / "saved").encode(TEXTS), model.encode(TEXTS))
@@ -328,11 +335,14 @@ def test_modules_beside_an_adapter_are_merged(gircse, tmp_path, settings, tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_pefts_own_wrapper_is_merged(gircse, tmp_path, tied):
+    """Also in what is saved, since it saves no code."""
     peft = pytest.importorskip("peft")
     export_tiny(gircse, tmp_path / "base", text={"tie_word_embeddings": tied})
     model = load(tmp_path / "base")
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     model[0].model = peft.get_peft_model(model[0].model, settings)
+    model.save_pretrained(str(tmp_path / "wrapped"))
+    assert cosines(load(tmp_path / "wrapped").encode(TEXTS), model.encode(TEXTS)).min() > 0.9999
     check_that_it_merges(model, tmp_path)
 
 
@@ -358,13 +368,14 @@ def test_a_disabled_adapter_is_not_saved_as_an_active_one(exported, tmp_path):
     assert cosines(load(tmp_path / "saved").encode(TEXTS), load(exported).encode(TEXTS)).min() > 0.9999
 
 
-def test_the_active_one_of_two_adapters_is_saved(exported, tmp_path):
+def test_what_is_active_of_two_adapters_is_saved(exported, tmp_path):
     model = add_adapter(load(exported), target_modules=["q_proj"])
     settings = {"target_modules": ["language_model.model.layers.1.mlp.up_proj"], "init_lora_weights": False}
     model.add_adapter(pytest.importorskip("peft").LoraConfig(**settings), "other")
-    model.set_adapter("other")
-    model.save_pretrained(str(tmp_path / "saved"))
-    assert cosines(load(tmp_path / "saved").encode(TEXTS), model.encode(TEXTS)).min() > 0.9999
+    for active in ("other", ["default", "other"]):
+        model.set_adapter(active)
+        model.save_pretrained(str(tmp_path / "saved"))
+        assert cosines(load(tmp_path / "saved").encode(TEXTS), model.encode(TEXTS)).min() > 0.9999
 
 
 @pytest.mark.parametrize("changed", [{"pooling": "last"}, {"step_token": "hard"}])
@@ -384,13 +395,13 @@ def test_the_code_beside_a_saved_adapter_is_of_the_commit_that_is_loaded(adapted
     assert asked[0] == {"trust_remote_code": True, "code_revision": "main"}
 
 
-@pytest.mark.parametrize("place", ["its own folder", "memory"])
+@pytest.mark.parametrize("place", ["its own folder", "memory", "a folder that is gone"])
 def test_an_adapter_without_another_folder_to_load_it_with_is_merged(exported, tmp_path, place):
     shutil.copytree(exported, tmp_path / "base")
     model = add_adapter(load(tmp_path / "base"))
     expected = model.encode(TEXTS)
-    if place == "memory":
-        model[0].model.config.name_or_path = ""
+    if place != "its own folder":
+        model[0].model.config.name_or_path = "gone" * (place != "memory")
         shutil.rmtree(tmp_path / "base")
     model.save_pretrained(str(tmp_path / "base"))
     assert cosines(load(tmp_path / "base").encode(TEXTS), expected).min() > 0.9999

@@ -48,6 +48,15 @@ def test_the_page_shows_what_the_model_gives(loaded):
     assert tokens["sentence 1"][0].startswith(first or repr(described[0][0][0][0]))
 
 
+def test_a_text_leaves_room_for_the_most_steps(loaded, monkeypatch):
+    """Where the processor alone would let it have all positions of the backbone."""
+    model, processor = loaded
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 60)
+    app.embedder(model, processor)("red " * 100 + "\ncold", INSTRUCTION, 3)
+    with pytest.raises(gradio.Error, match="leaves none for a text"):
+        app.embedder(model, processor)("red\ncold", "long " * 100, 3)
+
+
 @pytest.mark.slow
 def test_the_page_answers_a_client(loaded):
     page = app.page(*loaded)

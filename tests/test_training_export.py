@@ -8,14 +8,16 @@ import subprocess
 import sys
 from functools import partial
 
+import peft
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from gircse.training.arguments import GircseTrainingArguments, ModelArguments
 from gircse.training.card import REMOTE_CODE, model_card
-from gircse.training.publishing import CODE_FILES, copy_on_cpu, export
+from gircse.training.publishing import CODE_FILES, copy_on_cpu, export, published_files
 from helpers import environment, make_rows
 from train_gircse import add_lora
 from training_helpers import make_trainer, tiny_model
@@ -201,6 +203,47 @@ def test_weights_of_an_earlier_run_in_other_files_go(processor, tmp_path, sharde
     assert ("model.safetensors" in names) == sharded_first == ("model.safetensors.index.json" not in names)
     found = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     assert {*found.get_input_embeddings().weight.unique().tolist()} == {1.0}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": r"language_model\..*\.(q_proj|down_proj)"},
+        {"target_modules": ["q_proj"], "alpha_pattern": {r"language_model\.model\.layers\.0\.self_attn\.q_proj": 64}},
+        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {r"language_model.*\.up_proj": 2}},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r"language_model\.model\.layers\.0\..*"},
+    ],
+)
+def test_an_adapter_with_patterns_of_names_is_saved_as_the_backbones(processor, tmp_path, settings):
+    tiny_model().language_model.save_pretrained(tmp_path / "backbone")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=4, init_lora_weights=False, **settings)).eval()
+    inputs = processor(["a red thing", "cold"])
+    expected = model.get_base_model().generate_embedding(**inputs, k=3)
+    export(model, processor, tmp_path / "saved", adapter_of=str(tmp_path / "backbone"))
+    found = AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True).generate_embedding(**inputs, k=3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_adapters_that_would_be_lost_are_not_exported(processor, tmp_path):
+    """As the model's weights would be, which an adapter of them is saved without."""
+    export(tiny_model(), processor, tmp_path)
+    model = add_lora(tiny_model(), ModelArguments(lora_r=2)).get_base_model()
+    with pytest.raises(ValueError, match=r"has adapters \(default\): call model.merge_adapters\(\) first"):
+        export(model, processor, tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_only_what_training_wrote_is_uploaded(processor, tmp_path):
+    for name in ("customers.csv", ".env", "data/train.parquet", "checkpoint-3/model.safetensors", "notes.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    before = {*tmp_path.rglob("*")}
+    export(tiny_model(), processor, tmp_path)
+    (tmp_path / "README.md").touch()
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path not in before]
+    paths = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    uploaded = {*filter_repo_objects(paths, allow_patterns=published_files(processor))}
+    assert uploaded == {path.relative_to(tmp_path).as_posix() for path in written}
 
 
 def test_untrained_adapter_is_not_exported(processor, tmp_path):

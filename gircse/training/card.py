@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -190,12 +191,13 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
         return
     steps = [line["step"] for line in lines]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    names = sorted((n for n in lines[0] if n.startswith("L_") and n != "L_reg"), key=lambda n: int(n[2:]))
+    names = {name for line in lines for name in line if name.startswith("L_") and name != "L_reg"}
+    names = sorted(names, key=lambda name: int(name[2:]))
     labelled = {round(sixth * (len(names) - 1) / 5) for sixth in range(6)}  # more names would cover the curves
     for index, name in enumerate(names):
         shade = pyplot.cm.viridis(0.85 * index / max(len(names) - 1, 1))
         label = f"$L_{{{name[2:]}}}$" if index in labelled else None
-        left.plot(steps, [line[name] for line in lines], color=shade, linewidth=1.2, label=label)
+        left.plot(steps, [line.get(name, math.nan) for line in lines], color=shade, linewidth=1.2, label=label)
     left.set(xlabel="step", ylabel="contrastive loss of step k")
     left.legend(frameon=False)
     norms = [float(line.get("grad_norm", "nan")) for line in lines]

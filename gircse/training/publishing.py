@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .. import ROOT
-from ..loading import commit_of, is_hub_id, saving_problem, sentence_transformers_settings
-from .arguments import BAD_ROWS, GircseTrainingArguments
+from ..loading import PROMPTS, commit_of, is_hub_id, saving_problem, sentence_transformers_settings
+from .arguments import GircseTrainingArguments
+from .card import REMOTE_CODE
 
 logger = logging.get_logger("gircse")
 
@@ -31,10 +33,13 @@ CODE_FILES += ["sentence_gircse.py", "modules.json", "handler.py"]
 CODE_FILES += [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "gircse").rglob("*.py"))]
 CODE_FILES += [f"configs/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zero3")]
 ADAPTER_FOLDER = "adapter"
+PREFIX = "base_model.model."  # of all keys of PEFT's files
 MOST_ROUNDED_OFF = 0.1  # of what a LoRA has changed, without a warning
 NEEDED_BY_ADAPTERS = {"peft": ">=0.15"}
-# Patterns of files that are not uploaded, and of those that an upload deletes from the repo if the folder lacks them.
-NOT_PUBLISHED = ["checkpoint-*", "runs/*", "*.bin", "training_log.jsonl", "reference_scores-*.jsonl", BAD_ROWS]
+# Patterns of files of a trained folder that are uploaded, beside code and tokenizer; and of those that an upload
+# deletes from the repo if the folder lacks them.
+PUBLISHED = ["config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "README.md"]
+PUBLISHED += ["model.safetensors.index.json", PROMPTS, f"{ADAPTER_FOLDER}/adapter_*", "training_curves.png"]
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "*adapter_config.json"]
 
 
@@ -46,18 +51,24 @@ def export(
     adapter_of: str | None = None,
     query_instruction: str | None = None,
 ) -> PreTrainedModel:
-    """Saves a Hub-ready folder but for its card: weights (LoRA merged), tokenizer, configuration, prompts and code.
+    """Saves a Hub-ready folder but for its card: weights (LoRA merged), tokenizer, configuration, prompts and code. The
+    model is changed: its LoRA is merged, and its weights are converted to `dtype`.
 
     With `adapter_of`, the model that training started from, the LoRA alone takes the weights' place; see
     [`save_adapter`]. With `query_instruction`, "" included, that is what the saved prompt `query` asks for.
 
     Raises:
-        ValueError: if there is an adapter and it changes nothing.
+        ValueError: if there is an adapter and it changes nothing, or it is not in PEFT's own wrapper.
     """
     folder = Path(folder)
     tuned = hasattr(model, "merge_and_unload")
+    if not tuned and getattr(model, "peft_config", None):
+        raise ValueError(f"the model has adapters ({', '.join(model.peft_config)}): call model.merge_adapters() first")
     if tuned and not any(weight.any() for name, weight in model.named_parameters() if "lora_B" in name):
         raise ValueError("the adapter changes nothing: all of its lora_B weights are zero; has it been trained?")
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite: training has diverged, and nothing is saved")
     if adapter_of:
         model = save_adapter(model, folder, getattr(torch, dtype), adapter_of)
     else:
@@ -118,6 +129,15 @@ def complete(folder: Path, processor: Any, query_instruction: str | None = None)
     (folder / "config_sentence_transformers.json").write_text(content + "\n", encoding="utf-8")
 
 
+def published_files(processor: Any) -> list[str]:
+    """Patterns of the files that training writes to its folder for publication. There may be others, as in a folder in
+    which a user works."""
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        own = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
+    return [*PUBLISHED, *CODE_FILES, *REMOTE_CODE, *own]
+
+
 def load_in_float32(folder: Path) -> None:
     """Makes a plain `from_pretrained` load the weights in float32, whatever they are saved in. transformers 5 would
     load them as saved, and bfloat16 is several times slower on a CPU without instructions for it: those who want it
@@ -142,15 +162,14 @@ def save_adapter(model: Any, folder: Path, dtype: torch.dtype, adapter_of: str) 
     """
     from peft import get_peft_model_state_dict
 
-    base, config = model.get_base_model(), copy.deepcopy(model.active_peft_config)
+    base = model.get_base_model()
+    config = base.adapter_config_for_causal_lm(model.active_adapter)
     config.base_model_name_or_path, config.revision = place_of(adapter_of), commit_of(adapter_of)
     config.task_type, config.inference_mode = "CAUSAL_LM", True
-    if not isinstance(config.target_modules, str):
-        config.target_modules = {plain_name(name) for name in config.target_modules}
-    weights = {
-        plain_name(name, "base_model.model."): weight.detach().to("cpu", dtype).contiguous()
-        for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+    weights = {}
+    for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        plain = name.removeprefix(PREFIX).removeprefix("language_model.")
+        weights[PREFIX + plain] = weight.detach().to("cpu", dtype).contiguous()
     config.save_pretrained(folder / ADAPTER_FOLDER)
     save_file(weights, folder / ADAPTER_FOLDER / "adapter_model.safetensors", metadata={"format": "pt"})
     for path in folder.glob("model*.safetensors*"):  # of an earlier run
@@ -200,11 +219,6 @@ def check_saving(model: Any, processor: Any, training: GircseTrainingArguments) 
             "the backbone is quantized, and a LoRA can't be merged into such weights: add --save_adapter, or start "
             "from the weights before quantization"
         )
-
-
-def plain_name(name: str, prefix: str = "") -> str:
-    """A `GircseModel`'s name of a module or weight -> the causal LM's."""
-    return prefix + name.removeprefix(prefix).removeprefix("language_model.")
 
 
 def copy_on_cpu(model: nn.Module) -> nn.Module:

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..loading import whole_weights
-from .accuracy import accuracy_steps, retrieval_accuracy
-from .arguments import FULL_RATE, LORA_RATE, GircseTrainingArguments
+from .accuracy import check_metric, measured_steps, retrieval_accuracy
+from .arguments import GircseTrainingArguments, set_defaults
 from .callbacks import EpochSetter, LogFile, StartAgain, Watch
 from .card import model_card
-from .data import PairCollator, SourceBatches, TrainingPairs, check_negatives, check_prompts
+from .data import PairCollator, SourceBatches, TrainingPairs, check_negatives, check_pairs, check_prompts
 from .gradient_cache import RandomState, joint_side, place_rows, rows_of, sub_batches, value_with_gradient_of
 from .losses import IcrLoss, candidate_mask, icr_loss
-from .publishing import NOT_PUBLISHED, REPLACED, check_adapter, copy_on_cpu, export
+from .publishing import REPLACED, check_adapter, copy_on_cpu, export, published_files
 
 # What a GPU computes in the time in which it reads weights of half precision: about 300 tokens on an H100 (990 TFLOP/s,
 # 3.35 TB/s), and more where launching kernels takes longer than either.
@@ -73,18 +73,18 @@ class GircseTrainer(Trainer):
     ) -> None:
         if type(self).objective is None and args.per_device_train_batch_size * args.world_size == 1:
             check_negatives(pairs, args.num_negatives)
-        for rows in filter(None, (pairs, held_out)):
-            check_prompts(rows, processor, max_length)
+        check_metric(args.metric_for_best_model, model.config, args.k)
+        check_pairs(pairs, args.per_device_train_batch_size, args.world_size)
+        check_prompts((pairs, held_out), processor, max_length)
         if args.save_adapter:
             check_adapter(model, base_models, args.push_to_hub)
         set_defaults(args, model)
-        collator = PairCollator(processor, max_length)
         dataset = TrainingPairs(pairs, args.num_negatives, args.seed)
         self._epoch_setter = EpochSetter(dataset)
         super().__init__(
             model,
             args,
-            data_collator=collator,
+            data_collator=PairCollator(processor, max_length),
             train_dataset=dataset,
             eval_dataset=held_out,
             processing_class=processor,
@@ -246,7 +246,7 @@ class GircseTrainer(Trainer):
                 reduction=self.args.reduction,
                 dims=tuple(self.args.matryoshka_dims),
             )
-        self.record_metrics(loss, queries.detach(), candidates)
+            self.record_metrics(loss, queries.detach(), candidates)
         return loss.total
 
     def _gather(self, rows: Tensor, fill: float) -> Tensor:
@@ -309,15 +309,16 @@ class GircseTrainer(Trainer):
         """Retrieval accuracy on the held-out pairs, from one pass: `eval_accuracy` at the trained k, and
         `eval_accuracy_k1`, ... at this and each of ACCURACY_STEPS."""
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not pairs:
+            raise ValueError("there are no held-out pairs to evaluate on: give the trainer held_out, or eval_dataset")
         config = self._base_model().config
-        trained = 1 if config.step_token == "none" else self.args.k
-        steps = sorted({*accuracy_steps(config), trained})
+        trained, steps = 1 if config.step_token == "none" else self.args.k, measured_steps(config, self.args.k)
         bar = not self.args.disable_tqdm if self.is_world_process_zero() else None
         with self._on_device(), self.accelerator.autocast():  # as in training, also before Trainer prepares the model
             accuracy = retrieval_accuracy(
                 self.model, pairs, self.data_collator, self.args.per_device_eval_batch_size, steps, bar
             )
-        for k, value in accuracy.items():
+        for k, value in accuracy.items() if eval_dataset is None else ():
             before = self.scores.get(k, (math.nan,))[0] if self.state.global_step else value
             self.scores[k] = (before, value)
         metrics = {f"{metric_key_prefix}_accuracy_k{k}": value for k, value in accuracy.items()}
@@ -355,7 +356,7 @@ class GircseTrainer(Trainer):
             adapter_of = self.base_models[0] if self.args.save_adapter else None
             settings = (self.args.save_dtype, adapter_of, self._query_instruction)
             export(model, self.processing_class, self.args.output_dir, *settings)
-            self._write_card()
+            self._write_card(None)
 
     def push_to_hub(
         self,
@@ -389,15 +390,16 @@ class GircseTrainer(Trainer):
         api, where = HfApi(token=token), {"repo_id": self.hub_model_id, "revision": revision}
         if revision:
             api.create_branch(self.hub_model_id, branch=revision, exist_ok=True)
-        self._write_card("COMMIT")
+        self._write_card(self.hub_model_id)
+        print(f"Saved to {self.args.output_dir}; uploading it to {self.hub_model_id}", flush=True)
         commit = api.upload_folder(
             folder_path=self.args.output_dir,
-            ignore_patterns=NOT_PUBLISHED,
+            allow_patterns=published_files(self.processing_class),
             delete_patterns=REPLACED,
             commit_message=commit_message,
             **where,
         )
-        card = self._write_card(commit.oid)
+        card = self._write_card(self.hub_model_id, commit.oid)
         api.upload_file(
             path_or_fileobj=card, path_in_repo=card.name, commit_message="The card shows the pinned load", **where
         )
@@ -427,22 +429,9 @@ class GircseTrainer(Trainer):
         whole.float().load_state_dict(weights)
         return whole
 
-    def _write_card(self, commit: str | None = None) -> Path:
+    def _write_card(self, repo_id: str | None, commit: str | None = None) -> Path:
         folder = Path(self.args.output_dir)
-        repo_id = None if commit is None else self.hub_model_id
         known = (self.base_models, self.train_data, self.scores, repo_id, commit, self.objective)
         text = model_card(folder, self.args, *known, self._query_instruction)
         (folder / "README.md").write_text(text, encoding="utf-8")
         return folder / "README.md"
-
-
-def set_defaults(args: GircseTrainingArguments, model: PreTrainedModel | nn.Module) -> None:
-    """Sets what depends on the model and was not given."""
-    tuned = hasattr(model, "get_base_model")
-    if args.learning_rate is None:
-        args.learning_rate = LORA_RATE if tuned else FULL_RATE
-    # A head of its own that nothing is asked of gets no gradient. DDP has to look for it, which it is not told to do by
-    # Trainer under gradient checkpointing.
-    idle = not tuned and model.config.step_token != "soft" and not model.config.text_config.tie_word_embeddings
-    if args.ddp_find_unused_parameters is None and idle:
-        args.ddp_find_unused_parameters = True
