@@ -44,12 +44,12 @@ from huggingface_hub import HfApi, constants
 from mteb.abstasks.abstask import AbsTask
 
 from gircse import ROOT
-from gircse.command_line import DTYPES, lenient_console, local_path, unescape
+from gircse.command_line import DTYPES, lenient_console, local_path, positive_int, unescape
 from gircse.evaluation.cache import Results, prompts_of
 from gircse.evaluation.comparison import markdown as comparison_table
 from gircse.evaluation.comparison import write_comparison
 from gircse.evaluation.encoding import LoadedEncoder, StepEncoder, Vectors
-from gircse.evaluation.report import markdown, write_report
+from gircse.evaluation.report import clear_report, markdown, write_report
 from gircse.evaluation.subjects import STEPS, Subject, load_subject, say
 from gircse.evaluation.tasks import local_tasks, unread_files
 
@@ -199,12 +199,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", default=str(ROOT), help="GIRCSE folder or Hub id, or any Sentence Transformers model (this repo)")
     add("--tasks", nargs="+", required=True, metavar="NAME", help="local, mteb, nanobeir, followir, or names of tasks")
     add("--data", help="folder with the data files of local tasks")
-    add("--sample", type=int, help="of local tasks, so many rows of each, the same ones each time (all)")
+    add("--sample", type=positive_int, help="of local tasks, so many rows of each, the same ones each time (all)")
     add("--k", nargs="+", type=int, help=f"numbers of generated tokens ({' '.join(map(str, STEPS))})")
     add("--output_dir", type=local_path, default="runs/eval", help="where results are kept and looked for (runs/eval)")
-    add("--batch_size", type=int, default=32, help="texts embedded at once (32)")
+    add("--batch_size", type=positive_int, default=32, help="texts embedded at once (32)")
     add("--dtype", default="float32", choices=DTYPES, help="of the weights (float32)")
-    add("--max_length", type=int, help="most tokens of a text (the model's)")
+    add("--max_length", type=positive_int, help="most tokens of a text (the model's)")
     add("--device", help="cuda, cpu, .. (cuda if there is one)")
     add(
         "--prompt_template",
@@ -213,7 +213,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--model_name", help="organization/name under which results are filed (the Hub id, or local/FOLDER)")
     add("--trust_remote_code", action="store_true", help="run the code of a Hub model that is not a GIRCSE model")
     add("--expand_with", metavar="CAUSAL_LM", help="folder or Hub id of a model that augments each text first")
-    add("--expansion_tokens", type=int, default=256, help="the most of an augmentation (256)")
+    add("--expansion_tokens", type=positive_int, default=256, help="the most of an augmentation (256)")
     add("--models", type=Path, metavar="FILE", help="a JSON list of models, in the place of --model")
     add("--beside", type=Path, metavar="FILE", help="a JSON file of other numbers, to stand below those of --models")
     args = parser.parse_args(argv)
@@ -228,19 +228,29 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.model_name and args.models:
         parser.error(f"--model_name {args.model_name} is of one model: give each of --models its own in the file")
     if args.beside:
-        file, args.beside = args.beside, json.loads(args.beside.read_text(encoding="utf-8"))
+        file, args.beside = args.beside, read_json(args.beside)
         try:
             comparison_table([], {}, args.beside)
         except (KeyError, TypeError, ValueError) as error:
             parser.error(f"--beside {file} is not like recipes/paper/table2.json: {type(error).__name__}: {error}")
     if args.model_name and "/" not in args.model_name:
         parser.error(f"--model_name {args.model_name} must be organization/name, as mteb files results")
-    if args.expansion_tokens < 1:
-        parser.error(f"--expansion_tokens {args.expansion_tokens} must be at least 1; leave --expand_with out for none")
     if args.prompt_template:
         args.prompt_template = unescape(args.prompt_template)
         if "{instruction}" not in args.prompt_template:
             parser.error(f"prompt_template={args.prompt_template!r} has no '{{instruction}}'")
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: if it is not there, or no JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} can't be read as JSON: {error}") from error
 
 
 def check_entry(entry: Any, file: Path) -> None:
@@ -251,6 +261,8 @@ def check_entry(entry: Any, file: Path) -> None:
     for key, value in entry.items():
         if type(value) is not OWN[key]:
             raise ValueError(f"{file}: {key}={value!r} must be of type {OWN[key].__name__}")
+        if OWN[key] is int and value < 1:
+            raise ValueError(f"{file}: {key}={value} must be at least 1")
     if "/" not in entry.get("model_name", "/"):
         raise ValueError(f"{file}: model_name={entry['model_name']!r} must be organization/name, as mteb files results")
     if "{instruction}" not in entry.get("prompt_template", "{instruction}"):
@@ -265,7 +277,7 @@ def each_model(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
     Raises:
         ValueError: for an entry that is no model, or a name that two have.
     """
-    content = json.loads(args.models.read_text(encoding="utf-8"))
+    content = read_json(args.models)
     if not isinstance(content, list) or not content:
         raise ValueError(f"{args.models} holds {json.dumps(content)[:200]}: it must be a list of models")
     found: dict[str, argparse.Namespace] = {}
@@ -289,7 +301,10 @@ def evaluate_model(
     Tasks that failed come to `failed`."""
     say(f"loading {args.model}")
     subject = load_subject(args)
-    cache, rows = Results(out), []
+    cache = Results(out)
+    rows = collect(tasks, subject, cache)
+    if not rows:
+        clear_report(out)  # of another model
     for number, task in enumerate(tasks, 1):
         name = task.metadata.name
         say(f"[{number}/{len(tasks)}] {name}")
@@ -298,7 +313,7 @@ def evaluate_model(
         except Exception as error:  # one task must not cost the hours spent on the others
             traceback.print_exc()
             failed[name] = f"{type(error).__name__}: {error}"
-        rows = collect(tasks[:number], subject, cache)
+        rows = collect(tasks, subject, cache)
         if name not in failed and name not in {row["task"] for row in rows}:
             failed[name] = "its score is no number: are all embeddings alike, or all of its labels?"
         if rows:
@@ -312,7 +327,7 @@ def evaluate_models(
     models: dict[str, argparse.Namespace], tasks: Sequence[AbsTask], failed: dict[str, str], out: Path, command: str
 ) -> bool:
     """Evaluates each model into a folder of its own in `out`, and writes the comparison; whether all went well."""
-    found, well = {}, True
+    found, lacking, well = {}, {}, True
     for name, args in models.items():
         lost = dict(failed)
         try:
@@ -324,10 +339,14 @@ def evaluate_models(
         well = well and len(lost) == len(failed) and bool(rows)
         if rows:
             found[name] = rows, shown
+        lacking[name] = [
+            task.metadata.name for task in tasks if task.metadata.name not in {row["task"] for row in rows}
+        ]
         gc.collect()  # Sentence Transformers' models refer to themselves, and two may be too large for a GPU
         torch.cuda.empty_cache()
     if found:
-        say(f"\n{write_comparison(out, found, args.beside, command)}\n\nWritten to {out}")
+        lacking = {name: missing for name, missing in lacking.items() if missing}
+        say(f"\n{write_comparison(out, found, args.beside, command, lacking)}\n\nWritten to {out}")
     return well
 
 

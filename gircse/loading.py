@@ -30,6 +30,10 @@ OWN_FILES = re.compile(
     r"((processor_|preprocessor_)?config|config_sentence_transformers|modules|tokenizer(_config)?|special_tokens_map"
     r"|added_tokens|vocab|.+\.index)\.json|pytorch_model.*\.bin"
 )
+KINDS = (".safetensors", ".bin", ".json", ".jinja")
+# Of models of others: vocabularies, weights and code; and what is in their folders that is no part of the model.
+OF_OTHERS = re.compile(r"vocab\.txt|merges\.txt|.+\.(model|gguf|py|onnx)")
+NO_MODEL = re.compile(rf"\.|checkpoint-|runs$|eval$|{'|'.join(map(re.escape, REPORTS))}")
 # A new model's max_length leaves positions for at least this many steps, which evaluation takes.
 STEPS_OF_EVALUATION = 20
 
@@ -176,6 +180,13 @@ def read_config(path: str, revision: str | None = None) -> dict[str, Any]:
         if (folder / "adapter_config.json").exists():
             base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
             remedy = f"holds a PEFT adapter of {base!r}: train or convert that, with this folder as --adapter"
+            with suppress(OSError, ValueError):
+                if is_gircse(base):
+                    remedy = (
+                        f"holds an adapter of {base!r}: merge it by model = AutoModel.from_pretrained({path!r}, "
+                        "trust_remote_code=True) and model.merge_adapters(), and save that by "
+                        "gircse.training.publishing.export(model, processor, folder)"
+                    )
         elif gguf := sorted(file.name for file in folder.glob("*.gguf")):
             one = ", by --gguf_file one of them" if len(gguf) > 1 else ""
             remedy = f"holds GGUF files ({', '.join(gguf)}), which train_gircse.py makes a model of{one}"
@@ -237,18 +248,17 @@ def prompts_of(model: str, revision: str | None = None) -> dict[str, str]:
 
 def model_files(folder: Path) -> list[Path]:
     """The files that the vectors of a folder's model depend on, in the same order on any system: weights and settings
-    of the model, of Sentence Transformers' modules, and of an adapter that takes the weights' place. Not the reports of
-    an evaluation and other files of a user, nor shards that no index names, as nothing loads them."""
-    listed, settings = folder / "modules.json", own_settings(folder)
-    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
-    folders = {folder} | {folder / module["path"] for module in modules}
-    if settings.get("adapter"):
-        folders.add(folder / settings["adapter"])
-    kinds = (".safetensors", ".bin", ".json", ".jinja")
-    paths = {p for f in folders if f.is_dir() for p in f.iterdir() if p.suffix in kinds and p.name not in REPORTS}
-    if settings:
+    of the model, and of an adapter that takes the weights' place; of a model of others all that may be such, in any
+    folder. Not the reports of an evaluation and other files of a user, nor shards that no index names, as nothing loads
+    them."""
+    if settings := own_settings(folder):
+        folders = {folder, folder / (settings.get("adapter") or "")}
+        paths = {path for each in folders if each.is_dir() for path in each.iterdir() if path.suffix in KINDS}
         loose = {path for path in paths if path.parent == folder and path.suffix in (".json", ".bin")}
         paths -= {path for path in loose if not OWN_FILES.fullmatch(path.name)}
+    else:
+        paths = {path for path in folder.rglob("*") if path.suffix in KINDS or OF_OTHERS.fullmatch(path.name)}
+        paths -= {path for path in paths if any(map(NO_MODEL.match, path.relative_to(folder).parts))}
     indexed = {path.parent for path in paths if path.name.endswith(".index.json")}
     paths -= {path for path in paths if "-of-" in path.name and path.parent not in indexed}
     return sorted(paths, key=lambda path: path.relative_to(folder).parts)

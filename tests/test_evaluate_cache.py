@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,8 @@ import numpy as np
 
 import evaluate_gircse
 from evaluation_helpers import run, scores
-from gircse.evaluation import subjects
+from gircse.evaluation import cache, subjects
+from gircse.evaluation.encoding import Vectors
 from gircse.evaluation.subjects import content_hash
 from helpers import write_rows
 
@@ -37,13 +39,42 @@ def test_another_instruction_is_evaluated_anew(model_folder, data_folder, tmp_pa
     assert [report["tasks"][0]["prompts"]["both"].count("Which animal?") for report in (first, second)] == [1, 0]
 
 
-def test_a_result_without_its_prompts_is_taken(model_folder, data_folder, tmp_path, capsys):
-    """As those of before prompts were kept."""
+def test_a_result_without_its_prompts_is_none(model_folder, data_folder, tmp_path, capsys):
+    """It may be of others."""
     where = {"data": data_folder, "tasks": ["sts_pairs"]}
     run(model_folder, tmp_path, "--k", "1", **where)
     (tmp_path / "prompts.json").unlink()
     run(model_folder, tmp_path, "--k", "1", **where)
-    assert "has been evaluated before" in capsys.readouterr().out
+    assert "has been evaluated before" not in capsys.readouterr().out
+
+
+def test_two_evaluations_keep_their_prompts_in_one_folder(data_folder, tmp_path):
+    tasks = evaluate_gircse.choose_tasks(["sts_pairs", "clustering_rooms"], str(data_folder))
+    meta = mteb.models.ModelMeta.create_empty().model_copy(update={"name": "a/b", "revision": "1"})
+    subject = subjects.Subject(meta, {}, [None], None, {}, None, None)
+    both = [cache.Results(tmp_path), cache.Results(tmp_path)]
+    for kept, task in zip(both, tasks, strict=True):
+        kept.add(task, subject, None)
+    assert len(json.loads((tmp_path / "prompts.json").read_text())) == 2
+
+
+def test_a_result_of_some_languages_is_not_that_of_all(tmp_path):
+    some, every = mteb.get_task("STS17", hf_subsets=["en-en"]), mteb.get_task("STS17")
+    meta = mteb.models.ModelMeta.create_empty().model_copy(update={"name": "a/b", "revision": "1"})
+    subject, kept = subjects.Subject(meta, {}, [None], None, {}, None, None), cache.Results(tmp_path)
+    values = {"test": {"en-en": {"main_score": 0.5}}}
+    kept.save_to_cache(mteb.TaskResult.from_task_results(some, values, evaluation_time=1), meta)
+    kept.add(some, subject, None)
+    assert kept.has(some, subject, None) and not kept.has(every, subject, None)
+
+
+def test_a_text_on_both_sides_is_two_texts():
+    """Sentence Transformers has a way to embed for each, also without a prompt."""
+    embed = lambda texts, prompt, side, steps: np.full((len(texts), 1, 2), side == "query", np.float32)  # noqa: E731
+    subject = SimpleNamespace(embed=embed, settings={}, loaded=None)
+    with Vectors(subject, [None], 4) as vectors:
+        found = [float(vectors(["rain"], "", side, None)[0, 0]) for side in ("query", "document")]
+    assert found == [1, 0]
 
 
 def test_a_later_model_gets_the_draws_of_a_run_of_its_own(model_folder, data_folder, tmp_path):
@@ -84,6 +115,32 @@ def test_the_hash_of_a_model_is_of_what_it_embeds_with(model_folder, tmp_path):
     assert content_hash(folder) == before
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert content_hash(folder) != before
+
+
+@pytest.mark.parametrize("name", ["query_0_Static/model.safetensors", "0_Words/vocab.txt", "spiece.model", "own.py"])
+def test_the_hash_of_a_model_of_others_is_of_all_its_files(static_folder, tmp_path, name):
+    folder = shutil.copytree(static_folder, tmp_path / "model")
+    for other in ("README.md", "results.json", "checkpoint-10/model.safetensors", ".cache/a.json", "runs/b.json"):
+        (folder / other).parent.mkdir(exist_ok=True)
+        (folder / other).write_text("{}")
+    assert content_hash(folder) == content_hash(static_folder)
+    hashes = {content_hash(folder)}
+    (folder / name).parent.mkdir(exist_ok=True)
+    for content in ("one", "two"):
+        (folder / name).write_text(content)
+        hashes.add(content_hash(folder))
+    assert len(hashes) == 3
+
+
+def test_a_report_is_of_the_last_model_and_of_all_its_tasks(model_folder, static_folder, data_folder, tmp_path):
+    where, out = {"data": data_folder, "tasks": ["sts_pairs", "clustering_rooms"]}, tmp_path / "out"
+    run(model_folder, out, "--k", "1", **where)
+    report = run(model_folder, out, "--k", "1", data=data_folder, tasks=["clustering_rooms"])
+    assert [*scores(report)] == ["clustering_rooms"]
+    (tmp_path / "broken").mkdir()
+    write_rows(tmp_path / "broken/sts_pairs.jsonl", [{"sentence1": "a"}])
+    broken = {"data": tmp_path / "broken", "tasks": ["sts_pairs"], "status": 1}
+    assert run(static_folder, out, **broken) == {}  # nothing of the first model
 
 
 def test_a_folder_that_had_another_models_report_keeps_nothing_of_it(

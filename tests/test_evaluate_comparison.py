@@ -72,8 +72,10 @@ def test_several_models_in_one_run(static_folder, model_folder, data_folder, tmp
     assert "us/lost was not evaluated" in capsys.readouterr().out
     found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     assert {line["model"]: line["k"] for line in found["models"]} == {"us/ours": 3, static_folder.name: None}
-    assert sum(found["tasks"].values()) == len(TASKS)
+    assert sum(found["tasks"].values()) == len(TASKS) == len(found["not_evaluated"].pop("us/lost"))
+    assert found["not_evaluated"] == {}
     table = (out / "comparison.md").read_text(encoding="utf-8")
+    assert table.endswith("\n\nus/lost: not evaluated\n")
     assert table.count("(the paper, Table 2)") == 16 and f"| {static_folder.name} | – |" in table
     report = json.loads((out / static_folder.name / "results.json").read_text(encoding="utf-8"))
     assert report["tasks"][0]["prompts"]["both"].startswith("Task: ") and (out / "us__ours/results.md").exists()
@@ -89,6 +91,7 @@ def test_several_models_in_one_run(static_folder, model_folder, data_folder, tmp
         ([{"model": "a/b", "prompt_template": "Query: "}], "prompt_template='Query: ' has no '{instruction}'"),
         ([{"model": "a/b", "prompt_template": None}], "prompt_template=None must be of type str"),
         ([{"model": "a/b", "max_length": True}], "max_length=True must be of type int"),
+        ([{"model": "a/b", "batch_size": 0}], "batch_size=0 must be at least 1"),
         ([{"model": "a/b", "dtype": "bf16"}], "dtype='bf16' must be one of float32, bfloat16, float16"),
         ([{"model": "a/b"}, {"model": "c/d", "model_name": "a/b"}], "two models are called 'a/b'"),
     ],
@@ -106,7 +109,7 @@ def test_numbers_beside_need_several_models(capsys):
     with pytest.raises(SystemExit):
         main(["--tasks", "STS12", "--models", "models.json", "--model_name", "a/b"])
     assert "--model_name a/b is of one model" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+    with pytest.raises(ValueError, match="nowhere.json can't be read as JSON"):
         main(["--tasks", "STS12", "--models", "models.json", "--beside", "nowhere.json"])
 
 

@@ -76,10 +76,11 @@ def test_augmentations_are_kept_by_text_and_instruction(make_writer, tmp_path, m
     assert all({*json.loads(line)} == {"key", "augmentation"} for line in file.read_text(encoding="utf-8").splitlines())
 
 
-def test_an_augmentation_has_at_least_one_token(capsys):
+@pytest.mark.parametrize("name", ["expansion_tokens", "max_length", "batch_size", "sample"])
+def test_sizes_are_at_least_one(capsys, name):
     with pytest.raises(SystemExit):
-        main(["--tasks", "STS12", "--expand_with", "writer", "--expansion_tokens", "0"])
-    assert "--expansion_tokens 0 must be at least 1" in capsys.readouterr().err
+        main(["--tasks", "STS12", f"--{name}", "0"])
+    assert f"argument --{name}: '0' is not a whole number above 0" in capsys.readouterr().err
 
 
 def test_any_character_is_kept_and_read_again(make_writer, monkeypatch):
@@ -131,3 +132,7 @@ def test_tasks_are_evaluated_on_augmented_texts(
     assert instructions[FACETS["animal"]] == {row["text"] for row in SCENES}
     assert any("Given" in name and texts == {*QUERIES.values()} for name, texts in instructions.items())
     assert scores(report) != scores(plain)
+    rows = {row["task"]: row["prompts"] for row in report["tasks"]}
+    assert rows["instruct_scenes-animal"]["both, augmented for"] == FACETS["animal"]
+    half = run(model, tmp_path / "half", *options, "--dtype", "bfloat16", data=data_folder, tasks=tasks[:1])
+    assert half["settings"].get("expansion_dtype") == ("bfloat16" if loaded else None)

@@ -117,6 +117,9 @@ def test_a_document_may_be_a_title_alone(tmp_path):
     write_rows(folder / "retrieval_x_corpus.jsonl", [*corpus, {"_id": "d2", "title": "", "text": ""}])
     with pytest.raises(ValueError, match=r"corpus.jsonl:3: text and title are empty: write one or remove the row"):
         read_task(folder, "retrieval_x")
+    write_rows(folder / "retrieval_x_corpus.jsonl", [{"_id": "d0", "title": "Titled", "body": "its text"}])
+    with pytest.raises(ValueError, match=r"corpus.jsonl:1: there is no text, but _id, title, body: add it or rename"):
+        read_task(folder, "retrieval_x")
 
 
 @pytest.mark.parametrize(
@@ -234,7 +237,7 @@ def test_two_files_of_one_part_of_a_task_are_refused(tmp_path):
     assert [task.metadata.name for task in local_tasks(tmp_path)] == ["sts_x"]
 
 
-def test_facets(tmp_path):
+def test_facets(tmp_path, capsys):
     data = write_data(tmp_path / "data")
     (data / "instruct_scenes.jsonl.gz").unlink()
     rows = [*SCENES, {"text": "a dog", "labels": {"animal": "dog", "place": None}}]
@@ -243,6 +246,10 @@ def test_facets(tmp_path):
     assert len(read_task(data, "instruct_scenes-place")["test"]) == len(
         SCENES
     )  # no label of this facet: not in its task
+    assert "left out" not in capsys.readouterr().out
+    write_rows(data / "instruct_scenes.jsonl", [*rows, *[{"text": "a cow", "labels": {"Animal": "cow"}}] * 2])
+    assert len(read_task(data, "instruct_scenes-animal")["test"]) == len(rows)
+    assert "1 facets are not in instruct_instructions and are left out: 'Animal' (2)" in capsys.readouterr().out
     write_rows(data / "instruct_scenes.jsonl", [{**row, "labels": str(row["labels"])} for row in rows])
     with pytest.raises(
         ValueError, match=r"scenes.jsonl:1: labels=.+ must be an object, \{facet: label, ..\}; a table can"

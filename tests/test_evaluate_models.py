@@ -14,6 +14,7 @@ import pytest
 mteb = pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
 import huggingface_hub
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTaskClassification, AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
@@ -122,7 +123,23 @@ def test_a_model_for_which_mteb_has_a_loader_of_its_own(registry, static_folder,
     expected = 100 * spearmanr(model.similarity_pairwise(left, right), [pair[2] for pair in PAIRS])[0]
     assert scores(report)["sts_pairs"] == {"None": pytest.approx(expected, abs=0.01)}
     assert (report["model"], report["revision"], report["settings"]) == (name, "1", {})
-    assert report["tasks"][0]["prompts"] == {"both": "as mteb's loader writes it"}
+    given = {"both": "as mteb's loader writes it", "both, instruction": INSTRUCTIONS["sts"]}
+    assert report["tasks"][0]["prompts"] == given
+    monkeypatch.setitem(INSTRUCTIONS, "sts", "Which is like it?")
+    again = run(name, tmp_path / "out", **options)
+    assert scores(again)["sts_pairs"] != scores(report)["sts_pairs"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tensors_of_a_loader_are_taken(registry, static_folder, data_folder, tmp_path, monkeypatch, dtype):
+    name, encode = registry("tensors"), SentenceTransformer.encode
+    tasks = {"data": data_folder, "tasks": ["sts_pairs", "instruct_scenes_triplets-animal", "retrieval_little"]}
+    expected = scores(run(name, tmp_path / "arrays", **tasks))
+    monkeypatch.setattr(
+        SentenceTransformer, "encode", lambda *args, **kw: torch.as_tensor(encode(*args, **kw)).to(dtype)
+    )
+    found = scores(run(name, tmp_path / "tensors", **tasks))
+    assert found.keys() == expected.keys() and (dtype == torch.bfloat16 or found == expected)
 
 
 def test_what_mteb_would_load_is_checked(registry, data_folder, tmp_path):

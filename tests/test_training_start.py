@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from gircse.loading import PAPER_PROMPT
 from gircse.training.arguments import ModelArguments
 from gircse.training.publishing import export
-from helpers import make_tokenizer, needs_bitsandbytes, tiny_text_config
+from helpers import ROOT, make_tokenizer, needs_bitsandbytes, tiny_text_config
 from train_gircse import add_lora, load_model, main
 
 pytestmark = pytest.mark.usefixtures("training_cache")
@@ -171,6 +171,10 @@ def test_lora_of_a_backbone_in_4_bits_loads_as_it_was_trained(tmp_path):
         (
             {"adapter_config.json": '{"base_model_name_or_path": "some/base"}'},
             "adapter of 'some/base': train or convert that, .* --adapter",
+        ),
+        (
+            {"adapter_config.json": json.dumps({"base_model_name_or_path": str(ROOT)})},
+            r"holds an adapter of .*: merge it by model = AutoModel.from_pretrained\(.*merge_adapters",
         ),
         ({"a.gguf": "", "b.gguf": ""}, "GGUF files .a.gguf, b.gguf., .* by --gguf_file one of"),
         ({"modules.json": "[]"}, "Sentence Transformers model of other modules"),

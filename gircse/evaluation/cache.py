@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 import mteb
+from filelock import FileLock
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.abstask import AbsTask
 
-from .subjects import Subject
+from .subjects import Subject, instruction_of
 
 
 class Results(mteb.ResultCache):
@@ -19,7 +20,6 @@ class Results(mteb.ResultCache):
     def __init__(self, out: Path) -> None:
         super().__init__(out)
         self.file = out / "prompts.json"
-        self.prompts = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
 
     def has(self, task: AbsTask, subject: Subject, k: int | None) -> bool:
         """Whether there is a result for this revision of the data and for these prompts; mteb alone takes any."""
@@ -29,15 +29,18 @@ class Results(mteb.ResultCache):
             return False
         if result is None or result.dataset_revision != task.metadata.revision or result.get_missing_evaluations(task):
             return False
-        prompts = prompts_of(task, subject)
-        return self.prompts.get(self._key(task, subject, k), prompts) == prompts
+        return self._kept().get(self._key(task, subject, k)) == prompts_of(task, subject)
 
     def add(self, task: AbsTask, subject: Subject, k: int | None) -> None:
         """Keeps the prompts of a result that has just been written."""
-        self.prompts[self._key(task, subject, k)] = prompts_of(task, subject)
-        half = self.file.with_suffix(".tmp")
-        half.write_text(json.dumps(self.prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(half, self.file)
+        with FileLock(self.file.with_name(".prompts.lock")):  # others may evaluate into the same folder
+            prompts = self._kept() | {self._key(task, subject, k): prompts_of(task, subject)}
+            half = self.file.with_suffix(".tmp")
+            half.write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(half, self.file)
+
+    def _kept(self) -> dict[str, dict[str, str]]:
+        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
 
     @staticmethod
     def _key(task: AbsTask, subject: Subject, k: int | None) -> str:
@@ -46,6 +49,14 @@ class Results(mteb.ResultCache):
 
 
 def prompts_of(task: AbsTask, subject: Subject) -> dict[str, str]:
-    """The literal prefixes of a task's sides, or of "both"."""
+    """The literal prefixes of a task's sides, or of "both"; beside them the instructions that a model's loader or the
+    writer of augmentations is given."""
     sides = ("query", "document") if isinstance(task, AbsTaskRetrieval) else (None,)
-    return {side or "both": subject.prompt(task.metadata, side) for side in sides}
+    found = {side or "both": subject.prompt(task.metadata, side) for side in sides}
+    if subject.loaded:
+        given = task.metadata.prompt or {}
+        given = given if isinstance(given, dict) else {"both": given}
+        found |= {f"{side}, instruction": text for side, text in given.items() if text}
+    if subject.expand:
+        found |= {f"{side or 'both'}, augmented for": instruction_of(task.metadata, side) for side in sides}
+    return found

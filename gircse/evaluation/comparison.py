@@ -93,13 +93,21 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def write_comparison(
-    out: Path, models: dict[str, tuple[list[dict[str, Any]], int | None]], beside: dict[str, Any] | None, command: str
+    out: Path,
+    models: dict[str, tuple[list[dict[str, Any]], int | None]],
+    beside: dict[str, Any] | None,
+    command: str,
+    lacking: dict[str, list[str]],
 ) -> str:
-    """Writes `comparison.json` and `comparison.md`; returns the table. `beside` is what `markdown` takes."""
+    """Writes `comparison.json` and `comparison.md`; returns the table. `beside` is what `markdown` takes, `lacking` the
+    tasks that a model has no score of: others' scores of these don't count either, unless it has none at all."""
     lines, counts = compare(models)
     table = markdown(lines, counts, beside)
-    content = {"command": command, "tasks": counts, "models": lines}
+    content = {"command": command, "tasks": counts, "models": lines, "not_evaluated": lacking}
     (out / "comparison.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text = f"Scores x 100 and ranks, of the tasks that all models have:\n\n{table}\n\n```bash\n{command}\n```\n"
+    parts = [f"Scores x 100 and ranks, of the tasks that all models have:\n\n{table}", f"```bash\n{command}\n```"]
+    for name, tasks in lacking.items():
+        parts.append(f"{name}: " + (f"no score of {', '.join(tasks)}" if name in models else "not evaluated"))
+    text = "\n\n".join(parts) + "\n"
     (out / "comparison.md").write_text(text, encoding="utf-8")
     return table

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from mteb.models.abs_encoder import AbsEncoder
 from torch.utils.data import DataLoader
 
-from .subjects import Subject, progress, repo_prompts, say, task_prompt
+from .subjects import Subject, instruction_of, progress, say
 
 
 class Vectors:
@@ -86,6 +87,8 @@ class LoadedEncoder(AbsEncoder):
             texts = texts_of(inputs, self.subject, task_metadata, prompt_type.value if prompt_type else None)
             inputs = DataLoader(Dataset.from_dict({"text": texts}), batch_size=inputs.batch_size)
         embeddings = self.subject.loaded.encode(inputs, task_metadata=task_metadata, prompt_type=prompt_type, **kwargs)
+        if isinstance(embeddings, torch.Tensor):  # numpy has no bfloat16, and none on a GPU
+            embeddings = embeddings.float().cpu().numpy()
         check_finite(embeddings, self.subject)
         return embeddings
 
@@ -108,6 +111,5 @@ def texts_of(inputs: Any, subject: Subject, task_metadata: Any, side: str | None
     texts = [text for batch in inputs for text in batch["text"]]
     if subject.expand:
         say("  augmenting texts")
-        bare = "{instruction}"
-        texts = subject.expand(texts, task_prompt(repo_prompts(bare), bare, task_metadata, side))
+        texts = subject.expand(texts, instruction_of(task_metadata, side))
     return texts

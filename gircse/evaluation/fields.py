@@ -28,6 +28,11 @@ def text_or_none(value: Any) -> str:
     return "" if value is None or value == "" else text(value)
 
 
+def text_or_empty(value: Any) -> str:
+    """Text of a field that must be there, as `text_or_none` need not."""
+    return text_or_none(value)
+
+
 def name(value: Any) -> str:
     """A label or an id."""
     if isinstance(value, float) and value.is_integer():  # pandas' whole numbers, if one is missing

@@ -141,6 +141,14 @@ def registry_entry(meta: ModelMeta) -> str:
     return f"{infinite}{imports}from mteb.models.model_meta import ScoringFunction\n\nmodel = {meta.to_python()}\n"
 
 
+def clear_report(out: Path) -> None:
+    """Removes what `write_report` has written to a folder."""
+    for name in ("results.json", "results.md", "card_metadata.yaml", "model_meta.py", "k_curve.png"):
+        (out / name).unlink(missing_ok=True)
+    for entry in (out / ".eval_results").glob("*.yaml"):
+        entry.unlink()
+
+
 def write_report(
     out: Path,
     rows: list[dict[str, Any]],
@@ -171,6 +179,7 @@ def write_report(
         "means": means(rows),
         "not_evaluated": failed,
     }
+    clear_report(out)  # of another model, it may have files that this one doesn't get
     (out / "results.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     of = f", of a sample of {settings['sample']} rows of each task" if "sample" in settings else ""
     lines = [f"`{meta.name}` at `{meta.revision}`, scores x 100{of}:", "", markdown(rows), ""]
@@ -179,9 +188,6 @@ def write_report(
     (out / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "card_metadata.yaml").write_text(card_metadata(rows, meta, shown), encoding="utf-8")
     (out / "model_meta.py").write_text(registry_entry(meta), encoding="utf-8")
-    (out / "k_curve.png").unlink(missing_ok=True)
-    for entry in (out / ".eval_results").glob("*.yaml"):  # perhaps of another model, of which it says nothing
-        entry.unlink()
     for name, content in hub_entries(rows, settings, shown).items():
         (out / ".eval_results").mkdir(exist_ok=True)
         (out / ".eval_results" / name).write_text(content, encoding="utf-8")

@@ -111,6 +111,12 @@ def task_prompt(prompts: dict[str, str], template: str, metadata: Any, side: str
     return template.replace("{instruction}", instruction or get_abstask_prompt(metadata.name))
 
 
+def instruction_of(metadata: Any, side: str | None) -> str:
+    """The instruction of one side of a task, by the same rule; "" where there is none."""
+    bare = "{instruction}"
+    return task_prompt(repo_prompts(bare), bare, metadata, side)
+
+
 def say(line: str) -> None:
     print(line, flush=True)  # unflushed, a log would get it hours later
 
@@ -155,6 +161,8 @@ def load_subject(args: argparse.Namespace) -> Subject:
         settings = args.expansion_tokens, args.batch_size, getattr(torch, args.dtype), device, progress
         subject.expand = Writer(args.expand_with, Path(args.output_dir, "expansions", file), *settings)
         subject.settings |= {"expand_with": name, "expansion_tokens": args.expansion_tokens}
+        if subject.loaded and args.dtype != "float32":  # which is not the model's then, but the writer's
+            subject.settings["expansion_dtype"] = args.dtype
     return subject
 
 
@@ -230,7 +238,10 @@ def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subj
         model_kwargs={name_of_dtype: getattr(torch, args.dtype)},
     )
     if args.max_length:
-        model.max_seq_length = args.max_length
+        try:
+            model.max_seq_length = args.max_length
+        except AttributeError as error:  # of static embeddings, which read any number of tokens
+            raise ValueError(f"max_length={args.max_length}: {args.model} has no such limit, leave it out") from error
 
     def embed(texts: list[str], prompt: str, side: str | None, steps: list[int | None]) -> np.ndarray:
         encode = {"query": model.encode_query, "document": model.encode_document, None: model.encode}[side]

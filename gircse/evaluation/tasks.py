@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ from .fields import (
     number,
     read_rows,
     text,
+    text_or_empty,
     text_or_none,
 )
 
@@ -96,6 +97,7 @@ class LocalTask:
     metadata: TaskMetadata
     files: dict[str, Path]
     facet: str | None
+    facets: Collection[str]
     sample: int | None
 
     @classmethod
@@ -105,6 +107,7 @@ class LocalTask:
         files: dict[str, Path],
         instruction: str | None,
         facet: str | None = None,
+        facets: Collection[str] = (),
         sample: int | None = None,
     ) -> LocalTask:
         """A task; the hash of its files is the data set's revision, with the sample's size behind it.
@@ -114,6 +117,7 @@ class LocalTask:
             files: role to path; a path where no file is makes the task `unavailable`.
             instruction: of all texts; for retrieval, of the queries, None for the model's own.
             facet: the label set, where there are several.
+            facets: all that have an instruction.
             sample: so many of its rows, drawn with a fixed seed, instead of all.
         """
         content = hashlib.sha256()
@@ -130,7 +134,7 @@ class LocalTask:
             main_score=cls.main_score,
             prompt=instruction if cls.symmetric or not instruction else {"query": instruction},
         )
-        own = {"metadata": metadata, "files": files, "facet": facet, "sample": sample}
+        own = {"metadata": metadata, "files": files, "facet": facet, "facets": facets, "sample": sample}
         return type(cls.__name__, (cls,), own)()
 
     def unavailable(self) -> str | None:
@@ -147,6 +151,12 @@ class LocalTask:
                 values = self.dataset["test"][self.varies]
                 must_differ(f"a sample of {self.sample} rows (take more)", self.varies, values)
             self.data_loaded = True
+
+    def say_left_out(self, facets: Iterable[str]) -> None:
+        """Prints which facets of a file have no instruction, as misspelt ones; their labels are in no task."""
+        if lost := Counter(facet for facet in facets if facet not in self.facets):
+            shown = ", ".join(f"{ascii(facet)} ({count})" for facet, count in lost.most_common(3))
+            print(f"  {self.files['data'].name}: {len(lost)} facets are not in {FACETS} and are left out: {shown}")
 
     def drawn(self, dataset: Any, count: int) -> Any:
         """Up to `count` rows of each split."""
@@ -226,6 +236,7 @@ class LocalFacetClustering(LocalClustering):
 
     def read(self) -> DatasetDict:
         found = read_rows(self.files["data"], text=text, labels=facet_labels)
+        self.say_left_out(facet for row in found for facet in row["labels"])
         rows = [{**row, "label": row["labels"][self.facet]} for row in found if self.facet in row["labels"]]
         if not rows:
             raise ValueError(f"{self.files['data']}: no row has a label of facet {self.facet!r}, which {FACETS} names")
@@ -239,7 +250,7 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
 
     def read(self) -> dict[str, dict[str, dict[str, Any]]]:
         queries = self._read_by_id("queries", text=text)
-        corpus = self._read_by_id("corpus", text=text_or_none, title=text_or_none)
+        corpus = self._read_by_id("corpus", text=text_or_empty, title=text_or_none)
         relevant = self._read_judgements(queries, corpus)
         split = {
             "queries": columns([queries[query] for query in relevant], id="_id", text="text"),
@@ -310,6 +321,7 @@ class LocalTriplets(LocalTask, AbsTask):
     def read(self) -> DatasetDict:
         sides = ("anchor", "positive", "negative")
         found = read_rows(self.files["data"], **dict.fromkeys(sides, text), facet=text)
+        self.say_left_out(row["facet"] for row in found)
         rows = [row for row in found if row["facet"] == self.facet]
         if not rows:
             raise ValueError(f"{self.files['data']}: no row is of facet {self.facet!r}, which {FACETS} names")
@@ -373,10 +385,11 @@ def local_tasks(folder: str | Path, sample: int | None = None) -> list[LocalTask
 
     described = read_instructions(paths[FACETS]) if FACETS in paths else {}
     for (dataset, facet), instruction in described.items():
+        facets = {known for of, known in described if of == dataset}
         for stem, task in ((dataset, LocalFacetClustering), (f"{dataset}_triplets", LocalTriplets)):
             if f"instruct_{stem}" in paths or task is LocalFacetClustering:
                 title = f"instruct_{stem}-{facet}"
-                tasks[title] = task.make(title, files(data=f"instruct_{stem}"), instruction, facet, sample)
+                tasks[title] = task.make(title, files(data=f"instruct_{stem}"), instruction, facet, facets, sample)
     for stem in paths:
         dataset = stem.removeprefix("instruct_").removesuffix("_triplets")
         if stem.startswith("instruct_") and stem != FACETS and dataset not in {known for known, _ in described}:

@@ -69,7 +69,6 @@ STABLE = {
     "lora_1e-4": "T = 2, LoRA at 1e-4",
     "lora": "T = 2, LoRA at 2e-4",
     "lora_5e-4": "T = 2, LoRA at 5e-4",
-    "causal_eos": "Causal-EOS",
 }
 COLORS = {"gircse": "tab:green", "causal_eos": "tab:blue"}
 STEPS = [1, 3, 5, 10, 15, 20]

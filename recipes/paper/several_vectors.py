@@ -80,11 +80,13 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     args, rest = parser.parse_known_args()
     settings = evaluate_gircse.parse(["--k", *map(str, STEPS), *rest])
+    if settings.expand_with:
+        parser.error("--expand_with: texts are embedded alone here")
     model, processor = load(settings.model, dtype=settings.dtype)
-    if settings.max_length:
-        processor.max_length = settings.max_length
+    subject = load_subject(settings)
+    processor.max_length = int(subject.meta.max_tokens)  # with room for the most steps
     encoder = MultiVectorEncoder(modules=[GeneratedStates(model.eval(), processor)], device=settings.device)
-    vectors = SeveralVectors(encoder, load_subject(settings), settings.batch_size)
+    vectors = SeveralVectors(encoder, subject, settings.batch_size)
     tasks = evaluate_gircse.choose_tasks(settings.tasks, settings.data, settings.sample)
     tasks = [task for task in tasks if isinstance(task, LocalRetrieval)]
     content = {"command": shlex.join(["python", *sys.argv])}

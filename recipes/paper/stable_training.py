@@ -63,7 +63,6 @@ RUNS = {
     "gradient_0.1": f"--logit_temperature 1 --soft_token_gradient 0.1 {FULL}",
     "papers_prompt": f"{PAPERS} --suffix '' --logit_temperature 2 {FULL}",
     "end_token": f"{PAPERS} --suffix '<|im_end|>' --logit_temperature 2 {FULL}",
-    "causal_eos": f"--step_token none --pooling last {FULL}",
 }
 # The default but for a small budget; 1e-4 is a fifth of the default rate of a LoRA, and not tuned.
 DEFAULT = "--max_steps 40 --per_device_train_batch_size 8 --learning_rate 1e-4 --logging_steps 1 --report_to none"

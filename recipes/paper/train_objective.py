@@ -120,9 +120,10 @@ class LearnedTemperature(GircseTrainer):
     the states are divided."""
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        next_token, base.temperature_shift = base._next_token, nn.Parameter(torch.zeros(()))
-        base._next_token = lambda state: next_token(state * torch.exp(-TEMPERATURE_RATE * base.temperature_shift))
+        if hasattr(model, "get_base_model"):
+            raise ValueError("--learn_temperature needs --tuning full: a checkpoint of a LoRA holds no temperature")
+        next_token, model.temperature_shift = model._next_token, nn.Parameter(torch.zeros(()))
+        model._next_token = lambda state: next_token(state * torch.exp(-TEMPERATURE_RATE * model.temperature_shift))
         super().__init__(model, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
