@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None, make_trainer: Callable[..., GircseTr
         data.max_length,
         base_models=base_models,
         train_data=data.train_data,
-        callbacks=[Split(len(rows), len(held_out))],
+        callbacks=[Split(len(rows), len(held_out), training.seed)],
     )
 
     if len(held_out):
@@ -164,7 +164,9 @@ def train(trainer: GircseTrainer, checkpoint: str | None) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         return
     # No epoch to train; of the schedules, some divide by the number of steps.
-    changes = {"max_steps": -1, "num_train_epochs": 0, "lr_scheduler_type": "constant", "load_best_model_at_end": False}
+    changes = {"max_steps": -1, "num_train_epochs": 0, "lr_scheduler_type": "constant"}
+    if args.resume_from_checkpoint != "last":  # this one was asked for, be another one the best
+        changes["load_best_model_at_end"] = False
     given = {name: getattr(args, name) for name in changes}
     vars(args).update(changes)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -180,13 +182,14 @@ def save(trainer: GircseTrainer) -> None:
             print(f"\nHeld-out retrieval accuracy ({len(trainer.eval_dataset)} pairs)\n   k  before  after")
             for k, (before, after) in trainer.scores.items():
                 print(f"  {k:2d}  {before:6.3f} {after:6.3f}")
-        plot_curves(trainer.state.log_history, Path(folder) / "training_curves.png")
+        try:
+            plot_curves(trainer.state.log_history, Path(folder) / "training_curves.png")
+        except Exception as error:  # a picture must not cost the model
+            logger.warning(f"the training curves can't be drawn: {type(error).__name__}: {error}")
         print(f"\nSaving to {folder}", flush=True)
     commit = trainer.push_to_hub() if trainer.args.push_to_hub else trainer.export()
     if first:
-        print(f"Saved to {folder}")
-        if trainer.args.push_to_hub:
-            print(f"Published: {commit}")
+        print(f"Published: {commit}" if trainer.args.push_to_hub else f"Saved to {folder}")
 
 
 def check_settings(
@@ -202,6 +205,9 @@ def check_settings(
         raise ValueError(f"k={training.k} would leave some of the model's {config.num_steps} learned tokens untrained")
     if arguments.tuning == "full" and arguments.dtype != "float32":
         raise ValueError(f"dtype={arguments.dtype!r} loses small updates of the weights; with full tuning use float32")
+    gguf = arguments.gguf_file or only_gguf_file(arguments.model_name_or_path)
+    if training.save_adapter and gguf:
+        raise ValueError(f"save_adapter: an adapter can't be loaded beside a GGUF file ({gguf}); leave it out")
     if training.eval_strategy != "no" and data.held_out == 0:
         raise ValueError("eval_strategy needs pairs to evaluate on: held_out must be > 0")
     if wrong := [size for size in training.matryoshka_dims if not 0 < size < config.hidden_size]:
@@ -226,20 +232,24 @@ def hold_out(
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and held-out pairs, those of a checkpoint's run if there is one; see `split_held_out`."""
     split = Split.of(checkpoint) if checkpoint else {}
-    check_split(split, len(rows), data)
+    check_split(split, len(rows), data, training.seed)
     count = split.get("held_out", data.held_out)
-    if count is not None:
-        return split_held_out(rows, count, training.seed)
     try:
-        pairs, held_out = split_held_out(rows, held_out_size(len(rows), training), training.seed)
-    except ValueError:  # every query has more pairs than would be held out, which nobody asked for
+        wanted = held_out_size(len(rows), training) if count is None else count
+        pairs, held_out = split_held_out(rows, wanted, training.seed)
+    except ValueError:
+        if count is not None:
+            raise
+        # every query has more pairs than would be held out, which nobody asked for
         pairs, held_out = split_held_out(rows, 0, training.seed)
     if not len(held_out) and (training.eval_strategy != "no" or training.eval_on_start):
-        raise ValueError(f"{data.train_data} has too few pairs to hold some out by itself: give --held_out N")
+        raise ValueError(
+            f"no pair of {data.train_data} is held out, to evaluate on in training: give a new run --held_out N"
+        )
     return pairs, held_out
 
 
-def check_split(split: dict[str, int], rows: int, data: DataArguments) -> None:
+def check_split(split: dict[str, int], rows: int, data: DataArguments, seed: int) -> None:
     """Raises a ValueError where a run would not go on with the pairs of its checkpoint, `split` of `Split.of`."""
     if rows != split.get("pairs", rows):
         raise ValueError(
@@ -251,6 +261,8 @@ def check_split(split: dict[str, int], rows: int, data: DataArguments) -> None:
             f"held_out={data.held_out}, but the run of this checkpoint held out {split['held_out']} pairs and trained "
             "on the others: leave --held_out away"
         )
+    if split.get("seed") not in (None, seed):
+        raise ValueError(f"seed={seed} would hold pairs out that the run of this checkpoint has trained on, by {split}")
 
 
 def held_out_size(rows: int, training: GircseTrainingArguments) -> int:
@@ -276,12 +288,13 @@ def check_output(training: GircseTrainingArguments) -> str | None:
         raise ValueError(f"output_dir={training.output_dir!r} can't be written to ({error}); choose another") from error
     checkpoint = last_checkpoint(folder)
     wanted = training.resume_from_checkpoint
-    if checkpoint and not wanted:
+    goes_on = wanted and (wanted == "last" or Path(wanted).resolve().parent == folder.resolve())
+    if checkpoint and not goes_on:
         raise ValueError(
             f"output_dir={training.output_dir!r} holds {checkpoint.name} of an earlier run: add "
             "--resume_from_checkpoint last to go on with it, or choose another folder"
         )
-    if not wanted and (folder / "config.json").exists() and training.output_dir != SAMPLE_FOLDER:
+    if not goes_on and (folder / "config.json").exists() and training.output_dir != SAMPLE_FOLDER:
         raise ValueError(
             f"output_dir={training.output_dir!r} holds a model, which would be overwritten: choose another folder, or "
             "remove it"

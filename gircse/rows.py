@@ -135,6 +135,8 @@ class RowFile:
         header = file.readline()
         if not header.strip():
             raise ValueError(f"{self.path} has no header: the first line must name the columns")
+        if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in header):
+            raise ValueError(f"{self.path}: the header is not UTF-8 (UTF-16, perhaps): save the file in that encoding")
         delimiter = "\t" if self.kind == ".tsv" else max(",;\t", key=header.count)
         # A quoted name may hold a line break, so the header is read again as a record.
         records = csv.reader(chain([header], file), delimiter=delimiter, strict=True)

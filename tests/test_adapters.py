@@ -220,7 +220,7 @@ def test_adapter_only_folder_that_does_not_fit_raises(trained, tmp_path, reason)
 def test_adapter_that_would_not_load_is_refused_before_training(plain, trained, tmp_path, options, reason):
     options = [str(trained / "adapter_only" / "adapter") if name == "ADAPTER" else name for name in options]
     argv = f"--model_name_or_path {plain} --train_data {trained / 'pairs.jsonl'} --save_adapter --k 2 --held_out 0 "
-    argv += f"--output_dir {tmp_path / 'out'} --use_cpu True --report_to none"
+    argv += f"--output_dir {tmp_path / 'out'} --use_cpu True --report_to none --per_device_train_batch_size 4"
     with pytest.raises(ValueError, match=f"save_adapter=True.*{reason}"):
         main([*argv.split(), *options])
 

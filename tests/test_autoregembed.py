@@ -280,6 +280,19 @@ def test_what_training_does_not_take_is_refused(place, tmp_path):
         place("alignment", place.plain, "two")
 
 
+@pytest.mark.parametrize(("option", "message"), [("--tau 0", "tau=0.0 must"), ("--beta -1", "beta=-1.0 must")])
+def test_numbers_that_train_nothing_are_refused(place, option, message):
+    with pytest.raises(ValueError, match=f"{message} be > 0, and finite"):
+        place("alignment", place.plain, "three", *option.split())
+
+
+def test_documents_longer_than_the_decoders_positions_are_cut(place):
+    rows = [{"query": f"q {i}", "pos": ["red " * 300], "neg": ["cold"]} for i in range(28)]
+    (place.folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ("--train_data", str(place.folder / "long.jsonl"), "--max_steps", "1")
+    assert len(place("compression", place.plain, "long", "--target_length", "500", *data)) == 1
+
+
 def test_another_models_decoder_is_refused(place, make_plain):
     _, other = make_plain("llama", vocab_size=401)
     with pytest.raises(

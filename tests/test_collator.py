@@ -11,6 +11,7 @@ from gircse.training.data import PairCollator, SourceBatches, TrainingPairs, spl
 from gircse.training.losses import candidate_mask, icr_loss
 from gircse.training.pairs import load_pairs
 from helpers import write_rows
+from training_helpers import make_pairs
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -152,6 +153,16 @@ def test_a_query_is_the_same_under_the_same_instruction():
     rows = [training_row("q", str(i), instruction=instruction) for i, instruction in enumerate(("a", "a", "b", ""))]
     ids = PairCollator(FakeProcessor())(rows)["query_ids"].tolist()
     assert ids[0] == ids[1] and len(set(ids)) == 3
+
+
+def test_rows_of_one_query_share_their_positives_also_in_other_batches():
+    rows = [{"query": "q", "pos": [text], "neg": ["n"], "instruction": ask} for text, ask in ("ax", "bx", "by", "ax")]
+    pairs = TrainingPairs(make_pairs([*rows, {"query": "r", "pos": ["b"]}]), 1, seed=0)
+    assert [pairs[i]["all_positives"] for i in range(5)] == [["a", "b"], ["a", "b"], ["b"], ["a", "b"], ["b"]]
+    # The first row beside the last: b is right for both queries.
+    batch = PairCollator(FakeProcessor())([pairs[0] | {"negatives": ["b"]}, pairs[4]])
+    names = ("document_ids", "positive_ids", "document_labels", "query_labels", "query_ids", "prompted_ids")
+    assert candidate_mask(*(batch[name] for name in names)).tolist() == [[True, False, False], [True, True, False]]
 
 
 def test_ids_are_the_same_in_every_process():

@@ -68,7 +68,10 @@ def test_held_out_count():
 
 
 def many_texts(rows: int = 20) -> datasets.Dataset:
-    texts = [{"pos": [f"p{i}.{j}" for j in range(9)], "neg": [f"n{i}.{j}" for j in range(9)]} for i in range(rows)]
+    texts = [
+        {"query": f"q{i}", "pos": [f"p{i}.{j}" for j in range(9)], "neg": [f"n{i}.{j}" for j in range(9)]}
+        for i in range(rows)
+    ]
     return make_pairs(texts)
 
 

@@ -140,6 +140,21 @@ def test_cached_gradients_under_autocast(processor, tmp_path, own_precision):
     assert torch.cosine_similarity(found, plain, dim=0) > 0.99
 
 
+def test_the_loss_of_bfloat16_states_is_in_float32(processor, tmp_path, own_precision):
+    """And so is what is logged of them."""
+    rows = make_rows(4)
+    trainer = make_trainer(tiny_model(), processor, tmp_path, rows, bf16=True)
+    inputs, seen = one_batch(processor, rows), watch_passes(trainer.model)
+    loss, _ = step(trainer, inputs)
+    embeddings = torch.cat([found for _, found in seen])
+    assert embeddings.dtype == torch.float32
+    expected = joint_loss(trainer.args, embeddings[:4], embeddings[4:], inputs)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    final = embeddings[:4, -1]
+    cosines = (final @ final.T)[~torch.eye(4, dtype=torch.bool)]
+    assert trainer._metrics[0]["mean_cosine"].item() == pytest.approx(cosines.mean().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_memory_that_runs_out_makes_sub_batches_and_keeps_the_batch(processor, tmp_path, steps_before):
     """A "GPU" that takes five texts at once, perhaps from some step on only: the same losses and gradients as with room

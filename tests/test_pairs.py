@@ -244,7 +244,7 @@ BAD_ROWS = {
     '{"anchor": "q", "positive": "p", "negative_3": ""}': "'negative_3' is empty",
     '{"query": "q", "pos": ["p"], "instruction": ["i"]}': "'instruction' must be text",
     '{"query": "q", "pos": ["p"], "prompt": 1}': "'prompt' must be text",
-    '{"query": "q", "pos": ["p"], "source": 1}': "'source' must be text",
+    '{"query": "q", "pos": ["p"], "source": 1.5}': "'source' must be text",
     '{"query": "q", "pos": ["p"], "label": 0.5}': "'label' must be text",
     '{"query": "q", "pos": ["p"], "label": true}': "'label' must be text",
     '{"query": "q", "pos": ["p"], "symmetric": "yes"}': "'symmetric' is 'yes'; write true or false",

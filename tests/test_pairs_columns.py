@@ -87,6 +87,22 @@ def test_one_label_for_all_leaves_no_negatives(tmp_path):
     assert load_pairs(path)["label"][:] == ["1"] * 3
 
 
+def test_whole_numbers_are_labels_and_sources_also_as_pandas_writes_them(tmp_path):
+    rows = [{"anchor": f"q{i}", "positive": f"p{i}", "label": 2.0 + i, "source": i} for i in range(2)]
+    pairs = load_pairs(write_rows(tmp_path / "a.jsonl", rows))
+    assert (pairs["label"][:], pairs["source"][:]) == (["2", "3"], ["0", "1"])
+    with pytest.raises(ValueError, match="field 'label' must be text, not 2.5"):
+        load_pairs(write_rows(tmp_path / "b.jsonl", [{"anchor": "q", "positive": "p", "label": 2.5}]))
+
+
+def test_a_positive_that_is_its_query_is_warned_of(tmp_path, caplog):
+    path = write_rows(tmp_path / "a.jsonl", [{"query": f"q{i}", "pos": "yes"} for i in range(3)])
+    load_pairs(path)
+    assert "is its query" not in caplog.text
+    load_pairs(path, columns={"query": "query", "pos": "query"})
+    assert "the positive of each of the first 3 rows is its query" in caplog.text
+
+
 @pytest.mark.parametrize(("labels", "warns"), [((0, 1, 1), True), ((0, 1, 2), False), (("no", "yes", "no"), False)])
 def test_labels_that_may_say_whether_a_pair_is_one_are_warned_of(tmp_path, caplog, labels, warns):
     rows = [{"anchor": f"q{i}", "positive": f"p{i}", "label": label} for i, label in enumerate(labels)]

@@ -153,6 +153,13 @@ def test_a_table_may_have_one_column(tmp_path):
     assert fields(write(tmp_path / "x.csv", "text\none\ntwo\n")) == [{"text": "one"}, {"text": "two"}]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+def test_a_header_in_another_encoding_is_told(tmp_path, encoding):
+    path = write(tmp_path / "x.csv", "Frage;Erklärung\nq;p\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"x\.csv: the header is not UTF-8 \(UTF-16, perhaps\): save the file in that"):
+        fields(path)
+
+
 def test_a_cell_may_be_longer_than_the_csv_module_takes_by_itself(tmp_path):
     path = write(tmp_path / "x.csv", f"a,b\n{'x' * 200_000},y\n")
     assert [(len(row["a"]), row["b"]) for row in fields(path)] == [(200_000, "y")]

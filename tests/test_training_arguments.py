@@ -38,16 +38,64 @@ def test_warm_up(processor, tmp_path):
     assert rates[5] == pytest.approx(0.5) and rates.index(max(rates)) == 10 and max(rates) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("setting", [{"k": 0}, {"sub_batch_size": 0}, {"sub_batch_size": -1}])
-def test_counts_below_one_are_refused(tmp_path, setting):
-    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* must be >= 1"):
+@pytest.mark.parametrize(
+    "setting, reason",
+    [
+        ({"k": 0}, "must be >= 1"),
+        ({"sub_batch_size": 0}, "must be >= 1"),
+        ({"sub_batch_size": -1}, "must be >= 1"),
+        ({"per_device_train_batch_size": 0}, "must be >= 1"),
+        ({"gradient_accumulation_steps": 0}, "must be >= 1"),
+        ({"temperature": float("inf")}, "must be > 0, and finite"),
+        ({"learning_rate": 0.0}, "must be > 0, and finite"),
+        ({"refinement_weight": -1.0}, "must be >= 0, and finite"),
+        ({"max_steps": 0}, "nothing would be trained"),
+        ({"num_train_epochs": 0}, "nothing would be trained"),
+    ],
+)
+def test_numbers_that_train_nothing_are_refused(tmp_path, setting, reason):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* {reason}"):
         GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **setting)
+
+
+def test_numbers_of_a_lora_are_above_zero():
+    for name in ("lora_r", "lora_alpha"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be >= 1"):
+            ModelArguments(**{name: 0})
+
+
+def test_a_metric_that_is_not_measured_is_refused_before_training(processor, tmp_path):
+    rows = {"rows": make_rows(4), "held_out": make_rows(4)}
+    for name in ("loss", "accuracy_k7"):
+        there = "accuracy, accuracy_k1, accuracy_k3, accuracy_k5, accuracy_k10, accuracy_k20"
+        with pytest.raises(ValueError, match=f"metric_for_best_model='{name}' is not measured: choose one of {there}$"):
+            make_trainer(tiny_model(), processor, tmp_path, **rows, metric_for_best_model=name)
+    make_trainer(tiny_model(), processor, tmp_path, **rows, metric_for_best_model="eval_accuracy_k7", k=7)
+
+
+def test_a_schedule_that_looks_at_the_accuracy_wants_it_to_rise(processor, tmp_path, monkeypatch):
+    accuracies = iter([0.2, 0.4, 0.6, 0.8])
+    monkeypatch.setattr(
+        "gircse.training.trainer.retrieval_accuracy", lambda *args: dict.fromkeys(args[4], next(accuracies))
+    )
+    settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}, "eval_steps": 1}
+    settings |= {"eval_strategy": "steps", "max_steps": 4, "learning_rate": 1e-4}
+    trainer = make_trainer(tiny_model(), processor, tmp_path, make_rows(4), make_rows(6), **settings)
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-4
+
+
+def test_too_few_pairs_for_a_batch_are_refused_before_training(processor, tmp_path):
+    with pytest.raises(
+        ValueError, match="per_device_train_batch_size 4 x 1 .* needs 4 pairs, but there are 3; lower it"
+    ):
+        make_trainer(tiny_model(), processor, tmp_path, make_rows(3))
 
 
 def test_settings_that_the_loss_would_refuse_are_refused_before_training(processor, tmp_path):
     parser = HfArgumentParser((ModelArguments, DataArguments, GircseTrainingArguments))
     shared = f"--output_dir {tmp_path} --use_cpu True --report_to none --max_length 64".split()
-    with pytest.raises(ValueError, match="temperature=0.0 must be > 0"):
+    with pytest.raises(ValueError, match="temperature=0.0 must be > 0, and finite"):
         parser.parse_args_into_dataclasses([*shared, "--temperature", "0"])
     for size in ("0", "32"):
         arguments = parser.parse_args_into_dataclasses([*shared, "--matryoshka_dims", "8", size])
@@ -68,8 +116,14 @@ def test_evaluation_without_pairs_to_evaluate_on_is_refused_before_training(work
     monkeypatch.setattr("train_gircse.GircseTrainer.train", lambda *args, **kwargs: pytest.fail("trained"))
     rows = [row | {"query": "the same"} for row in make_rows(9)]
     argv = f"--model_name_or_path {workplace.folder / 'model'} --use_cpu True --report_to none {when}".split()
-    with pytest.raises(ValueError, match="few.jsonl has too few pairs to hold some out by itself: give --held_out N"):
+    with pytest.raises(ValueError, match="no pair of .*few.jsonl is held out, to evaluate on"):
         main([*argv, "--train_data", write_rows(tmp_path / "few.jsonl", rows), "--output_dir", str(tmp_path / "out")])
+
+
+def test_one_document_of_all_queries_is_refused(processor, tmp_path):
+    rows = [{**row, "pos": ["yes"], "neg": []} for row in make_rows(4)]
+    with pytest.raises(ValueError, match="all 4 pairs have the document 'yes': no query can be told from another"):
+        make_trainer(tiny_model(), processor, tmp_path, rows)
 
 
 def test_a_query_alone_with_its_document_is_refused(processor, tmp_path):
@@ -90,7 +144,7 @@ eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start sav
 save_on_each_node save_total_limit save_safetensors enable_jit_checkpoint push_to_hub hub_token hub_private_repo
 hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model greater_is_better
 ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config
-dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
 dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
 ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
 fsdp_config deepspeed debug skip_memory_metrics do_train do_eval resume_from_checkpoint local_rank""".split()
@@ -117,6 +171,7 @@ def test_each_inherited_argument_is_honoured_or_refused():
         {"use_liger_kernel": True},
         {"hub_always_push": True},
         {"do_predict": True},
+        {"dataloader_drop_last": True},
     ],
 )
 def test_arguments_without_effect_are_refused(tmp_path, setting):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -95,6 +96,10 @@ def test_a_finished_model_is_not_overwritten(workplace, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a model, which would be overwritten: choose another folder"):
         main([*workplace.argv, "--output_dir", str(tmp_path)])
+    elsewhere = tmp_path / "other" / "checkpoint-3"
+    elsewhere.mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a model, which would be overwritten: choose another folder"):
+        main([*workplace.argv, "--output_dir", str(tmp_path), "--resume_from_checkpoint", str(elsewhere)])
     monkeypatch.chdir(tmp_path)
     (tmp_path / SAMPLE_FOLDER).mkdir()
     (tmp_path / SAMPLE_FOLDER / "config.json").write_text("{}")
@@ -151,6 +156,8 @@ def test_a_run_that_goes_on_for_longer_holds_out_the_pairs_that_it_did(workplace
     message = f"held_out=5, but the run of this checkpoint held out {first[0]} pairs and trained on the others: leave"
     with pytest.raises(ValueError, match=message):
         main([*again, "--max_steps", "5", "--held_out", "5"])
+    with pytest.raises(ValueError, match=r"seed=7 would hold pairs out that the run of this checkpoint has trained on"):
+        main([*again, "--max_steps", "5", "--seed", "7"])
     with pytest.raises(ValueError, match=r"has 30 pairs, and the run of this checkpoint read 60: give it the same"):
         main([*again, "--max_steps", "5", "--limit", "30"])
 
@@ -160,13 +167,29 @@ def test_a_checkpoint_of_an_earlier_version_knows_no_split(workplace, straight, 
     state = json.loads((copy / "trainer_state.json").read_text())
     assert (
         state["stateful_callbacks"].pop("Split")["args"]
-        == {"pairs": 60, "held_out": 3}
+        == {"pairs": 60, "held_out": 3, "seed": 42}
         == Split.of(straight.folder / "checkpoint-9")
     )
     (copy / "trainer_state.json").write_text(json.dumps(state))
     assert Split.of(copy) == {}
     main([*workplace.argv, "--output_dir", str(copy.parent), "--resume_from_checkpoint", "last", "--save_steps", "1"])
-    assert Split.of(copy.parent / "checkpoint-14") == {"pairs": 60, "held_out": 3}
+    assert Split.of(copy.parent / "checkpoint-14") == {"pairs": 60, "held_out": 3, "seed": 42}
+
+
+def test_a_run_that_ended_before_it_was_saved_saves_its_best_model(workplace, tmp_path, monkeypatch):
+    """Also where `max_steps` says that no step is left; one that is asked for by its name is what is saved."""
+    accuracies = itertools.cycle([0.2, 0.9, 0.1])
+    monkeypatch.setattr(
+        "gircse.training.trainer.retrieval_accuracy", lambda *args: dict.fromkeys(args[4], next(accuracies))
+    )
+    argv = [*workplace.argv, "--max_steps", "2", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    argv += ["--load_best_model_at_end", "--output_dir", str(tmp_path)]
+    main(argv)
+    first, last = (load_file(tmp_path / f"checkpoint-{n}/model.safetensors") for n in (1, 2))
+    for wanted, expected in (("last", first), (str(tmp_path / "checkpoint-2"), last)):
+        main([*argv, "--resume_from_checkpoint", wanted])
+        found = load_file(tmp_path / "model.safetensors")
+        assert all(found[name].equal(expected[name]) for name in found), wanted
 
 
 def test_lora_run_resumes(lora, workplace, steps_taken):

@@ -52,7 +52,8 @@ def retrieval_accuracy(
     for k in steps:
         queries, documents = (side[:, k - 1] for side in embeddings)
         scores = (queries @ documents.T).masked_fill(~candidates, -2.0)
-        accuracy[k] = (scores.argmax(1) == torch.arange(len(queries))).float().mean().item()
+        found = (scores.argmax(1) == torch.arange(len(queries))) & scores.isfinite().all(1)  # of NaN it takes the first
+        accuracy[k] = found.float().mean().item()
     return accuracy
 
 
@@ -61,6 +62,18 @@ def accuracy_steps(config: PretrainedConfig) -> tuple[int, ...]:
     if config.step_token == "none":
         return (1,)
     return tuple(k for k in ACCURACY_STEPS if config.step_token != "learned" or k <= config.num_steps)
+
+
+def measured_steps(config: PretrainedConfig, trained: int) -> list[int]:
+    """These, and the one that is trained."""
+    return sorted({*accuracy_steps(config), 1 if config.step_token == "none" else trained})
+
+
+def check_metric(name: str | None, config: PretrainedConfig, trained: int) -> None:
+    """Raises a ValueError for a `metric_for_best_model` that is not measured."""
+    there = ["accuracy", *(f"accuracy_k{k}" for k in measured_steps(config, trained))]
+    if name is not None and name.removeprefix("eval_") not in there:
+        raise ValueError(f"metric_for_best_model={name!r} is not measured: choose one of {', '.join(there)}")
 
 
 def rows_by_tokens(side: dict[str, Tensor], size: int) -> list[Tensor]:

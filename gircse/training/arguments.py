@@ -7,6 +7,7 @@ import sys
 from dataclasses import MISSING, dataclass, field, fields
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 
 from .. import ROOT
@@ -16,6 +17,7 @@ from .losses import REDUCTIONS
 BAD_ROWS = "bad_rows.jsonl"
 # Peak learning rates at which a pretrained backbone learns without diverging (docs/results.md).
 LORA_RATE, FULL_RATE = 5e-4, 5e-5
+BY_ACCURACY = ("reduce_lr_on_plateau", "greedy")  # schedules of the learning rate that look at an evaluation
 OF_EVALUATION = "held-out pairs are evaluated by retrieval accuracy alone"
 OF_BATCHES = "batches are of one source each, in random order; --mix_sources mixes the sources"
 OF_TOKENS = "a step embeds two sets of texts, whose tokens Trainer can't count"
@@ -24,6 +26,7 @@ WITHOUT_EFFECT = {
     "average_tokens_across_devices": "the loss is that of the joint batch of all processes",
     "batch_eval_metrics": OF_EVALUATION,
     "bf16_full_eval": OF_EVALUATION,
+    "dataloader_drop_last": "rows that fill no last batch are left out of an epoch anyway",
     "do_predict": "evaluate_gircse.py scores a saved model",
     "eval_accumulation_steps": OF_EVALUATION,
     "eval_do_concat_batches": OF_EVALUATION,
@@ -102,6 +105,9 @@ class ModelArguments:
         for name in ("prompt_template", "suffix"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, unescape(value))
+        for name in ("lora_r", "lora_alpha"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value} must be >= 1")
 
 
 @dataclass
@@ -153,6 +159,7 @@ class GircseTrainingArguments(TrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the pairs"})
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "where the log goes besides"})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "off: no buffer changes in training"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "write losses of NaN as 0 to the log"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of the log"})
     k: int = field(default=5, metadata={"help": "K, the generated tokens in training"})
     temperature: float = field(default=0.02, metadata={"help": "tau of InfoNCE"})
@@ -185,7 +192,8 @@ class GircseTrainingArguments(TrainingArguments):
             raise ValueError(f"output_dir={self.output_dir!r} is no path: give one of a disk")
         if self.disable_tqdm is None and not sys.stderr.isatty():
             self.disable_tqdm = True  # bars would fill a file; the lines of the log stay
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        by_accuracy = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type) in BY_ACCURACY
+        if (self.load_best_model_at_end or by_accuracy) and self.metric_for_best_model is None:
             self.metric_for_best_model = "accuracy"  # at the trained k; Trainer's own default is a loss
         # TrainingArguments refuses bf16 on a machine without accelerator, unless use_cpu is set.
         accelerated = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
@@ -195,11 +203,9 @@ class GircseTrainingArguments(TrainingArguments):
         if self.gradient_checkpointing:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
         self.warmup_steps = warmup_steps  # transformers 5.0 overwrites it by warmup_ratio
-        for name, value in (("k", self.k), ("sub_batch_size", self.sub_batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be >= 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be > 0")
+        if by_accuracy:  # what these schedules look at rises; with losses it would fall
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
+        self._check_numbers()
         if self.n_gpu > 1:
             raise ValueError(f"{self.n_gpu} GPUs in one process: start one process a GPU, by `accelerate launch`")
         if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
@@ -225,8 +231,35 @@ class GircseTrainingArguments(TrainingArguments):
                     f"{base.name}={value!r} has no effect here: {WITHOUT_EFFECT[base.name]}. Leave it at {default!r}"
                 )
 
+    def _check_numbers(self) -> None:
+        """Raises a ValueError for numbers by which nothing could be trained, or the opposite."""
+        for name in ("k", "sub_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be >= 1")
+        for name in ("temperature", "learning_rate"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be > 0, and finite")
+        if not 0 <= self.refinement_weight < math.inf:
+            raise ValueError(f"refinement_weight={self.refinement_weight} must be >= 0, and finite")
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            raise ValueError(
+                f"max_steps={self.max_steps}, num_train_epochs={self.num_train_epochs:g}: nothing would be trained"
+            )
+
     def get_warmup_steps(self, num_training_steps: int) -> int:
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
         steps = math.ceil(num_training_steps * (self.warmup_steps or self.warmup_ratio))
         return min(steps, num_training_steps - 1)  # the first step of a warm-up has a rate of 0
+
+
+def set_defaults(args: GircseTrainingArguments, model: nn.Module) -> None:
+    """Sets what depends on the model, a `GircseModel` or a `PeftModel` around one, and was not given."""
+    tuned = hasattr(model, "get_base_model")
+    if args.learning_rate is None:
+        args.learning_rate = LORA_RATE if tuned else FULL_RATE
+    # A head of its own that nothing is asked of gets no gradient. DDP has to look for it, which it is not told to do by
+    # Trainer under gradient checkpointing.
+    idle = not tuned and model.config.step_token != "soft" and not model.config.text_config.tie_word_embeddings
+    if args.ddp_find_unused_parameters is None and idle:
+        args.ddp_find_unused_parameters = True

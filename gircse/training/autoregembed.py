@@ -65,7 +65,8 @@ class ConditionalTrainer(GircseTrainer):
 
     Args:
         decoder: the causal LM that says the documents; it is frozen.
-        target_length: the most tokens of a document that it says, the end token included; longer ones are cut.
+        target_length: the most tokens of a document that it says, the end token included; longer ones are cut. Fewer
+            where the decoder has no positions for so many.
 
     Raises:
         ValueError: for an argument of ICR that is not at its default.
@@ -79,6 +80,8 @@ class ConditionalTrainer(GircseTrainer):
             value = getattr(self.args, argument.name)
             if argument.name in OF_ICR and value and value != argument.default:
                 raise ValueError(f"{argument.name}={value!r} has no effect here, since it is of ICR: leave it out")
+        most = self._base_model().text_limit(None, self.args.k)  # the decoder is of the same architecture
+        target_length = target_length if most is None else min(target_length, most)
         self.decoder = decoder.requires_grad_(False).eval().to(self.args.device)
         self.data_collator = TargetCollator(self.processing_class, self.data_collator.max_length, target_length)
 
@@ -114,13 +117,16 @@ class AlignmentTrainer(ConditionalTrainer):
     """Arguments as of [`ConditionalTrainer`], and `beta`, `tau` and `reference_sign` of `alignment_loss`.
 
     Raises:
-        ValueError: a pair has no hard negative, or `num_negatives` is not 1.
+        ValueError: a pair has no hard negative, `num_negatives` is not 1, or `beta` or `tau` is not above 0.
     """
 
     stage = "conditional distribution alignment (AutoRegEmbed's second stage)"
 
     def __init__(self, *args: Any, beta: float = 0.1, tau: float = 0.1, reference_sign: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for name, value in (("beta", beta), ("tau", tau)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be > 0, and finite")
         self.settings = {"beta": beta, "temperature": tau, "reference_sign": reference_sign}
         if self.args.num_negatives != 1:
             raise ValueError(f"num_negatives={self.args.num_negatives} must be 1: a query has one hard negative here")

@@ -33,14 +33,15 @@ class LogFile(TrainerCallback):
 
 
 class Split(TrainerCallback, ExportableState):
-    """Keeps in each checkpoint how many pairs there are, and how many of them are held out: by default that hangs on
-    the length of the run, and a run that goes on for longer would hold out pairs that it has trained on."""
+    """Keeps in each checkpoint how many pairs there are, how many of them are held out, and by which seed. By default
+    their number hangs on the length of the run, and a run that goes on for longer would hold out pairs that it has
+    trained on."""
 
-    def __init__(self, pairs: int, held_out: int) -> None:
-        self.pairs, self.held_out = pairs, held_out
+    def __init__(self, pairs: int, held_out: int, seed: int | None = None) -> None:
+        self.arguments = {"pairs": pairs, "held_out": held_out, "seed": seed}
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"pairs": self.pairs, "held_out": self.held_out}, "attributes": {}}
+        return {"args": self.arguments, "attributes": {}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Trainer writes only what a checkpoint has already, and one of an earlier version has none.
@@ -117,8 +118,11 @@ class Watch:
             warm: whether the warm-up is over, before which losses may start above chance.
         """
         loss = sum(losses) / len(losses)
+        if not math.isfinite(loss) and not self.told:
+            self.told = True
+            return f"diverges: at step {step} the loss is no finite number"
         grown = bool(self.norms) and norm > self.GROWTH * statistics.median(self.norms)
-        lost = not math.isfinite(loss) or (warm and loss > 1.01 * chance and loss > 0.98 * self.least_loss)
+        lost = warm and loss > 1.01 * chance and loss > 0.98 * self.least_loss
         alike = cosine > self.ONE_DIRECTION or all(abs(x - chance) < 0.01 * chance for x in losses)
         self.collapsed = self.collapsed + 1 if alike else 0
         self.diverging = [*self.diverging, step] if grown or lost else []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -70,6 +71,7 @@ class TrainingPairs(torch.utils.data.Dataset):
     def __init__(self, pairs: datasets.Dataset, num_negatives: int, seed: int) -> None:
         check_count("num_negatives", num_negatives, minimum=0)
         self.pairs, self.num_negatives, self.seed = pairs, num_negatives, seed
+        self._shared = _positives_of_repeated(pairs)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: persistent workers see begin_epoch
 
     def begin_epoch(self, epoch: int) -> None:
@@ -85,9 +87,29 @@ class TrainingPairs(torch.utils.data.Dataset):
             "query": row["query"],
             "positive": rng.choice(row["pos"]),
             "negatives": rng.sample(row["neg"], min(self.num_negatives, len(row["neg"]))),
-            "all_positives": row["pos"],
+            "all_positives": self._shared.get(_text_id(row["instruction"], row["query"]), row["pos"]),
             **{name: row[name] for name in ("instruction", "symmetric", "source", "label")},
         }
+
+
+def _positives_of_repeated(pairs: datasets.Dataset) -> dict[int, list[str]]:
+    """By the hash of (instruction, query): all positives of each query that several rows have. They seldom meet in a
+    batch, where one row's positive may be another one's document or hard negative all the same."""
+    columns = pairs.select_columns(["instruction", "query"]).iter(10_000)
+    keys = (key for rows in columns for key in zip(rows["instruction"], rows["query"], strict=True))
+    ids = torch.tensor(array("q", (_text_id(*key) for key in keys)), dtype=torch.int64)
+    found, counts = ids.unique(return_counts=True)
+    shared: dict[int, list[str]] = {}
+    for index in torch.isin(ids, found[counts > 1]).nonzero()[:, 0].tolist():
+        shared.setdefault(ids[index].item(), []).extend(pairs[index]["pos"])
+    return {key: list(dict.fromkeys(texts)) for key, texts in shared.items()}
+
+
+def check_count_of_pairs(count: int, batch_size: int, num_processes: int) -> None:
+    """Raises a ValueError unless there are enough pairs for a batch of each process."""
+    if count < (needed := batch_size * num_processes):
+        given = f"per_device_train_batch_size {batch_size} x {num_processes} process(es)"
+        raise ValueError(f"{given} needs {needed} pairs, but there are {count}; lower it or give more pairs")
 
 
 def check_negatives(pairs: datasets.Dataset, num_negatives: int) -> None:
@@ -99,11 +121,25 @@ def check_negatives(pairs: datasets.Dataset, num_negatives: int) -> None:
         )
 
 
-def check_prompts(pairs: datasets.Dataset, processor: Callable[..., Any], max_length: int | None) -> None:
+def check_pairs(pairs: datasets.Dataset, batch_size: int, num_processes: int) -> None:
+    """Raises a ValueError unless there are enough pairs for a batch of each process, and more than one document."""
+    check_count_of_pairs(len(pairs), batch_size, num_processes)
+    texts: set[str] = set()
+    for rows in pairs.select_columns(["pos", "neg"]).iter(1000):
+        texts.update(chain.from_iterable(chain(rows["pos"], rows["neg"])))
+        if len(texts) > 1:
+            return
+    raise ValueError(f"all {len(pairs)} pairs have the document {texts.pop()!r:.60}: no query can be told from another")
+
+
+def check_prompts(
+    sides: Sequence[datasets.Dataset | None], processor: Callable[..., Any], max_length: int | None
+) -> None:
     """Raises the processor's ValueError if the prompt of an instruction leaves no token of `max_length` for a text.
     Called before training, as its row may come up late."""
     settings = {"max_length": max_length, "padding": False, "return_tensors": None}
-    instructions = list(dict.fromkeys(pairs["instruction"][:]))  # Dataset.unique would write all columns to disk anew
+    columns = (pairs["instruction"][:] for pairs in sides if pairs)  # Dataset.unique would write all columns anew
+    instructions = list(dict.fromkeys(chain.from_iterable(columns)))
     for start in range(0, len(instructions), 1000):
         part = instructions[start : start + 1000]
         processor(["a text"] * len(part), instruction=part, **settings)
@@ -133,11 +169,7 @@ class SourceBatches(torch.utils.data.Sampler[list[int]]):
             groups.setdefault(source if by_source else "", []).append(index)
         self._groups = list(groups.values())
         self._length = sum(map(len, self._groups)) // self.global_size * num_processes
-        if self._length == 0:
-            raise ValueError(
-                f"batch_size {batch_size} x {num_processes} process(es) needs {self.global_size} pairs, but there are "
-                f"{len(sources)}; lower batch_size or give more pairs"
-            )
+        check_count_of_pairs(len(sources), batch_size, num_processes)
 
     def begin_epoch(self, epoch: int) -> None:
         self.epoch = epoch

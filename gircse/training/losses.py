@@ -54,7 +54,9 @@ def candidate_mask(
     Returns:
         (B, M) bool, True for candidates.
     """
-    same_text = (document_ids[None, :, None] == positive_ids[:, None, :]).any(-1)  # (B, M)
+    same_text = torch.zeros(len(positive_ids), len(document_ids), dtype=torch.bool, device=document_ids.device)
+    for ids in positive_ids.split(64, dim=1):  # a query of many rows may have thousands
+        same_text |= (document_ids[None, :, None] == ids[:, None, :]).any(-1)  # (B, M)
     false_negative = same_text & (document_ids >= 0)
     if query_ids is not None:
         same_query = query_ids[:, None] == query_ids  # (B, B)

@@ -116,7 +116,7 @@ def load_pairs(
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None  # it names file and line; datasets' error says neither
         raise
-    _name_unused(pairs, source)
+    _warn_of_columns(pairs, source)
     good = _without_bad_rows(pairs.remove_columns("unused"), source, max_bad_share, bad_rows_file)
     _check_labels(pairs, source)
     return good
@@ -127,11 +127,16 @@ def _version(file: str) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
-def _name_unused(rows: datasets.Dataset, name: str) -> None:
+def _warn_of_columns(rows: datasets.Dataset, name: str) -> None:
+    """Names columns that are not used, and positives that are the queries themselves."""
     unused = sorted(set(chain.from_iterable(rows.data.column("unused").drop_null().to_pylist())))
     if unused:
         found = ", ".join(map(repr, unused))
         logger.warning(f"{name}: not used: {found}; what belongs to a pair must be named, as --columns neg=..")
+    first = rows[:1000]
+    pairs = [(query, pos) for query, pos in zip(first["query"], first["pos"], strict=True) if pos]
+    if pairs and all({query} == {*pos} for query, pos in pairs):
+        logger.warning(f"{name}: the positive of each of the first {len(pairs)} rows is its query; see --columns")
 
 
 def _check_labels(rows: datasets.Dataset, name: str) -> None:
@@ -390,8 +395,8 @@ def _is_written_list(text: str) -> bool:
 def _optional_text(row: Mapping[str, Any], names: Mapping[str, list[str]], name: str, where: str) -> str | None:
     field = names.get(name, [name])[0]
     value = row.get(field) if name in names else None
-    if name == "label" and type(value) is int:
-        return str(value)
+    if name in ("label", "source") and type(value) in (int, float) and value == value // 1:
+        return str(int(value))  # pandas makes whole numbers floats where a row has none
     return None if value in (None, "") else _text(value, where, field)
 
 
