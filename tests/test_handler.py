@@ -12,6 +12,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
@@ -292,6 +293,7 @@ def test_inference_client(handler, embed, monkeypatch):
             pass
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()  # before 1.0 a session stays offline
     server = HTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
