@@ -183,3 +183,15 @@ def test_accuracy_before_training_is_said_when_it_is_known_and_what_is_done_mean
         said = capsys.readouterr()
         assert said.out.startswith("Measuring held-out accuracy, 2 batches\nHeld-out accuracy before training")
         assert said.err == ""
+
+
+def test_the_cards_scores_are_of_the_held_out_pairs_alone(processor, tmp_path):
+    trainer = make_trainer(tiny_model(), processor, tmp_path, make_rows(4), make_rows(6))
+    trainer.evaluate()
+    scores = dict(trainer.scores)
+    others = make_pairs([{"query": f"red {i}", "pos": ["cold"]} for i in range(3)])
+    assert "test_accuracy_k5" in trainer.evaluate(others, metric_key_prefix="test")
+    assert scores and trainer.scores == scores
+    without = make_trainer(tiny_model(), processor, tmp_path, make_rows(4))
+    with pytest.raises(ValueError, match="there are no held-out pairs to evaluate on: give the trainer held_out"):
+        without.evaluate()
