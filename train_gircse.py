@@ -157,10 +157,11 @@ def read_pairs(data: DataArguments, training: GircseTrainingArguments) -> datase
 
 
 def train(trainer: GircseTrainer, checkpoint: str | None) -> None:
-    """Trains, from a checkpoint if one is given. One at `max_steps` is only loaded: Trainer would take another step
-    before it looks."""
-    args = trainer.args
-    if not checkpoint or step_of(checkpoint) != args.max_steps:
+    """Trains, from a checkpoint if one is given. One at the end of the run is only loaded: Trainer would take another
+    step before it looks."""
+    args, there = trainer.args, state_of(checkpoint) if checkpoint else {}
+    ends = args.max_steps if args.max_steps > 0 else args.num_train_epochs
+    if not checkpoint or there["global_step" if args.max_steps > 0 else "epoch"] < ends:
         trainer.train(resume_from_checkpoint=checkpoint)
         return
     # No epoch to train; of the schedules, some divide by the number of steps.
@@ -313,13 +314,14 @@ def check_output(training: GircseTrainingArguments) -> str | None:
                 f"resume_from_checkpoint={wanted!r}: {found.name} holds no optimizer's state, as --save_only_model "
                 "leaves it, so that the run would not go on as it was. Train on from its weights in a new run instead"
             )
-        if 0 < training.max_steps < step_of(found):
+        if 0 < training.max_steps < state_of(found)["global_step"]:
             raise ValueError(f"resume_from_checkpoint={wanted!r} is beyond max_steps={training.max_steps}: raise that")
     return str(checkpoint) if wanted == "last" else wanted
 
 
-def step_of(checkpoint: str | Path) -> int:
-    return json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+def state_of(checkpoint: str | Path) -> dict[str, Any]:
+    """Trainer's state, among it `global_step` and `epoch`."""
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

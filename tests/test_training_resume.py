@@ -192,6 +192,17 @@ def test_a_run_that_ended_before_it_was_saved_saves_its_best_model(workplace, tm
         assert all(found[name].equal(expected[name]) for name in found), wanted
 
 
+def test_a_finished_run_takes_no_further_step(workplace, tmp_path, steps_taken):
+    """Also of half an epoch, whose end Trainer would pass by."""
+    argv = [*workplace.argv, "--num_train_epochs", "0.4", "--lr_scheduler_type", "constant", "--save_steps", "1"]
+    main([*argv, "--output_dir", str(tmp_path)])
+    before, taken = load_file(tmp_path / "model.safetensors"), list(steps_taken)
+    assert taken == [1, 2, 3]  # of 7 an epoch
+    main([*argv, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"])
+    after = load_file(tmp_path / "model.safetensors")
+    assert steps_taken == taken and all(after[name].equal(before[name]) for name in before)
+
+
 def test_lora_run_resumes(lora, workplace, steps_taken):
     output = workplace.folder / "lora-later"
     shutil.copytree(lora.folder / "checkpoint-2", output / "checkpoint-2")
