@@ -302,8 +302,8 @@ def evaluate_model(
     say(f"loading {args.model}")
     subject = load_subject(args)
     cache = Results(out)
-    rows = collect(tasks, subject, cache)
-    if not rows:
+    done = {task.metadata.name: collect([task], subject, cache) for task in tasks}
+    if not any(done.values()):
         clear_report(out)  # of another model
     for number, task in enumerate(tasks, 1):
         name = task.metadata.name
@@ -313,8 +313,9 @@ def evaluate_model(
         except Exception as error:  # one task must not cost the hours spent on the others
             traceback.print_exc()
             failed[name] = f"{type(error).__name__}: {error}"
-        rows = collect(tasks, subject, cache)
-        if name not in failed and name not in {row["task"] for row in rows}:
+        done[name] = collect([task], subject, cache)
+        rows = [row for of_task in done.values() for row in of_task]
+        if name not in failed and not done[name]:
             failed[name] = "its score is no number: are all embeddings alike, or all of its labels?"
         if rows:
             write_report(out, rows, failed, subject.meta, subject.settings, subject.shown, command)
