@@ -60,7 +60,7 @@ class AdapterMixin:
         if kind == cls.config_class.model_type:
             language_model = cls.from_pretrained(base, **common, **kwargs).language_model
         else:
-            language_model = load_backbone(base, **common, **kwargs)
+            language_model = load_backbone(base, config.step_token in ("soft", "hard"), **common, **kwargs)
         language_model = merge_adapter(language_model, folder, bool(kwargs.get("quantization_config")))
         config.text_config, config.adapter = language_model.config, None  # it is saved with weights from now on
         if Path(base).exists():
@@ -271,7 +271,8 @@ def adapter_folder(adapter: str, subfolder: str, **where: Any) -> str:
     """The local folder of an adapter in a subfolder of a repo, fetched if need be. PEFT itself, when offline, looks for
     such an adapter's weights in the wrong place."""
     names = ("adapter_config.json", "adapter_model.safetensors")
-    return str(Path([cached_file(adapter, name, subfolder=subfolder, **where) for name in names][0]).parent)
+    files = [cached_file(adapter, name, subfolder=subfolder, **where) for name in names]
+    return str(Path(files[0]).parent)
 
 
 def unwrap(model: PreTrainedModel) -> None:

@@ -96,9 +96,11 @@ class EndpointHandler:
         texts = [data["inputs"]] if single else data["inputs"]
         check_texts(texts, prompt)
         k, size = parameters["k"], parameters["truncate_dim"] or self.model.config.hidden_size
-        steps = k or self.model.config.num_steps
+        generates = self.model.config.step_token != "none"
+        steps = (k or self.model.config.num_steps) if generates else 1
         if parameters["return_steps"] and len(texts) * steps * size > MAX_NUMBERS:
-            raise ValueError(f"return_steps gives at most {MAX_NUMBERS} numbers: send fewer texts at a time")
+            asked = f"{len(texts)} texts of {steps} x {size} numbers"
+            raise ValueError(f"return_steps gives at most {MAX_NUMBERS}, not {asked}: send fewer texts at a time")
         most = self.model.text_limit(self.processor.max_length, k)
         ids = self.processor(texts, prompt=prompt, max_length=most, padding=False, return_tensors=None)["input_ids"]
         result: list = [None] * len(texts)

@@ -228,9 +228,11 @@ def test_limits(served, monkeypatch):
     with pytest.raises(ValueError, match=r"inputs\[1\] has 101 characters, prompt included, more than 100"):
         handler({"inputs": ["a", "a" * (101 - prompt)], "parameters": {"instruction": STS}})
     handler({"inputs": ["a"] * 3, "parameters": {"return_steps": True, "k": 2}})
-    with pytest.raises(ValueError, match="return_steps gives at most 192 numbers"):
+    with pytest.raises(ValueError, match="return_steps gives at most 192, not 3 texts of 3 x 32 numbers"):
         handler({"inputs": ["a"] * 3, "parameters": {"return_steps": True}})
     handler({"inputs": ["a"] * 3, "parameters": {"return_steps": True, "truncate_dim": 8}})
+    monkeypatch.setattr(handler.model.config, "step_token", "none")  # which generates nothing
+    assert torch.tensor(handler({"inputs": ["a"] * 3, "parameters": {"return_steps": True}})).shape == (3, 1, 32)
 
 
 def test_more_steps_leave_less_room_for_the_text(handler, monkeypatch):

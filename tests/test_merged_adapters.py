@@ -74,6 +74,20 @@ def test_adapter_is_what_its_file_says(gircse, make_plain, tmp_path):
         torch.testing.assert_close(after[name], before[name] + change)
 
 
+def test_an_adapter_alone_of_a_backbone_without_a_head(gircse, make_plain, ids_and_mask, tmp_path):
+    plain, folder = make_plain(tie_word_embeddings=False)
+    plain.name_or_path = folder  # which the adapter is saved with
+    adapter = save_adapter(plain, tmp_path / "alone" / "adapter")
+    without = {"lm_head.weight"}
+    edit_weights(Path(folder, "model.safetensors"), lambda weights: {n: weights[n] for n in weights.keys() - without})
+    model = gircse.GircseModel.from_causal_lm(folder, adapter=adapter, step_token="none", pooling="last")
+    expected = model.generate_embedding(*ids_and_mask)
+    model.config.adapter = "adapter"
+    model.config.save_pretrained(tmp_path / "alone")
+    loaded = gircse.GircseModel.from_pretrained(tmp_path / "alone")
+    assert torch.equal(loaded.generate_embedding(*ids_and_mask), expected)
+
+
 def half(weights: dict) -> dict:
     return {key: weights[key] for key in sorted(weights)[: len(weights) // 2]}
 
