@@ -83,7 +83,7 @@ def test_a_teachers_vectors_are_of_texts_sentences_and_whole_documents(static_fo
     expected = SentenceTransformer(str(static_folder), device="cpu").encode(found.texts, normalize_embeddings=True)
     np.testing.assert_allclose(np.stack([vector for _, vector in found]), expected, atol=0.01)
     with pytest.raises(ValueError, match="--text 'no/such' matches no file"):
-        next(teacher_vectors.documents(["no/such"]))
+        teacher_vectors.matching([str(tmp_path / "*.txt"), "no/such"])
 
 
 def test_vectors_are_aligned_with_a_students_without_changing_a_similarity():

@@ -5,11 +5,10 @@
 
 DATA is described in recipes/DATA.md. The texts are the documents of the files (`documents`), long ones cut into
 sentences, each distinct one once, and of each file at most `--most_of_a_file`, drawn at random; and as they are, of
-each file at most `--long_of_a_file` of the long ones. The folder gets
-`texts.json`, a list of n strings, and `vectors.npy`, (n, d) float16 of unit norm. `--teacher` is a model of Sentence
-Transformers: a Hub id or a folder.
+each file at most `--long_of_a_file` of the long ones. The folder gets `texts.json`, a list of n strings, and
+`vectors.npy`, (n, d) float16 of unit norm. `--teacher` is a model of Sentence Transformers: a Hub id or a folder.
 
-The first step of the root model. The later ones read texts by `documents`, and this folder by `TeacherTexts`.
+The first step of the root model; the later ones read this folder by `TeacherTexts`.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ SHORTEST, LONGEST = 12, 400  # characters of a text; longer documents are cut in
 LONGEST_WHOLE = 1200  # and taken whole up to here, which is about as much as the teacher reads
 
 
-def documents(patterns: list[str]) -> Iterator[str]:
-    """The lines of the text files; of the files of pairs (.jsonl, .jsonl.gz), each distinct text.
+def matching(patterns: list[str]) -> list[str]:
+    """The files of all patterns, by name, so that what is drawn doesn't depend on the folder.
 
     Raises:
         ValueError: a pattern matches no file.
@@ -46,12 +45,16 @@ def documents(patterns: list[str]) -> Iterator[str]:
     for pattern, paths in found.items():
         if not paths:
             raise ValueError(f"--text {pattern!r} matches no file; correct it or leave it out")
-    for path in sorted({path for paths in found.values() for path in paths}):
-        if path.removesuffix(".gz").endswith(".jsonl"):
-            yield from dict.fromkeys(t for row in load_pairs(path) for t in (row["query"], *row["pos"], *row["neg"]))
-            continue
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
-            yield from (line.strip() for line in lines if line.strip())
+    return sorted({path for paths in found.values() for path in paths}, key=lambda path: Path(path).name)
+
+
+def documents(path: str) -> Iterator[str]:
+    """The lines of a text file; of a file of pairs (.jsonl, .jsonl.gz), each distinct text."""
+    if path.removesuffix(".gz").endswith(".jsonl"):
+        yield from dict.fromkeys(t for row in load_pairs(path) for t in (row["query"], *row["pos"], *row["neg"]))
+        return
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
+        yield from (line.strip() for line in lines if line.strip())
 
 
 class TeacherTexts(torch.utils.data.Dataset):
@@ -72,7 +75,7 @@ def pieces(path: str) -> tuple[list[str], list[str]]:
     """The distinct texts of a file, and its long documents."""
     texts: dict[str, None] = {}
     whole: dict[str, None] = {}
-    for document in documents([path]):
+    for document in documents(path):
         parts = [document] if len(document) <= LONGEST else SENTENCE_END.split(document)
         texts.update(dict.fromkeys(part for part in parts if SHORTEST <= len(part) <= LONGEST))
         if LONGEST < len(document) <= LONGEST_WHOLE:
@@ -92,8 +95,7 @@ def main() -> None:
     from sentence_transformers import SentenceTransformer  # needed here alone: later steps import this file, too
 
     rng, texts = random.Random(args.seed), {}
-    paths = {path for pattern in args.text for path in glob.glob(pattern)}
-    for path in sorted(paths, key=lambda path: Path(path).name):  # so that the draw doesn't depend on the folder
+    for path in matching(args.text):
         for found, most in zip(pieces(path), (args.most_of_a_file, args.long_of_a_file), strict=True):
             texts.update(dict.fromkeys(rng.sample(found, min(most, len(found)))))
     texts = list(texts)
