@@ -114,8 +114,7 @@ def loss_of(rows: list[dict], alike: str) -> float:
         vectors[[axes_of_ids[int(token)] for token in batch[side]["input_ids"][:, 0]]][:, None]
         for side in ("query", "document")
     )
-    names = ("document_ids", "positive_ids", "document_labels", "query_labels", "query_ids", "prompted_ids")
-    return icr_loss(queries, documents, candidate_mask(*(batch[name] for name in names)), temperature=0.02).total.item()
+    return icr_loss(queries, documents, candidate_mask(batch), temperature=0.02).total.item()
 
 
 def symmetric(query: str, positive: str, negatives: str = "") -> dict:
@@ -161,8 +160,7 @@ def test_rows_of_one_query_share_their_positives_also_in_other_batches():
     assert [pairs[i]["all_positives"] for i in range(5)] == [["a", "b"], ["a", "b"], ["b"], ["a", "b"], ["b"]]
     # The first row beside the last: b is right for both queries.
     batch = PairCollator(FakeProcessor())([pairs[0] | {"negatives": ["b"]}, pairs[4]])
-    names = ("document_ids", "positive_ids", "document_labels", "query_labels", "query_ids", "prompted_ids")
-    assert candidate_mask(*(batch[name] for name in names)).tolist() == [[True, False, False], [True, True, False]]
+    assert candidate_mask(batch).tolist() == [[True, False, False], [True, True, False]]
 
 
 def test_ids_are_the_same_in_every_process():

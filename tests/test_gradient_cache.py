@@ -187,7 +187,7 @@ def test_objective_settings_reach_the_loss(processor, tmp_path, sub_batch_size):
     trainer = make_trainer(model, processor, tmp_path, rows, sub_batch_size=sub_batch_size, **chosen)
     inputs = one_batch(processor, rows)
     queries, documents = (model(**inputs[side], k=trainer.args.k).step_embeddings for side in ("query", "document"))
-    mask = candidate_mask(inputs["document_ids"], inputs["positive_ids"])
+    mask = candidate_mask(inputs)
     expected = {"reduction": "mean", "dims": (8,), "temperature": 0.3, "refinement_weight": 0.5}
     loss = step(trainer, inputs)[0]
     assert loss == pytest.approx(icr_loss(queries, documents, mask, **expected).total.item(), rel=1e-10)

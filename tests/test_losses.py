@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from gircse.training.losses import candidate_mask, icr_loss, refinement_penalty, stepwise_info_nce
 
@@ -47,12 +48,20 @@ def test_a_masked_document_is_no_candidate():
     assert masked.tolist() == pytest.approx([(first + second) / 2])
 
 
+def candidates(document_ids: Tensor, positive_ids: Tensor, **others: Tensor) -> list[list[bool]]:
+    """The mask of a batch without labels, each row a query of its own, unless said."""
+    unlabelled = {"document_labels": document_ids, "prompted_ids": document_ids, "query_labels": positive_ids[:, 0]}
+    batch = {name: torch.full_like(like, -1) for name, like in unlabelled.items()}
+    batch |= {"document_ids": document_ids, "positive_ids": positive_ids, "query_ids": torch.arange(len(positive_ids))}
+    return candidate_mask(batch | others).tolist()
+
+
 def test_candidate_mask():
     # Texts 10, 11, 12 are the positives; documents 3..5 are hard negatives: the text of query 0's positive again, a
     # second right answer of query 1, and a real negative.
     documents = torch.tensor([10, 11, 12, 10, 21, 30])
     positives = torch.tensor([[10, -1], [11, 21], [12, -1]])
-    assert candidate_mask(documents, positives).tolist() == [
+    assert candidates(documents, positives) == [
         [True, True, True, False, True, True],
         [True, True, True, True, False, True],
         [True, True, True, True, True, True],
@@ -63,24 +72,22 @@ def test_candidate_mask_by_label():
     documents, positives = torch.arange(5), torch.arange(3)[:, None]
     query_labels = torch.tensor([7, 8, 7])
     document_labels = torch.tensor([7, 8, 7, -1, 8])
-    assert candidate_mask(documents, positives, document_labels, query_labels).tolist() == [
+    assert candidates(documents, positives, document_labels=document_labels, query_labels=query_labels) == [
         [True, True, False, True, True],
         [True, True, True, True, False],
         [False, True, True, True, True],
     ]
-    unlabelled = torch.full((3,), -1)
-    assert candidate_mask(documents, positives, torch.full((5,), -1), unlabelled).all()
+    assert candidates(documents, positives) == [[True] * 5] * 3
 
 
 def test_two_queries_with_the_same_positive_do_not_repel_each_other():
-    mask = candidate_mask(torch.tensor([10, 10]), torch.tensor([[10], [10]]))
-    assert mask.tolist() == [[True, False], [False, True]]
+    assert candidates(torch.tensor([10, 10]), torch.tensor([[10], [10]])) == [[True, False], [False, True]]
 
 
 def test_a_positive_in_one_row_is_no_negative_in_another_row_of_the_same_query():
     # Rows 0 and 2 are one query with two answers; the last document is a hard negative with the text of the second.
     documents, positives, queries = torch.tensor([10, 11, 12, 12]), torch.tensor([[10], [11], [12]]), [5, 6, 5]
-    assert candidate_mask(documents, positives, query_ids=torch.tensor(queries)).tolist() == [
+    assert candidates(documents, positives, query_ids=torch.tensor(queries)) == [
         [True, True, False, False],
         [True, True, True, True],
         [False, True, True, False],
@@ -92,14 +99,14 @@ def test_a_document_that_is_the_query_itself_is_no_candidate():
     # too, and the hard negatives are query 7, neither, and, in another process' padding, nothing.
     prompted, queries = torch.tensor([8, 8, 7, 9, -1]), torch.tensor([7, 8])
     documents, positives = torch.tensor([10, 11, 12, 13, -1]), torch.tensor([[10], [11]])
-    assert candidate_mask(documents, positives, query_ids=queries, prompted_ids=prompted).tolist() == [
+    assert candidates(documents, positives, query_ids=queries, prompted_ids=prompted) == [
         [True, True, False, True, True],
         [False, True, True, True, True],
     ]
 
 
 def test_padding_ids_match_nothing():
-    assert candidate_mask(torch.tensor([10, -1]), torch.tensor([[10, -1]])).tolist() == [[True, True]]
+    assert candidates(torch.tensor([10, -1]), torch.tensor([[10, -1]])) == [[True, True]]
 
 
 def test_refinement_penalty_by_hand():

@@ -87,8 +87,7 @@ def watch_passes(model) -> list[tuple[dict[str, Tensor], Tensor]]:
 
 def joint_loss(args: GircseTrainingArguments, queries: Tensor, documents: Tensor, inputs: dict) -> Tensor:
     """The loss of a batch from its embeddings, by the functions of the losses alone."""
-    names = ("document_ids", "positive_ids", "document_labels", "query_labels", "query_ids", "prompted_ids")
-    mask = candidate_mask(*(inputs[name] for name in names))
+    mask = candidate_mask(inputs)
     chosen = {"temperature": args.temperature, "reduction": args.reduction, "dims": tuple(args.matryoshka_dims or ())}
     return icr_loss(queries, documents, mask, refinement_weight=args.refinement_weight, **chosen).total
 

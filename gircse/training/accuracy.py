@@ -30,7 +30,8 @@ def retrieval_accuracy(
 ) -> dict[int, float]:
     """How often the positive is a query's nearest document, among all positives and one hard negative each of `pairs`
     less false negatives, for each k of `steps` (`accuracy_steps` by default): {k: share}. One pass gives all k; {1:
-    share} for a model without generation. Its progress is shown by a bar, or one line for `bar=False`."""
+    share} for a model without generation. Its progress is shown by a bar, or by one line for `bar=False`; not at
+    all by default."""
     generates, steps = model.config.step_token != "none", steps or accuracy_steps(model.config)
     rows = TrainingPairs(pairs, num_negatives=1, seed=0)
     batch = collator([rows[i] for i in range(len(rows))])
@@ -46,8 +47,7 @@ def retrieval_accuracy(
         found = model(**inputs, k=max(steps) if generates else None).step_embeddings.cpu()
         place_rows(embeddings, side, part, found, len(sides[side]["input_ids"]))
     model.train(was_training)
-    ids = ("document_ids", "positive_ids", "document_labels", "query_labels", "query_ids", "prompted_ids")
-    candidates = candidate_mask(*(batch[name] for name in ids))
+    candidates = candidate_mask(batch)
     accuracy = {}
     for k in steps:
         queries, documents = (side[:, k - 1] for side in embeddings)

@@ -10,6 +10,7 @@ tensors; everything is computed in float32 at least.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -30,41 +31,33 @@ class IcrLoss(NamedTuple):
     steps: Tensor
 
 
-def candidate_mask(
-    document_ids: Tensor,
-    positive_ids: Tensor,
-    document_labels: Tensor | None = None,
-    query_labels: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    prompted_ids: Tensor | None = None,
-) -> Tensor:
+def candidate_mask(batch: Mapping[str, Tensor]) -> Tensor:
     """Which documents are candidates for which query. Document i is the positive of query i and always is one; any
     other document is left out as a false negative when its text is one of the query's positives, in this row or in
     another one of the same query, when it has the query's label, or when it is the query itself: the same text under
     the same prompt, whose embedding no model could tell from the query's.
 
     Args:
-        document_ids: (M,) int64, the same number for the same text; M >= B.
-        positive_ids: (B, P) int64, the texts that are right for each query, padded with -1.
-        document_labels: (M,) int64, -1 for none.
-        query_labels: (B,) int64, -1 for none.
-        query_ids: (B,) int64, the same number for the same query; without them each row is a query of its own.
-        prompted_ids: (M,) int64, a query's number for a document with its text and prompt, -1 for none.
+        batch: int64, as [`PairCollator`] makes them, -1 for none:
+            `document_ids`: (M,), the same number for the same text; M >= B.
+            `positive_ids`: (B, P), the texts that are right for each query.
+            `document_labels`, `query_labels`: (M,) and (B,).
+            `query_ids`: (B,), the same number for the same query.
+            `prompted_ids`: (M,), a query's number for a document with its text and prompt.
 
     Returns:
         (B, M) bool, True for candidates.
     """
+    document_ids, positive_ids, query_ids = (batch[name] for name in ("document_ids", "positive_ids", "query_ids"))
     same_text = torch.zeros(len(positive_ids), len(document_ids), dtype=torch.bool, device=document_ids.device)
     for ids in positive_ids.split(64, dim=1):  # a query of many rows may have thousands
         same_text |= (document_ids[None, :, None] == ids[:, None, :]).any(-1)  # (B, M)
-    false_negative = same_text & (document_ids >= 0)
-    if query_ids is not None:
-        same_query = query_ids[:, None] == query_ids  # (B, B)
-        false_negative = (same_query.float() @ false_negative.float()) > 0
-    if prompted_ids is not None and query_ids is not None:
-        false_negative |= (prompted_ids[None] == query_ids[:, None]) & (prompted_ids[None] >= 0)
-    if document_labels is not None and query_labels is not None:
-        false_negative |= (document_labels[None] == query_labels[:, None]) & (query_labels[:, None] >= 0)
+    right = same_text & (document_ids >= 0)
+    same_query = query_ids[:, None] == query_ids  # (B, B)
+    false_negative = (same_query.float() @ right.float()) > 0
+    for of_documents, of_queries in (("prompted_ids", "query_ids"), ("document_labels", "query_labels")):
+        numbers = batch[of_documents][None]
+        false_negative |= (numbers == batch[of_queries][:, None]) & (numbers >= 0)
     own = torch.eye(*false_negative.shape, dtype=torch.bool, device=false_negative.device)
     return own | ~false_negative
 

@@ -111,8 +111,7 @@ def of_batch(model: nn.Module, inputs: dict) -> tuple[list[float], list[float], 
         model(inputs[side]["input_ids"], inputs[side]["attention_mask"], k=K).step_embeddings
         for side in ("query", "document")
     )
-    ids = ("document_ids", "positive_ids", "document_labels", "query_labels", "query_ids", "prompted_ids")
-    loss = icr_loss(queries, documents, candidate_mask(*(inputs[name] for name in ids)), temperature=TAU)
+    loss = icr_loss(queries, documents, candidate_mask(inputs), temperature=TAU)
     weights = [*model.parameters()]
     table = next(i for i, weight in enumerate(weights) if weight is model.get_input_embeddings().weight)
     norms, total = [], None
