@@ -291,7 +291,9 @@ class GircseProcessor(ProcessorMixin):
             return [prompt] * count
         instructions = [instruction] * count if _is_single(instruction) else list(instruction)
         if len(instructions) != count:
-            raise ValueError(f"instruction has {len(instructions)} entries for {count} texts. Give a str, or one text.")
+            raise ValueError(
+                f"instruction has {len(instructions)} entries for {count} texts. Give one str for all, or one a text."
+            )
         _check_texts(instructions, "instruction", optional=True)
         return [self.prompt_for(item) for item in instructions]
 
@@ -318,7 +320,7 @@ class GircseProcessor(ProcessorMixin):
             number = 0
         if isinstance(max_length, bool) or number <= suffix_tokens:
             least = f"greater than the suffix's {suffix_tokens} tokens" if suffix_tokens else ">= 1"
-            remedy = "Raise max_length or shorten suffix." if number else "Give for example 512."
+            remedy = "Raise max_length or shorten suffix." if suffix_tokens else "Give for example 512."
             raise ValueError(f"max_length must be an int {least}, got {max_length!r}. {remedy}")
         return number
 

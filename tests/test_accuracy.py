@@ -110,7 +110,7 @@ def test_nothing_is_held_out_by_default_of_queries_with_many_pairs(tmp_path):
     training = GircseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     pairs = make_pairs([{**row, "query": f"q{i // 20}"} for i, row in enumerate(make_rows(100))])
     assert [len(part) for part in hold_out(pairs, DataArguments(), training, None)] == [100, 0]
-    with pytest.raises(ValueError, match="held_out is 8, but every query has more pairs than that"):
+    with pytest.raises(ValueError, match="held_out=8, but every query has more pairs than that"):
         hold_out(pairs, DataArguments(held_out=8), training, None)
 
 

@@ -56,9 +56,9 @@ def test_held_out_count():
     assert [len(part) for part in split_held_out(pairs, 3, seed=0)] == [7, 3]
     assert [len(part) for part in split_held_out(pairs, 0, seed=0)] == [10, 0]
     for held_out in (10, 11):
-        with pytest.raises(ValueError, match=f"held_out is {held_out}, but there are 10 pairs"):
+        with pytest.raises(ValueError, match=f"held_out={held_out}, but there are 10 pairs"):
             split_held_out(pairs, held_out, seed=0)
-    with pytest.raises(ValueError, match="held_out must be an integer >= 0, not -1"):
+    with pytest.raises(ValueError, match="held_out=-1 must be an integer >= 0"):
         split_held_out(pairs, -1, seed=0)
     with pytest.raises(ValueError, match="every query has more pairs"):
         split_held_out(make_pairs([{"query": "same"}] * 5), 3, seed=0)
@@ -97,7 +97,7 @@ def test_row_of_an_epoch():
     assert TrainingPairs(pairs, 0, seed=0)[7]["negatives"] == []
     assert sorted(TrainingPairs(pairs, 99, seed=0)[7]["negatives"]) == pairs[7]["neg"]
     for count in (-1, 1.0, None):
-        with pytest.raises(ValueError, match="num_negatives must be an integer >= 0"):
+        with pytest.raises(ValueError, match="num_negatives=.* must be an integer >= 0"):
             TrainingPairs(pairs, count, seed=0)
 
 
@@ -200,7 +200,7 @@ def test_every_source_takes_its_turn_in_being_dropped():
 def test_too_few_pairs_for_a_batch():
     with pytest.raises(ValueError, match=r"batch_size 23 x 2 process.* needs 46 pairs, but there are 44; lower"):
         SourceBatches(SOURCES, 23, by_source=True, seed=0, num_processes=2)
-    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, not 0"):
+    with pytest.raises(ValueError, match="batch_size=0 must be an integer >= 1"):
         SourceBatches(SOURCES, 0, by_source=True, seed=0)
-    with pytest.raises(ValueError, match="num_processes must be an integer >= 1, not 0"):
+    with pytest.raises(ValueError, match="num_processes=0 must be an integer >= 1"):
         SourceBatches(SOURCES, 2, by_source=True, seed=0, num_processes=0)

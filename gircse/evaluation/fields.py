@@ -24,13 +24,8 @@ def text(value: Any) -> str:
     return value
 
 
-def text_or_none(value: Any) -> str:
-    return "" if value is None or value == "" else text(value)
-
-
 def text_or_empty(value: Any) -> str:
-    """Text of a field that must be there, as `text_or_none` need not."""
-    return text_or_none(value)
+    return "" if value is None or value == "" else text(value)
 
 
 def name(value: Any) -> str:
@@ -95,13 +90,16 @@ def read_rows(path: Path, **checks: Check) -> list[dict[str, Any]]:
     return [values for _, values in located_rows(path, checks)]
 
 
-def located_rows(path: Path, checks: dict[str, Check]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`read_rows`, each row with its place for an error message."""
+def located_rows(
+    path: Path, checks: dict[str, Check], optional: Sequence[str] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`read_rows`, each row with its place for an error message. Of a field that is `optional`, a row without it has
+    None to check."""
     row = None
     for row in RowFile(path).read():
         fields, values = require(row), {}
         for field, check in checks.items():
-            if field not in fields and check is not text_or_none:
+            if field not in fields and field not in optional:
                 raise ValueError(f"{row.where}: there is no {field}, but {', '.join(fields)}: add it or rename one")
             try:
                 values[field] = check(fields.get(field))

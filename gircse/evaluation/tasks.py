@@ -58,7 +58,6 @@ from .fields import (
     read_rows,
     text,
     text_or_empty,
-    text_or_none,
 )
 
 # The paper's instruction (Tables 11 and 12) for the data, or one in its manner where the paper has none. A prompt of
@@ -250,7 +249,7 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
 
     def read(self) -> dict[str, dict[str, dict[str, Any]]]:
         queries = self._read_by_id("queries", text=text)
-        corpus = self._read_by_id("corpus", text=text_or_empty, title=text_or_none)
+        corpus = self._read_by_id("corpus", text=text_or_empty, title=text_or_empty)
         relevant = self._read_judgements(queries, corpus)
         split = {
             "queries": columns([queries[query] for query in relevant], id="_id", text="text"),
@@ -274,7 +273,7 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
 
     def _read_by_id(self, role: str, **checks: Check) -> dict[str, dict[str, str]]:
         rows: dict[str, dict[str, str]] = {}
-        for where, row in located_rows(self.files[role], {"_id": name, **checks}):
+        for where, row in located_rows(self.files[role], {"_id": name, **checks}, optional=["title"]):
             if row["_id"] in rows:
                 raise ValueError(f"{where}: _id={row['_id']!r:.80} has been given before: each row needs its own")
             if not row["text"] and not row["title"]:  # BEIR has documents that are a title alone

@@ -33,7 +33,7 @@ def split_held_out(pairs: datasets.Dataset, held_out: int, seed: int) -> tuple[d
     """
     check_count("held_out", held_out, minimum=0)
     if held_out >= len(pairs):
-        raise ValueError(f"held_out is {held_out}, but there are {len(pairs)} pairs; hold out fewer")
+        raise ValueError(f"held_out={held_out}, but there are {len(pairs)} pairs: hold out fewer")
     groups = _rows_together(pairs)
     random.Random(seed).shuffle(groups)
     chosen: set[int] = set()
@@ -41,7 +41,7 @@ def split_held_out(pairs: datasets.Dataset, held_out: int, seed: int) -> tuple[d
         if len(chosen) + len(group) <= held_out:
             chosen.update(group)
     if held_out and not chosen:
-        raise ValueError(f"held_out is {held_out}, but every query has more pairs than that; hold out more")
+        raise ValueError(f"held_out={held_out}, but every query has more pairs than that: hold out more")
     return pairs.select([i for i in range(len(pairs)) if i not in chosen]), pairs.select(sorted(chosen))
 
 

@@ -414,4 +414,4 @@ def _is_symmetric(row: Mapping[str, Any], names: Mapping[str, list[str]], defaul
 
 def check_count(name: str, value: int, *, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, not {value!r}")
+        raise ValueError(f"{name}={value!r} must be an integer >= {minimum}")

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..loading import whole_weights
+from ..loading import base_of, whole_weights
 from .accuracy import check_metric, measured_steps, retrieval_accuracy
 from .arguments import GircseTrainingArguments, set_defaults
 from .callbacks import EpochSetter, LogFile, StartAgain, Watch
@@ -58,6 +58,7 @@ class GircseTrainer(Trainer):
 
     loss_is_scaled_for_ga = False
     objective: str | None = None  # on the card, of a subclass that trains another one
+    contrasts = True  # a query with all documents of its batch
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class GircseTrainer(Trainer):
         base_models: Sequence[str] = (),
         train_data: str = "",
     ) -> None:
-        if type(self).objective is None and args.per_device_train_batch_size * args.world_size == 1:
+        if self.contrasts and args.per_device_train_batch_size * args.world_size == 1:
             check_negatives(pairs, args.num_negatives)
         check_metric(args.metric_for_best_model, model.config, args.k)
         check_pairs(pairs, args.per_device_train_batch_size, args.world_size)
@@ -176,7 +177,7 @@ class GircseTrainer(Trainer):
 
     def _base_model(self) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return base_of(model)
 
     def _cached_loss(self, model: nn.Module, sides: list[dict[str, Tensor]], inputs: dict[str, Any]) -> Tensor:
         own = sub_batches(sides, self._sub_batch_size)
@@ -227,15 +228,14 @@ class GircseTrainer(Trainer):
         """ICR over the queries (B, K, d) and documents (M, K, d) of all processes; this one's own carry gradients."""
         count = queries.shape[0]
         positives, negatives = (self._gather(x, 0.0) for x in (documents[:count], documents[count:]))
-        document_ids, document_labels, prompted_ids = (
-            torch.cat([self._gather(inputs[name][:count], -1), self._gather(inputs[name][count:], -1)])
+        joint = {name: self._gather(inputs[name], -1) for name in ("positive_ids", "query_labels", "query_ids")}
+        joint |= {
+            name: torch.cat([self._gather(inputs[name][:count], -1), self._gather(inputs[name][count:], -1)])
             for name in ("document_ids", "document_labels", "prompted_ids")
-        )
+        }
         queries, documents = self._gather(queries, 0.0), torch.cat([positives, negatives])
-        positive_ids = self._gather(inputs["positive_ids"], -1)
-        query_labels, query_ids = (self._gather(inputs[name], -1) for name in ("query_labels", "query_ids"))
-        candidates = candidate_mask(document_ids, positive_ids, document_labels, query_labels, query_ids, prompted_ids)
-        candidates = candidates & (document_ids >= 0)  # -1 pads processes with fewer negatives
+        # -1 pads processes with fewer negatives.
+        candidates = candidate_mask(joint) & (joint["document_ids"] >= 0)
         with torch.autocast(queries.device.type, enabled=False):
             loss = icr_loss(
                 queries,
