@@ -182,7 +182,7 @@ def unsharded(module: nn.Module) -> nn.Module:
 def attention_of_any_device(language_model: PreTrainedModel) -> Iterator[None]:
     """Runs a pass on the CPU in eager attention if flash attention, which needs a GPU, is chosen for later."""
     config, device = language_model.config, language_model.get_input_embeddings().weight.device
-    chosen = getattr(config, "_attn_implementation", None)
+    chosen = attention_implementation(language_model)
     if device.type != "cpu" or chosen in ("eager", "sdpa", None):
         yield
         return
@@ -200,6 +200,11 @@ def attention_implementation(language_model: PreTrainedModel) -> str | None:
 def embed_tokens(language_model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """(B, N, d). Ids under the mask may be anything (-100 is common), and become 0."""
     return unsharded(language_model.get_input_embeddings())(input_ids * attention_mask)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """The position of each token in its text, (B, N), from the attention mask; 0 for the padding on its left."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def prompt_mask(language_model: PreTrainedModel, mask: Tensor, way: Way, start: int = 0) -> Tensor:

@@ -9,7 +9,6 @@ from transformers import AutoConfig, PretrainedConfig
 STEP_TOKENS = ("soft", "hard", "learned", "none")
 ATTENTIONS = ("causal", "bidirectional")
 POOLINGS = ("mean", "mean_with_prompt", "last")
-SETTINGS = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
 
 
 class GircseConfig(PretrainedConfig):
@@ -37,6 +36,7 @@ class GircseConfig(PretrainedConfig):
     """
 
     model_type = "gircse"
+    SETTINGS = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")  # those of GIRCSE alone
     sub_configs = {"text_config": AutoConfig}
 
     def __init__(
@@ -90,7 +90,7 @@ class GircseConfig(PretrainedConfig):
                 "For a plain causal LM use GircseModel.from_causal_lm(...)"
             )
         # PretrainedConfig.from_dict sets keyword arguments as attributes after the constructor has checked its own.
-        settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        settings = {name: kwargs.pop(name) for name in cls.SETTINGS if name in kwargs}
         if "dtype" in config_dict and dtype_name() != "dtype":  # transformers < 5 (before 4.56)
             # Left as `dtype`, an attribute of the config would take `from_pretrained(..., dtype=...)`, not the model.
             config_dict = {dtype_name() if name == "dtype" else name: value for name, value in config_dict.items()}

@@ -24,8 +24,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
-from gircse.command_line import lenient_console, local_path, parser_of, unescape
-from gircse.loading import commit_of, is_gircse, load, only_gguf_file
+from gircse.command_line import check_writable, lenient_console, local_path, parser_of, unescape
+from gircse.loading import PROMPTS, commit_of, is_gircse, load, only_gguf_file
 from gircse.training.publishing import ADAPTER_FOLDER, complete, export, place_of, save_configuration
 
 logger = logging.get_logger("gircse")
@@ -77,6 +77,7 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"save_adapter: an adapter can't be loaded beside a GGUF file ({gguf}); leave it out")
     if not gguf and is_gircse(options.model):
         raise ValueError(f"model={options.model!r} is a GIRCSE model already: load it as it is")
+    check_writable(folder)
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -100,7 +101,7 @@ def convert(options: argparse.Namespace) -> None:
             )
         export(model, processor, options.output_dir, options.save_dtype)
     if options.document_prompt:
-        file = options.output_dir / "config_sentence_transformers.json"
+        file = options.output_dir / PROMPTS
         settings = json.loads(file.read_text(encoding="utf-8"))
         settings["prompts"]["document"] = options.document_prompt
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

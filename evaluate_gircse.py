@@ -44,7 +44,7 @@ from huggingface_hub import HfApi, constants
 from mteb.abstasks.abstask import AbsTask
 
 from gircse import ROOT
-from gircse.command_line import DTYPES, lenient_console, local_path, positive_int, unescape
+from gircse.command_line import DTYPES, check_writable, lenient_console, local_path, positive_int, unescape
 from gircse.evaluation.cache import Results, prompts_of
 from gircse.evaluation.comparison import markdown as comparison_table
 from gircse.evaluation.comparison import write_comparison
@@ -157,39 +157,37 @@ def evaluate_task(task: AbsTask, subject: Subject, cache: Results, batch_size: i
 # Report -------------------------------------------------------------------------------------------------------------
 
 
-def collect(tasks: Sequence[AbsTask], subject: Subject, cache: Results) -> list[dict[str, Any]]:
-    """A row for each task and metric with all of its k, scores x 100; tasks that aren't done are left out, and so are
-    those with a score that is no number, as the correlation of equal values is none."""
+def collect(task: AbsTask, subject: Subject, cache: Results) -> list[dict[str, Any]]:
+    """A row for each metric of a task with all of its k, scores x 100; none of a task that isn't done, nor of a score
+    that is no number, as the correlation of equal values is none."""
 
     def percent(score: Any) -> float:
         return round(100 * float(score), 2)  # a float: YAML would write numpy's, as mteb gives, as objects
 
-    rows = []
-    for task in tasks:
-        metadata = task.metadata
-        if not all(cache.has(task, subject, k) for k in subject.steps):
-            continue
-        results = {k: cache.load_task_result(metadata.name, subject.meta_at(k)) for k in subject.steps}
-        # The cache may hold more languages and splits than this selection of the task has.
-        results = {k: found.validate_and_filter_scores(task) for k, found in results.items()}
-        getters = {metadata.main_score: lambda scores: scores["main_score"]}
-        if extra := TABLE_9.get(metadata.name):
-            getters[extra] = lambda scores, name=extra: scores["og"][name]
-        for metric, getter in getters.items():
-            rows.append(
-                {
-                    "task": metadata.name,
-                    "group": getattr(task, "group", metadata.type),
-                    "type": metadata.type,
-                    "metric": metric,
-                    "scores": {str(k): percent(found.get_score(getter=getter)) for k, found in results.items()},
-                    "dataset": metadata.dataset["path"],
-                    "revision": metadata.revision,
-                    "splits": list(task.eval_splits),
-                    "subsets": list(task.hf_subsets),
-                    "prompts": prompts_of(task, subject),
-                }
-            )
+    if not all(cache.has(task, subject, k) for k in subject.steps):
+        return []
+    metadata = task.metadata
+    results = {k: cache.load_task_result(metadata.name, subject.meta_at(k)) for k in subject.steps}
+    # The cache may hold more languages and splits than this selection of the task has.
+    results = {k: found.validate_and_filter_scores(task) for k, found in results.items()}
+    getters = {metadata.main_score: lambda scores: scores["main_score"]}
+    if extra := TABLE_9.get(metadata.name):
+        getters[extra] = lambda scores: scores["og"][extra]
+    rows = [
+        {
+            "task": metadata.name,
+            "group": getattr(task, "group", metadata.type),
+            "type": metadata.type,
+            "metric": metric,
+            "scores": {str(k): percent(found.get_score(getter=getter)) for k, found in results.items()},
+            "dataset": metadata.dataset["path"],
+            "revision": metadata.revision,
+            "splits": list(task.eval_splits),
+            "subsets": list(task.hf_subsets),
+            "prompts": prompts_of(task, subject),
+        }
+        for metric, getter in getters.items()
+    ]
     return [row for row in rows if all(map(math.isfinite, row["scores"].values()))]
 
 
@@ -235,7 +233,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--beside {file} is not like recipes/paper/table2.json: {type(error).__name__}: {error}")
     if args.model_name and "/" not in args.model_name:
         parser.error(f"--model_name {args.model_name} must be organization/name, as mteb files results")
-    if args.prompt_template:
+    if args.prompt_template is not None:
         args.prompt_template = unescape(args.prompt_template)
         if "{instruction}" not in args.prompt_template:
             parser.error(f"prompt_template={args.prompt_template!r} has no '{{instruction}}'")
@@ -302,7 +300,7 @@ def evaluate_model(
     say(f"loading {args.model}")
     subject = load_subject(args)
     cache = Results(out)
-    done = {task.metadata.name: collect([task], subject, cache) for task in tasks}
+    done = {task.metadata.name: collect(task, subject, cache) for task in tasks}
     if not any(done.values()):
         clear_report(out)  # of another model
     for number, task in enumerate(tasks, 1):
@@ -313,7 +311,7 @@ def evaluate_model(
         except Exception as error:  # one task must not cost the hours spent on the others
             traceback.print_exc()
             failed[name] = f"{type(error).__name__}: {error}"
-        done[name] = collect([task], subject, cache)
+        done[name] = collect(task, subject, cache)
         rows = [row for of_task in done.values() for row in of_task]
         if name not in failed and not done[name]:
             failed[name] = "its score is no number: are all embeddings alike, or all of its labels?"
@@ -357,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse(argv)
     models = each_model(args) if args.models else {}
+    check_writable(args.output_dir)
     tasks = choose_tasks(args.tasks, args.data, args.sample)
     say(f"looking for the data of {len(tasks)} tasks, here and on the Hub")
     failed = unavailable(tasks)

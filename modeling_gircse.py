@@ -133,7 +133,7 @@ class GircseModel(GircsePreTrainedModel):
             places = self.language_model.hf_device_map.items()
             self.hf_device_map = {f"language_model.{name}".rstrip("."): place for name, place in places}
         self._ways: dict[str | None, Way] = {}  # how the decoder is called, by implementation of attention
-        implementation = getattr(self.language_model.config, "_attn_implementation", None)
+        implementation = attention_implementation(self.language_model)
         if config.attention == "bidirectional" and implementation not in ("eager", "sdpa", None):
             raise ValueError(
                 f"attn_implementation={implementation!r} takes no bidirectional mask; use 'sdpa' or 'eager' with "

@@ -312,8 +312,7 @@ def _load_model(name: str, where: dict[str, Any], settings: dict[str, Any]) -> A
             code = type(AutoModel.from_config(config, **trusted))
         except TypeError:  # loaded before: transformers 5 then knows the class, and gives it the code_revision
             code = type(AutoModel.from_config(config, trust_remote_code=where["trust_remote_code"]))
-    settings_of_steps = ("num_steps", "logit_temperature", "step_token", "attention", "pooling")
-    kept = {key: getattr(config, key) for key in settings_of_steps}
+    kept = {key: getattr(config, key) for key in config.SETTINGS}
     chosen, settings = settings, {**place, "subfolder": "", "revision": saved["revision"], **kept, **settings}
     settings.pop("trust_remote_code", None)
     base = saved["base_model_name_or_path"]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backbone_gircse import Way, additive_mask, at_least_float32, decoder_of, embed_tokens, prompt_mask
+from .backbone_gircse import Way, additive_mask, at_least_float32, decoder_of, embed_tokens, positions_of, prompt_mask
 
 
 def single_pass_states(model: Any, input_ids: Tensor, attention_mask: Tensor, k: int, way: Way) -> Tensor:
@@ -35,7 +35,7 @@ def single_pass_states(model: Any, input_ids: Tensor, attention_mask: Tensor, k:
 
 def decode_all(model: Any, inputs: Tensor, mask: Tensor, way: Way) -> Tensor:
     """Last hidden states of all positions in one pass, (B, N, d)."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = positions_of(mask)
     if model.config.attention == "bidirectional":
         mask = additive_mask(mask, inputs.dtype)[:, None, None].expand(-1, 1, mask.shape[1], -1)  # (B, 1, N, N)
     else:

@@ -22,6 +22,7 @@ from .backbone_gircse import (
     exceeds_window,
     is_quantized,
     keys_and_values,
+    positions_of,
     prompt_mask,
     step_mask,
 )
@@ -59,7 +60,7 @@ class StepLoop:
         if self.way.cache is None:
             # (B, N, d); each step appends its position
             self.inputs = embed_tokens(model.language_model, input_ids, attention_mask)
-            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            positions = positions_of(attention_mask)
             seen = prompt_mask(model.language_model, attention_mask, self.way)
             self.state = decode(self.decoder, self.inputs, seen, positions, {})
         else:
@@ -69,7 +70,7 @@ class StepLoop:
             self.past = {self.way.cache: cache}
         self.end = attention_mask.shape[1]
         self.mask = F.pad(attention_mask, (0, k), value=1)  # (B, N + K)
-        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)  # (B, N + K)
+        self.positions = positions_of(self.mask)  # (B, N + K)
         self.seen = step_mask(model.language_model, self.mask) if self.past else self.mask
 
     def _prefill(
@@ -86,7 +87,7 @@ class StepLoop:
         if shared:
             input_ids, attention_mask = prefix_first(input_ids, attention_mask, shared)
         inputs = embed_tokens(language_model, input_ids, attention_mask)
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        positions = positions_of(attention_mask)
         if shared:
             first = inputs[:1, :shared], attention_mask[:1, :shared], positions[:1, :shared]
             decode(self.decoder, *first, past)

@@ -26,7 +26,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import train_gircse
-from gircse.loading import is_gircse, only_gguf_file, whole_weights
+from gircse.loading import base_of, dtype_argument, is_gircse, only_gguf_file, whole_weights
 from gircse.training.autoregembed import AlignmentTrainer, CompressionTrainer, ConditionalTrainer
 
 STAGES = {"compression": CompressionTrainer, "alignment": AlignmentTrainer}
@@ -89,9 +89,9 @@ def with_decoder(make_trainer: Any, name: str, model: Any, *args: Any, **kwargs:
     Raises:
         ValueError: the decoder's states are not of the model's size, or its vocabulary is another.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     with whole_weights():
-        decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, torch_dtype=base.dtype)
+        decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **dtype_argument(base.dtype))
     tables = [m.get_input_embeddings().weight for m in (decoder, base)]  # which the decoder reads, and states replace
     of_decoder, of_model = (f"{table.shape[0]:,} tokens of {table.shape[1]:,} dimensions" for table in tables)
     if of_decoder != of_model:

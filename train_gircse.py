@@ -25,7 +25,7 @@ from transformers import HfArgumentParser, PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from gircse import ROOT
-from gircse.command_line import HelpFormatter, lenient_console
+from gircse.command_line import HelpFormatter, check_writable, lenient_console
 from gircse.loading import is_gircse, load, only_gguf_file, prompts_of
 from gircse.training.accuracy import accuracy_steps
 from gircse.training.arguments import BAD_ROWS, DataArguments, GircseTrainingArguments, ModelArguments
@@ -280,13 +280,7 @@ def held_out_size(rows: int, training: GircseTrainingArguments) -> int:
 def check_output(training: GircseTrainingArguments) -> str | None:
     """The checkpoint to go on from, or None; raises now, not after training, when the folder can't be used."""
     folder = Path(training.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process of this run may have removed it
-    except OSError as error:
-        raise ValueError(f"output_dir={training.output_dir!r} can't be written to ({error}); choose another") from error
+    check_writable(training.output_dir)
     checkpoint = last_checkpoint(folder)
     wanted = training.resume_from_checkpoint
     goes_on = wanted and (wanted == "last" or Path(wanted).resolve().parent == folder.resolve())

@@ -34,6 +34,17 @@ def local_path(value: str) -> Path:
     return Path(value).expanduser()
 
 
+def check_writable(folder: str | Path) -> None:
+    """Makes the folder, and raises a ValueError if it can't be written to: now, not after hours of work."""
+    probe = Path(folder, ".write_test")
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another process of this run may have removed it
+    except OSError as error:
+        raise ValueError(f"output_dir={str(folder)!r} can't be written to ({error}); choose another") from error
+
+
 def lenient_console() -> None:
     """Prints characters that the console's encoding lacks as escape sequences; they would raise an error otherwise, as
     on Windows, where encodings often have 256 characters."""

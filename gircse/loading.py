@@ -116,12 +116,24 @@ def new_processor(
 ) -> Any:
     """The processor of a plain causal LM; `options` are for its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    chosen = (prompt_template, suffix) if prompt_template or suffix is not None else chat_prompt(tokenizer)
-    processor = processor_class(tokenizer, prompt_template=chosen[0] or PAPER_PROMPT, suffix=chosen[1] or "")
+    given = prompt_template, suffix
+    usual = chat_prompt(tokenizer) if given == (None, None) else (PAPER_PROMPT, "")
+    template, end = (other if one is None else one for one, other in zip(given, usual, strict=True))
+    processor = processor_class(tokenizer, prompt_template=template, suffix=end)
     # Where the mistral-common package is installed, Mistral's repos load as its tokenizer, which can't be saved.
     if "mistral_format" not in options and saving_problem(processor):
         return new_processor(processor_class, path, prompt_template, suffix, mistral_format=False, **options)
     return processor
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument of `from_pretrained` for a dtype, by its name in the installed transformers."""
+    return {"dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype": dtype}  # transformers < 5 (before 4.56)
+
+
+def base_of(model: Any) -> Any:
+    """The model itself, out of PEFT's wrapper if it is in one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_given(path: str, owner: Any, given: dict[str, Any]) -> None:
@@ -287,8 +299,8 @@ def own_settings(folder: Path) -> dict[str, Any]:
     return settings if settings.get("model_type") == "gircse" else {}
 
 
-def sentence_transformers_settings(processor: Any) -> dict[str, Any]:
-    """This repo's `config_sentence_transformers.json`, its prompts in the template of `processor`. One that is not of
+def sentence_transformers_settings(template: str) -> dict[str, Any]:
+    """This repo's `config_sentence_transformers.json`, its prompts in another `prompt_template`. One that is not of
     this repo's template, as `convert_gircse.py --document_prompt` writes it, is of the model here alone: "" takes its
     place."""
     settings, own = (
@@ -297,5 +309,6 @@ def sentence_transformers_settings(processor: Any) -> dict[str, Any]:
     before, _, after = own["prompt_template"].partition("{instruction}")
     for name, prompt in settings["prompts"].items():
         instruction = prompt.removeprefix(before).removesuffix(after)
-        settings["prompts"][name] = processor.prompt_for(instruction * (prompt == f"{before}{instruction}{after}"))
+        known = instruction and prompt == f"{before}{instruction}{after}"
+        settings["prompts"][name] = template.replace("{instruction}", instruction) if known else ""
     return settings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,8 +57,7 @@ def test_a_prompt_of_another_template_is_of_its_model_alone(tmp_path, monkeypatc
     settings = {"prompt_template": "Instruct: {instruction}\nQuery: "}
     (tmp_path / "processor_config.json").write_text(json.dumps(settings))
     monkeypatch.setattr("gircse.loading.ROOT", tmp_path)
-    other = SimpleNamespace(prompt_for=lambda instruction: f"[{instruction}]" if instruction else "")
-    found = sentence_transformers_settings(other)["prompts"]
+    found = sentence_transformers_settings("[{instruction}]")["prompts"]
     assert found == {"query": "[Find.]", "document": "", "STS": ""}
 
 
@@ -113,6 +111,8 @@ def test_what_can_not_be_right_is_refused(plain, tmp_path, arguments, error):
     with pytest.raises(ValueError, match=error):
         main([*model, *(argument.format(**places) for argument in arguments)])
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"] and not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="output_dir='.*new' can't be written to.*choose another"):
+        main([plain[1], "--output_dir", str(tmp_path / "full" / "file" / "new")])
 
 
 def test_too_short_a_text_and_an_adapter_of_pickles_are_refused(plain, adapter, tmp_path):
@@ -124,7 +124,7 @@ def test_too_short_a_text_and_an_adapter_of_pickles_are_refused(plain, adapter, 
     file.unlink()
     with pytest.raises(ValueError, match="has no adapter_model.safetensors: leave --save_adapter out"):
         main([*arguments, "--adapter", adapter, "--save_adapter"])
-    assert not (tmp_path / "new").exists()
+    assert not [*(tmp_path / "new").iterdir()]
 
 
 def test_a_gircse_model_is_refused(exported, tmp_path):

@@ -384,7 +384,7 @@ def test_table_9_rows_of_followir(tmp_path, monkeypatch):
     result = mteb.TaskResult.from_task_results(task, {"test": {"default": values}}, evaluation_time=1)
     cache.save_to_cache(result, subject.meta_at(1))
     cache.add(task, subject, 1)
-    rows = evaluate_gircse.collect([task], subject, cache)
+    rows = evaluate_gircse.collect(task, subject, cache)
     assert [(row["metric"], row["scores"]) for row in rows] == [("p-MRR", {"1": 5.0}), ("map_at_1000", {"1": 21.0})]
     assert report.means(rows) == {"InstructionReranking (1)": {"1": 5.0}}
 
@@ -398,9 +398,9 @@ def test_scores_of_other_languages_in_the_cache_are_left_out(tmp_path):
     cache.save_to_cache(result, subject.meta_at(1))
     cache.add(whole, subject, 1)
     [task] = [task for task in choose_tasks(["mteb"], None) if task.metadata.name == "STS17"]
-    [row] = evaluate_gircse.collect([task], subject, cache)
+    [row] = evaluate_gircse.collect(task, subject, cache)
     assert (row["scores"], row["subsets"]) == ({"1": 90.0}, ["en-en"])
-    [row] = evaluate_gircse.collect([whole], subject, cache)
+    [row] = evaluate_gircse.collect(whole, subject, cache)
     assert row["scores"]["1"] == pytest.approx(10 + 80 / len(values), abs=0.01)
 
 

@@ -102,6 +102,16 @@ def test_a_list_of_models_is_read_before_anything_is_done(models, message, tmp_p
         main(["--tasks", "local", "--models", str(tmp_path / "models.json"), "--data", "nowhere"])
 
 
+def test_a_folder_that_can_not_be_written_to_and_an_empty_template(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    given = ["--model", str(tmp_path), "--tasks", "STS12", "--output_dir", str(tmp_path / "file" / "out")]
+    with pytest.raises(ValueError, match="output_dir='.*out' can't be written to.*choose another"):
+        main(given)
+    with pytest.raises(SystemExit):
+        main([*given, "--prompt_template", ""])
+    assert "prompt_template='' has no '{instruction}'" in capsys.readouterr().err
+
+
 def test_numbers_beside_need_several_models(capsys):
     with pytest.raises(SystemExit):
         main(["--tasks", "STS12", "--beside", "table2.json"])

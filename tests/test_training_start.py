@@ -80,6 +80,8 @@ def test_prompt_and_suffix_are_a_turn_of_the_chat_template(lora, tmp_path, templ
     assert model.config.logit_temperature == 1
     processor = load_model(ModelArguments(str(tmp_path), suffix="<eos>"))[1]
     assert (processor.prompt_template, processor.suffix) == ("Instruct: {instruction}\nQuery: ", "<eos>")
+    with pytest.raises(ValueError, match="prompt_template must contain '{instruction}', got ''"):
+        load_model(ModelArguments(str(tmp_path), prompt_template=""))
 
 
 # What could not be saved at the end

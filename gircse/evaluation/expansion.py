@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from ..loading import dtype_argument
 from ..rows import kept_lines
 
 LONGEST = 512  # tokens of a text that the writer reads
@@ -56,7 +57,7 @@ class Writer:
         self.file, self.tokens, self.batch_size, self.progress = file, tokens, batch_size, progress
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.model = AutoModelForCausalLM.from_pretrained(model, torch_dtype=dtype).eval().to(device)
+        self.model = AutoModelForCausalLM.from_pretrained(model, **dtype_argument(dtype)).eval().to(device)
         file.parent.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, str] = {row["key"]: row["augmentation"] for row in kept_lines(file)}
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mteb
@@ -32,6 +31,7 @@ from ..loading import (
     PROMPTS,
     check_is_there,
     commit_of,
+    dtype_argument,
     identify_base,
     is_gircse,
     load,
@@ -230,12 +230,11 @@ def steps_of(config: PretrainedConfig, wanted: list[int] | None) -> list[int | N
 
 
 def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subject:
-    name_of_dtype = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # transformers < 5 (before 4.56)
     model = SentenceTransformer(
         args.model,
         device=device,
         trust_remote_code=args.trust_remote_code,
-        model_kwargs={name_of_dtype: getattr(torch, args.dtype)},
+        model_kwargs=dtype_argument(getattr(torch, args.dtype)),
     )
     if args.max_length:
         try:
@@ -300,8 +299,7 @@ def registry_prompts(name: str) -> dict[str, str]:
 
 def repo_prompts(template: str) -> dict[str, str]:
     """This repo's prompts in another template."""
-    writer = SimpleNamespace(prompt_for=lambda text: template.replace("{instruction}", text) if text else "")
-    return sentence_transformers_settings(writer)["prompts"]
+    return sentence_transformers_settings(template)["prompts"]
 
 
 def model_meta(args: argparse.Namespace, facts: dict[str, Any]) -> ModelMeta:

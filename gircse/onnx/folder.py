@@ -16,16 +16,17 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from ..loading import sentence_transformers_settings
+from ..command_line import check_writable
+from ..loading import PROMPTS, sentence_transformers_settings
 from .formats import save, to_float16, to_int8
-from .graph import INPUTS, OPSET, StepGraph, check_opset, complete, quiet, room, trace, unfit
+from .graph import INPUTS, OPSET, StepGraph, check_opset, complete, quiet, remote_module, trace, unfit
 
 FLOAT32, FLOAT16, INT8 = FILES = ("model.onnx", "model_fp16.onnx", "model_quantized.onnx")
 # At a lower cosine to PyTorch's vectors, the file in float32 computes something else.
 LOWEST = 0.9999
 PARTS = ".parts"  # while an export runs: the graph of one step, of which its files are made
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-WRITTEN = ("config.json", "config_sentence_transformers.json", *TOKENIZER)
+WRITTEN = ("config.json", PROMPTS, *TOKENIZER)
 OF_A_HUB_REPO = ("README.md", ".gitattributes", ".git")  # may be there: an export is published from a clone
 TEXTS = ["rain", "A red fox runs over the bridge.", "", "How do I renew the card that was stolen from me last week?"]
 # The longest text that is compared has the most tokens of a text, or this many. Eager attention takes their square.
@@ -62,7 +63,7 @@ def export_onnx(
         raise ValueError(f"model is in {model.dtype} on {model.device}: load it in float32 on the CPU")
     folder = Path(output_dir)
     check_folder(folder)
-    steps = room(model, "inputs_gircse").check_k(model, k)
+    steps = remote_module(model, "inputs_gircse").check_k(model, k)
     suffix = processor.tokenizer(processor.suffix, add_special_tokens=False)["input_ids"] if processor.suffix else []
     most = model.text_limit(processor.max_length, steps)
     if most <= len(suffix):
@@ -99,18 +100,10 @@ def table_of(graph: StepGraph, exported: ir.Model) -> str:
 
 def check_folder(folder: Path) -> None:
     """Raises a ValueError for a folder that can't be written to, or has files that are not of an earlier export."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        others = sorted({path.name for path in folder.iterdir()} - {*WRITTEN, "onnx", *OF_A_HUB_REPO})
-        if not others:
-            (folder / "onnx").mkdir(exist_ok=True)
-            probe = folder / "onnx" / ".write_test"
-            probe.touch()
-            probe.unlink()
-    except OSError as error:
-        raise ValueError(f"output_dir={str(folder)!r} can't be written to ({error}); choose another") from error
+    others = sorted({path.name for path in folder.glob("*")} - {*WRITTEN, "onnx", *OF_A_HUB_REPO})
     if others:
         raise ValueError(f"output_dir={str(folder)!r} holds {others[0]!r}, which is not of an export; choose another")
+    check_writable(folder / "onnx")
 
 
 def remove_files(folder: Path) -> None:
@@ -155,19 +148,18 @@ def write_tokenizer(processor: Any, folder: Path, limit: int) -> None:
 def write_settings(model: Any, processor: Any, folder: Path, k: int, prompts: dict[str, str] | None) -> None:
     """`config.json`, of a kind that transformers.js passes on to onnxruntime as it is, and the prompts."""
     config = model.config
-    settings = {name: getattr(config, name) for name in ("step_token", "attention", "pooling", "logit_temperature")}
     # Not "gircse": once a process has that type's configuration, AutoTokenizer would read this file by it.
-    settings |= {"model_type": "gircse_onnx", "num_steps": k}
+    settings = {name: getattr(config, name) for name in config.SETTINGS} | {"model_type": "gircse_onnx", "num_steps": k}
     settings |= {"hidden_size": config.hidden_size, "vocab_size": model.get_input_embeddings().num_embeddings}
     if external := [path.name for path in sorted((folder / "onnx").glob("*.onnx_data"))]:
         settings["transformers.js_config"] = {
             "use_external_data_format": {name.removesuffix("_data"): True for name in external}
         }
     write_json(folder / "config.json", settings)
-    of_texts = sentence_transformers_settings(processor)
+    of_texts = sentence_transformers_settings(processor.prompt_template)
     of_texts.pop("requirements", None)  # of the model in PyTorch
     of_texts["prompts"] = prompts or of_texts["prompts"]
-    write_json(folder / "config_sentence_transformers.json", of_texts)
+    write_json(folder / PROMPTS, of_texts)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

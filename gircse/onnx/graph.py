@@ -73,14 +73,15 @@ class StepGraph(nn.Module):
         """(B, N) int64 each, padded on either side -> embeddings (B, N, d), mask and positions (B, N), and the cache
         before the first call, tensors (B, heads, 0, size)."""
         ids, mask = self.padded_left(input_ids, (attention_mask != 0).long())
-        inputs = room(self.model, "backbone_gircse").embed_tokens(self.model.language_model, ids, mask)
+        backbone = remote_module(self.model, "backbone_gircse")
+        inputs = backbone.embed_tokens(self.model.language_model, ids, mask)
         past = [inputs.new_zeros(inputs.shape[0], size[1], 0, size[3]) for size in self.sizes]
-        return inputs, mask, (mask.cumsum(1) - 1).clamp(min=0), *past
+        return inputs, mask, backbone.positions_of(mask), *past
 
     def decode(self, inputs: Tensor, mask: Tensor, positions: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """n positions over a cache of P: (B, n, d), (B, P + n), (B, n), keys and values by turns -> the last position's
         state (B, d), and the cache of P + n positions."""
-        backbone, cache = room(self.model, "backbone_gircse"), DynamicCache()
+        backbone, cache = remote_module(self.model, "backbone_gircse"), DynamicCache()
         for layer, pair in enumerate(zip(past[::2], past[1::2], strict=True)):
             cache.update(*pair, layer)
         seen = self.seen(mask, inputs.shape[1])
@@ -103,14 +104,11 @@ class StepGraph(nn.Module):
         if config.step_token == "learned":
             learned = model.learned_tokens.weight[: self.k].expand(inputs.shape[0], -1, -1)
             inputs, mask = torch.cat([inputs, learned], dim=1), F.pad(mask, (0, self.k), value=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        states = (
-            room(model, "backbone_gircse")
-            .decoder_of(model.language_model)(
-                inputs_embeds=inputs, attention_mask=self.seen(mask), position_ids=positions, use_cache=False
-            )
-            .last_hidden_state
-        )
+        backbone = remote_module(model, "backbone_gircse")
+        decoder, positions = backbone.decoder_of(model.language_model), backbone.positions_of(mask)
+        states = decoder(
+            inputs_embeds=inputs, attention_mask=self.seen(mask), position_ids=positions, use_cache=False
+        ).last_hidden_state
         if config.step_token == "learned":
             states = model._pool(None, states[:, -self.k :])[:, -1:]
         elif config.pooling == "last":
@@ -148,7 +146,7 @@ class StepGraph(nn.Module):
             seen = mask[:, None].bool() | itself
         else:
             seen = (keys <= queries) & mask[:, None].bool() | itself
-        add = room(self.model, "backbone_gircse").additive_mask
+        add = remote_module(self.model, "backbone_gircse").additive_mask
         full = add(seen, torch.float32)[:, None]
         if self.window is None:
             return full
@@ -156,7 +154,7 @@ class StepGraph(nn.Module):
         return {"full_attention": full, "sliding_attention": near} if self.kinds else near
 
 
-def room(model: Any, name: str) -> ModuleType:
+def remote_module(model: Any, name: str) -> ModuleType:
     """The module of the remote code that the model's class is of."""
     return sys.modules[f"{type(model).__module__.rpartition('.')[0]}.{name}"]
 

@@ -73,6 +73,7 @@ class ConditionalTrainer(GircseTrainer):
     """
 
     stage: str
+    contrasts = False
 
     def __init__(self, *args: Any, decoder: nn.Module, target_length: int = 128, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -189,7 +190,7 @@ class AlignmentTrainer(ConditionalTrainer):
         sums = [float(weight.double().sum()) for model in (self.model, self.decoder) for weight in model.parameters()]
         config, processor = self._base_model().config, self.data_collator.processor
         settings = [self.args.k, self.data_collator.max_length, self.data_collator.target_length]
-        settings += [getattr(config, name) for name in ("step_token", "attention", "pooling", "logit_temperature")]
+        settings += [getattr(config, name) for name in config.SETTINGS]
         settings += [getattr(processor, name) for name in ("prompt_template", "suffix", "max_length")]
         settings.append(self.accelerator.mixed_precision)
         return hashlib.blake2b(json.dumps([sums, settings]).encode(), digest_size=16).hexdigest()

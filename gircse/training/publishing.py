@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .. import ROOT
-from ..loading import PROMPTS, commit_of, is_hub_id, saving_problem, sentence_transformers_settings
+from ..loading import PROMPTS, base_of, commit_of, is_hub_id, saving_problem, sentence_transformers_settings
 from .arguments import GircseTrainingArguments
 from .card import REMOTE_CODE
 
@@ -118,7 +118,7 @@ def complete(folder: Path, processor: Any, query_instruction: str | None = None)
         if not (folder / name).exists() or not (folder / name).samefile(ROOT / name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
-    settings = sentence_transformers_settings(processor)
+    settings = sentence_transformers_settings(processor.prompt_template)
     if query_instruction is not None:
         settings["prompts"]["query"] = processor.prompt_for(query_instruction)
     needed = {name: it for name, it in settings.get("requirements", {}).items() if name not in NEEDED_BY_ADAPTERS}
@@ -126,7 +126,7 @@ def complete(folder: Path, processor: Any, query_instruction: str | None = None)
         needed |= NEEDED_BY_ADAPTERS
     settings["requirements"] = needed
     content = json.dumps(settings, indent=2, ensure_ascii=False)
-    (folder / "config_sentence_transformers.json").write_text(content + "\n", encoding="utf-8")
+    (folder / PROMPTS).write_text(content + "\n", encoding="utf-8")
 
 
 def published_files(processor: Any) -> list[str]:
@@ -193,7 +193,7 @@ def save_configuration(base: PreTrainedModel, folder: Path) -> None:
 
 def check_adapter(model: Any, base_models: Sequence[str], publishes: bool) -> None:
     """Raises a ValueError for a model that `save_adapter` can't save, or that nobody else could load."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if base is model or base.config.step_token == "learned":
         lost = "full tuning" if base is model else "learned tokens"
         raise ValueError(f"save_adapter=True saves a LoRA of the backbone alone, and would lose {lost}: leave it out")
@@ -210,7 +210,7 @@ def check_saving(model: Any, processor: Any, training: GircseTrainingArguments) 
             f"the tokenizer can't be saved ({problem}): give a folder with a tokenizer.json, such as one that "
             "AutoTokenizer.from_pretrained(..., mistral_format=False).save_pretrained(folder) has written"
         )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     quantized = getattr(base.config.text_config, "quantization_config", None) is not None
     if quantized and model is base:
         raise ValueError("the backbone is quantized, and its weights can't be trained as they are: use --tuning lora")

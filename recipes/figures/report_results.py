@@ -23,6 +23,7 @@ from matplotlib import pyplot
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gircse.evaluation import report
 from recipes.figures import speed_tables
+from recipes.figures.speed_tables import table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, ASSETS = ROOT / "results", ROOT / "assets"
@@ -103,11 +104,6 @@ def comparison_runs() -> dict[str, list[dict]]:
         run = read(path)
         runs.setdefault(run["method"], []).append(run)
     return runs
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def spread(values: list[float]) -> str:

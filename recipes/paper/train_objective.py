@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from gircse.loading import base_of
 from gircse.training.autoregembed import TargetCollator
 from gircse.training.data import PairCollator
 from gircse.training.trainer import GircseTrainer
@@ -44,6 +45,7 @@ class Answers(GircseTrainer):
     """For one process, without gradient caching."""
 
     objective = "next-token prediction of the positives"
+    contrasts = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -157,8 +159,7 @@ if __name__ == "__main__":
 
     def make_trainer(model: nn.Module, *args: Any, **kwargs: Any) -> GircseTrainer:
         if chosen.soft_token_gradient is not None:
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            scale_gradient(base, chosen.soft_token_gradient)
+            scale_gradient(base_of(model), chosen.soft_token_gradient)
         return trainer(model, *args, **kwargs)
 
     main(rest, make_trainer)
