@@ -333,7 +333,7 @@ def to_gircse_config(config: Any) -> Any:
     for field in ("target_modules", "exclude_modules"):
         if isinstance(value := getattr(config, field, None), str):  # PEFT takes a str as a regular expression
             setattr(config, field, to_gircse_pattern(value))
-    for field in ("alpha_pattern", "rank_pattern"):
+    for field in NUMBER_FIELDS:
         if value := getattr(config, field, None):
             setattr(config, field, {to_gircse_pattern(key): number for key, number in value.items()})
     return config

@@ -82,7 +82,7 @@ def run(options: argparse.Namespace, plan: dict[str, Any], waiting: Sequence[dic
     tally = ray.remote(num_cpus=0)(Tally).remote()
     finished = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map(
         Embedder,
-        fn_constructor_args=(*shared, "cuda" if gpus else "cpu", tally),
+        fn_constructor_kwargs=shared | {"device": "cuda" if gpus else "cpu", "tally": tally},
         compute=ray.data.ActorPoolStrategy(size=count),
         num_gpus=gpus,
         num_cpus=cpus,
@@ -104,12 +104,13 @@ def run(options: argparse.Namespace, plan: dict[str, Any], waiting: Sequence[dic
         bar.update(total - bar.n)
 
 
-def what_actors_share(options: argparse.Namespace, plan: dict[str, Any]) -> tuple[Any, ...]:
-    """The first arguments of each [`Embedder`]. The prompt is read here, once: no actor may have another one, nor none
+def what_actors_share(options: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of each [`Embedder`]. The prompt is read here, once: no actor may have another one, nor none
     for want of a connection."""
     prompts = prompts_of(plan["settings"]["model"], plan["settings"]["revision"])
+    chosen = {"batch_size": options.batch_size, "trust_remote_code": options.trust_remote_code}
     output = str(options.output.absolute())
-    return plan, prompts.get("document", ""), output, options.batch_size, options.trust_remote_code
+    return {"plan": plan, "document_prompt": prompts.get("document", ""), "output": output, **chosen}
 
 
 def follow(bar: tqdm, tally: Any, working: str, wait: Callable[[float], bool]) -> None:

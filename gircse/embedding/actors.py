@@ -37,13 +37,14 @@ class Embedder:
 
     def __init__(
         self,
+        *,
         plan: dict[str, Any],
         document_prompt: str,
         output: str,
         batch_size: int,
         trust_remote_code: bool,
         device: str,
-        tally: Any = None,
+        tally: Any,
     ):
         self.settings, self.files, self.id_kind = plan["settings"], plan["files"], plan["id"]
         self.output, self.batch_size, self.device = Path(output), batch_size, device
@@ -55,7 +56,7 @@ class Embedder:
         self.max_length = self.model.text_limit(self.processor.max_length, self.settings["k"])
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, int]:
-        """Embeds and writes a shard; returns how many rows it has and how many of them are bad."""
+        """Embeds and writes a shard; returns how many of its rows are bad."""
         ids, texts, bad = [], [], []
         file = self.files[shard["file"]]
         text_column, id_column = self.settings["text_column"], self.settings["id_column"]
@@ -79,13 +80,8 @@ class Embedder:
         # The bad rows are in the shard's own file, so that both are there together or not at all.
         table = pyarrow.table(columns).replace_schema_metadata({BAD_ROWS_KEY: json.dumps(bad)})
         write_whole(self.output / shard["name"], lambda path: pyarrow.parquet.write_table(table, path))
-        rows = shard["stop"] - shard["start"]
-        self.tell(shard["name"], rows)
-        return {"rows": rows, "bad": len(bad)}
-
-    def tell(self, shard: str, rows: int) -> None:
-        if self.tally is not None:
-            self.tally.tell.remote(shard, rows)
+        self.tally.tell.remote(shard["name"], shard["stop"] - shard["start"])
+        return {"bad": len(bad)}
 
     def embed(self, texts: list[str], shard: str) -> torch.Tensor:
         """(n, d) float32 on the CPU, in the order of `texts`; texts of about one length go together."""
@@ -102,7 +98,7 @@ class Embedder:
             embeddings[rows] = vectors.cpu()
             if time.monotonic() - told > 1:
                 told = time.monotonic()
-                self.tell(shard, start + len(rows))
+                self.tally.tell.remote(shard, start + len(rows))
         return embeddings
 
 
