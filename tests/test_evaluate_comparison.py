@@ -7,8 +7,9 @@ import json
 import pytest
 
 pytest.importorskip("mteb", reason="mteb is in requirements-eval.txt")
-from evaluate_gircse import main
+from evaluate_gircse import main, parse
 from evaluation_helpers import TASKS
+from gircse.evaluation import subjects
 from gircse.evaluation.comparison import compare, markdown
 from gircse.evaluation.subjects import registry_meta
 from helpers import ROOT
@@ -110,6 +111,15 @@ def test_a_folder_that_can_not_be_written_to_and_an_empty_template(tmp_path, cap
     with pytest.raises(SystemExit):
         main([*given, "--prompt_template", ""])
     assert "prompt_template='' has no '{instruction}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nvidia/llama-embed-nemotron-8b", "axiotic/ogma-mini"])
+def test_a_loader_of_mtebs_that_trusts_by_itself_needs_the_flag(monkeypatch, name):
+    monkeypatch.setattr(subjects, "is_gircse", lambda *_: False)
+    monkeypatch.setattr(subjects.ModelMeta, "load_model", lambda *_, **__: pytest.fail("its code would run"))
+    with pytest.raises(ValueError, match="runs code of its own, in mteb's loader too: give --trust_remote_code"):
+        subjects.load_subject(parse(["--model", name, "--tasks", "STS12"]))
+    assert not subjects.trusts(registry_meta("Qwen/Qwen3-Embedding-0.6B").loader)
 
 
 def test_numbers_beside_need_several_models(capsys):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import io
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -271,7 +273,7 @@ def sentence_transformers_subject(args: argparse.Namespace, device: str) -> Subj
 def registry_subject(args: argparse.Namespace, meta: ModelMeta, device: str) -> Subject:
     """A model for which mteb has a loader of its own: most embedders of 7B need an end token, an instruction's template
     or a side of padding that their repos don't tell Sentence Transformers."""
-    if meta.loader_kwargs.get("trust_remote_code") and not args.trust_remote_code:
+    if (meta.loader_kwargs.get("trust_remote_code") or trusts(meta.loader)) and not args.trust_remote_code:
         raise ValueError(f"model={args.model!r} runs code of its own, in mteb's loader too: give --trust_remote_code")
     say("  mteb's loader for it brings prompts, dtype and length limit: --dtype and --max_length don't count")
     loaded = meta.load_model(device=device)
@@ -279,6 +281,13 @@ def registry_subject(args: argparse.Namespace, meta: ModelMeta, device: str) -> 
         raise ValueError(f"model={args.model!r} is a {type(loaded).__name__} in mteb's registry, which embeds no texts")
     named = meta.model_copy(update={"name": args.model_name or meta.name})
     return Subject(named, {}, [None], None, {}, None, None, loaded=loaded)
+
+
+def trusts(loader: Any) -> bool:
+    """Whether a loader of mteb's runs a model's own code whatever its arguments are, as dozens do."""
+    classes = inspect.getmro(loader) if isinstance(loader, type) else [loader]
+    sources = [inspect.getsource(it) for it in classes if it.__module__.startswith("mteb.")]
+    return any(re.search(r"trust_remote_code\s*=\s*True", source) for source in sources)
 
 
 def registry_meta(name: str) -> ModelMeta | None:
