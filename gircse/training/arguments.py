@@ -200,8 +200,10 @@ class GircseTrainingArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not accelerated
         warmup_steps = self.warmup_steps
         super().__post_init__()  # also parses arguments given as JSON
-        if self.gradient_checkpointing:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+        for name in ("gradient_checkpointing", "activation_checkpointing"):  # the newer name is that of 5.24
+            if getattr(self, name, None):
+                settings = getattr(self, f"{name}_kwargs") or {}
+                setattr(self, f"{name}_kwargs", {"use_reentrant": False, **settings})
         self.warmup_steps = warmup_steps  # transformers 5.0 overwrites it by warmup_ratio
         if by_accuracy:  # what these schedules look at rises; with losses it would fall
             self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
