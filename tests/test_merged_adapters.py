@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
+from gircse.training.publishing import save_configuration
 from helpers import IDS, LORA_TARGETS, assert_same_weights, edit_weights, save_adapter, text_config
 
 
@@ -86,6 +88,37 @@ def test_an_adapter_alone_of_a_backbone_without_a_head(gircse, make_plain, ids_a
     model.config.save_pretrained(tmp_path / "alone")
     loaded = gircse.GircseModel.from_pretrained(tmp_path / "alone")
     assert torch.equal(loaded.generate_embedding(*ids_and_mask), expected)
+
+
+def test_an_adapter_alone_takes_its_backbone_at_its_commit_and_none_of_its_code(
+    gircse, make_plain, ids_and_mask, tmp_path
+):
+    plain, folder = make_plain()
+    alone, cache, mark = tmp_path / "alone", tmp_path / "cache", tmp_path / "mark"
+    adapter = save_adapter(plain, alone / "adapter")
+    model = gircse.GircseModel.from_causal_lm(folder, adapter=adapter)
+    base = cache / "models--me--base"
+    for commit, factor in (("a", 1), ("b", 3)):  # the repo has moved on to b since the adapter was trained
+        snapshot = Path(shutil.copytree(folder, base / "snapshots" / (40 * commit)))
+        edit_weights(snapshot / "model.safetensors", lambda weights, by=factor: {n: by * x for n, x in weights.items()})
+        config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
+        config["auto_map"] = {"AutoConfig": "other.Config", "AutoModelForCausalLM": "other.Model"}
+        (snapshot / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (snapshot / "other.py").write_text(f"open({str(mark)!r}, 'w').close()\n", encoding="utf-8")
+    (base / "refs").mkdir()
+    (base / "refs" / "main").write_text(40 * "b")
+    file = alone / "adapter" / "adapter_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings |= {"base_model_name_or_path": "me/base", "revision": 40 * "a"}
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    expected = model.generate_embedding(*ids_and_mask, k=3)
+    save_configuration(model, alone)
+    where = {"cache_dir": str(cache), "local_files_only": True}
+    loaded = AutoModel.from_pretrained(alone, trust_remote_code=True, **where)
+    assert torch.equal(loaded.generate_embedding(*ids_and_mask, k=3), expected) and not mark.exists()
+    file.write_text(json.dumps(settings | {"revision": 40 * "b"}), encoding="utf-8")
+    loaded = AutoModel.from_pretrained(alone, trust_remote_code=True, **where)
+    assert F.cosine_similarity(loaded.generate_embedding(*ids_and_mask, k=3), expected).max() < 0.99
 
 
 def half(weights: dict) -> dict:
