@@ -37,9 +37,7 @@ def main() -> None:
 
     routes: dict[str, Callable[[], Tensor]] = {
         "prompt": lambda: causal_eos(ids).step_embeddings,
-        "constant": lambda: [(loop := step_loop(model, ids, args.k)), *(loop.advance(constant) for _ in range(args.k))][
-            -1
-        ],
+        "constant": lambda: steps_after(constant),
         "whole": lambda: model(ids, k=args.k).step_embeddings,
     }
     times: dict[tuple[str, str], list[float]] = {(name, way): [] for name in routes for way in ("forward", "backward")}

@@ -2,9 +2,9 @@
 
     python benchmarks/soft_mix.py --output benchmarks/results
 
-K soft tokens in a row, each fed to the next, forward and backward, for tables of the root's size and of Qwen2.5-0.5B's,
-tied, either trained or frozen (as under LoRA). Ratios are medians over rounds in which the two take turns; memory is
-what torch allocates beyond table and states; gradients are compared by |a - b| / |b|.
+K soft tokens in a row, each fed to the next, forward and backward, for tables of the small model's size (docs/speed.md)
+and of Qwen2.5-0.5B's, tied, either trained or frozen (as under LoRA). Ratios are medians over rounds in which the two
+take turns; memory is what torch allocates beyond table and states; gradients are compared by |a - b| / |b|.
 """
 
 from __future__ import annotations

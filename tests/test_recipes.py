@@ -68,6 +68,18 @@ def made(tmp_path_factory):
     return SimpleNamespace(folder=folder, texts=texts, vectors=torch.from_numpy(vectors).float())
 
 
+def test_the_order_of_an_epoch_is_that_of_a_run_without_a_break():
+    made = {"texts": ["a" * (i % 7) for i in range(40)], "__len__": lambda self: 40}
+    texts = type("Texts", (), made)()
+    whole, resumed = (distil.teacher_loader(texts, None, 4, 64, seed=0) for _ in range(2))
+    epochs = [list(whole.sampler) for _ in range(3)]
+    assert epochs[0] != epochs[1] and sorted(epochs[1]) == list(range(40))
+    distil.pass_over(resumed, 25)  # in the third epoch of ten steps each
+    assert list(resumed.sampler) == epochs[2]
+    with pytest.raises(ValueError, match="batch_size=41, but there are 40 texts with vectors: lower it"):
+        distil.teacher_loader(texts, None, 41, 64, seed=0)
+
+
 @pytest.mark.slow
 def test_a_teachers_vectors_are_of_texts_sentences_and_whole_documents(static_folder, tmp_path):
     sentences = [f"The number {i} is written here in a sentence that takes some room." for i in range(9)]

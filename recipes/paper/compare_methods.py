@@ -157,13 +157,12 @@ def train(run: Run, rate: float, steps: int, args: argparse.Namespace, folder: P
     command += ["--train_data", str(args.runs / f"{run.data}.jsonl"), "--output_dir", str(folder), *SHARED.split()]
     command += ["--max_steps", str(steps), "--seed", str(run.seed), "--learning_rate", str(rate), *settings]
     command += args.training.split()
-    log = folder / "run.log"
-    if (folder / "model.safetensors").exists():
-        if shlex.join(command) not in log.read_text(encoding="utf-8"):
-            raise ValueError(f"{folder} holds a model of another command, {log.name} tells which: remove the folder")
-    else:
+    log, model = folder / "run.log", folder / "model.safetensors"
+    checkpoints = [*folder.glob("checkpoint-*/trainer_state.json")]
+    if (model.exists() or checkpoints) and shlex.join(command) not in log.read_text(encoding="utf-8"):
+        raise ValueError(f"{folder} holds a model of another command, {log.name} tells which: remove the folder")
+    if not model.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints = [*folder.glob("checkpoint-*/trainer_state.json")]
         resume = ["--resume_from_checkpoint", "last"] if checkpoints else []
         call([*command, *resume], log, args.threads)
         for checkpoint in folder.glob("checkpoint-*"):

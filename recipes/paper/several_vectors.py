@@ -26,6 +26,7 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate_gircse
+from gircse.command_line import check_writable
 from gircse.evaluation.subjects import Subject, load_subject
 from gircse.evaluation.tasks import LocalRetrieval
 from gircse.loading import load
@@ -82,6 +83,7 @@ def main() -> None:
     settings = evaluate_gircse.parse(["--k", *map(str, STEPS), *rest])
     if settings.expand_with:
         parser.error("--expand_with: texts are embedded alone here")
+    check_writable(Path(args.output).parent)
     model, processor = load(settings.model, dtype=settings.dtype)
     subject = load_subject(settings)
     processor.max_length = int(subject.meta.max_tokens)  # with room for the most steps
@@ -89,6 +91,8 @@ def main() -> None:
     vectors = SeveralVectors(encoder, subject, settings.batch_size)
     tasks = evaluate_gircse.choose_tasks(settings.tasks, settings.data, settings.sample)
     tasks = [task for task in tasks if isinstance(task, LocalRetrieval)]
+    if not tasks:
+        raise ValueError(f"tasks={settings.tasks} are no searches of --data: name one, such as retrieval_xquad_en")
     content = {"command": shlex.join(["python", *sys.argv])}
     content["ndcg_at_10"] = {task.metadata.name: measure(task, vectors) for task in tasks}
     Path(args.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

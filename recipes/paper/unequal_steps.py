@@ -25,6 +25,7 @@ from mteb.types import PromptType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate_gircse
+from gircse.command_line import check_writable
 from gircse.evaluation import subjects
 from gircse.evaluation.encoding import StepEncoder, Vectors
 from gircse.evaluation.tasks import LocalRetrieval
@@ -95,9 +96,12 @@ def main() -> None:
     parser.add_argument("--shortlist", type=int, default=20)
     args, rest = parser.parse_known_args()
     settings = evaluate_gircse.parse(["--k", *map(str, STEPS), *rest])
+    check_writable(Path(args.output).parent)
     subject = subjects.load_subject(settings)
     tasks = evaluate_gircse.choose_tasks(settings.tasks, settings.data, settings.sample)
     tasks = [task for task in tasks if isinstance(task, LocalRetrieval)]
+    if not tasks:
+        raise ValueError(f"tasks={settings.tasks} are no searches of --data: name one, such as retrieval_xquad_en")
     content = {"command": shlex.join(["python", *sys.argv]), "shortlist": args.shortlist}
     content["tasks"] = {t.metadata.name: measure(t, subject, args.shortlist, settings.batch_size) for t in tasks}
     Path(args.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

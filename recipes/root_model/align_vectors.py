@@ -27,6 +27,11 @@ from teacher_vectors import TeacherTexts
 BATCH = 64
 
 
+def check_sizes(of_teacher: int, of_student: int) -> None:
+    if of_student < of_teacher:
+        raise ValueError(f"vectors of {of_teacher} dimensions don't fit into the model's {of_student}")
+
+
 def alignment(teacher: Tensor, student: Tensor) -> Tensor:
     """R, (d, d_t): float32, of orthonormal columns.
 
@@ -37,8 +42,7 @@ def alignment(teacher: Tensor, student: Tensor) -> Tensor:
     Raises:
         ValueError: the student has fewer dimensions.
     """
-    if student.shape[1] < teacher.shape[1]:
-        raise ValueError(f"vectors of {teacher.shape[1]} dimensions don't fit into the model's {student.shape[1]}")
+    check_sizes(teacher.shape[1], student.shape[1])
     student, teacher = (x.double() - x.double().mean(0) for x in (student, teacher))
     u, _, v = torch.linalg.svd(student.T @ teacher, full_matrices=False)
     return (u @ v).float()
@@ -56,6 +60,7 @@ def main() -> None:
 
     model, processor = load(args.model_name_or_path, logit_temperature=args.logit_temperature)
     texts = TeacherTexts(args.vectors)
+    check_sizes(texts.vectors.shape[1], model.config.hidden_size)
     rows = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[: args.fit_on].tolist()
     rows.sort(key=lambda row: len(texts.texts[row]))  # batches of like length
     embedded = []

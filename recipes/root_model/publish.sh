@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Publishes a model of make.sh, or of heal.sh if there is one: copies it OVER the weights, configuration and tokenizer
-# at the root of the repository, then evaluates the root and its teacher, and writes results/, the tables of the pages
-# and the pictures anew.
+# at the root of the repository, then evaluates the root and its teacher, and writes their results, the tables of the
+# pages and the pictures anew: all but results/two_stage.json, whose command is in docs/results.md.
 # Usage: recipes/root_model/publish.sh DATA RUNS [TEACHER], as given to make.sh
 # What was overwritten is in git. An evaluation that was interrupted goes on when the command is repeated.
 set -euo pipefail
@@ -16,6 +16,7 @@ files=(config.json model.safetensors processor_config.json tokenizer.json tokeni
 for file in "${files[@]/#/$model/}" "$model/training_curves.png"; do
     [ -f "$file" ] || { echo "$file is missing: run the recipe that makes $model to its end first" >&2; exit 1; }
 done
+python -c "from sentence_transformers import MultiVectorEncoder"  # of several_vectors.py: 6.0 or newer
 cp "${files[@]/#/$model/}" .
 # In shards, which upload and resume one by one; it removes the file that was copied, and those of a model before.
 python - <<'END'
