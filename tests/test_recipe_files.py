@@ -70,7 +70,7 @@ def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, 
     places = {"backbone": backbone, "data": Path("DATA"), "runs": tmp_path}
     args = SimpleNamespace(**places, threads=1, training="--logging_steps 7")
     for run in compare_methods.plan():
-        compare_methods.train(run, 1e-4, 640, args, tmp_path / run.name)
+        compare_methods.train(run, 1e-4, args, tmp_path / run.name)
         assert not run.start or run.start in commands  # what a run goes on from comes before it
     results = {path.stem for path in (ROOT / "results/comparison").glob("*-seed*.json")}
     assert results <= {*commands, "causal_eos_generating-seed0"}
@@ -96,6 +96,8 @@ def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, 
         assert rest in ([], changed)
         assert bool(rest) == name.startswith(("last_step", "gircse_two", "causal_eos_two", "answers"))
         assert (data.max_length, settings[name].per_device_train_batch_size) == (64, 16)
+        stages = ("compressed", "autoregembed")  # AutoRegEmbed's two, which together have the steps of one run
+        assert settings[name].max_steps == (320 if name.startswith(stages) else 640)
         assert settings[name].seed == int(name[-1])
         assert settings[name].logging_steps == 7  # the last one given counts
         rates = {f"{method}_lora-seed0": ("lora", rate) for method, rate in compare_methods.LORA_RATES.items()}

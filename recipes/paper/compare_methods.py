@@ -6,7 +6,7 @@
 SMOLLM2 is the folder of a causal LM with a chat template, here SmolLM2-135M-Instruct; DATA, a folder with train/ and
 eval/, is described in recipes/DATA.md. First each method's learning rate is chosen after a short run, by the mean of
 held-out accuracy and STS-Benchmark's development split; then follow, with the same data, steps and batch for all but
-the other systems, which have data of their own and rates that were not tuned:
+the other systems, most of which have data of their own and rates that were not tuned:
 
     gircse, causal_eos               three seeds
     bidirectional_avg                the first seed, as all that follow
@@ -19,8 +19,9 @@ the other systems, which have data of their own and rates that were not tuned:
     causal_eos_generating            Causal-EOS as trained, made to generate (Figure 2, bottom)
     learned_tokens                   ICR on AutoRegEmbed's encoder: learned tokens in one pass, no generation
     answers                          hard tokens, trained to give short answers; InBedder's mean, h'_0 included
-    compressed, autoregembed         the two stages of train_autoregembed.py: the first has answers, abstracts and
-                                     definitions said, the second contrasts the triplets of the pairs' NLI sources
+    compressed, autoregembed         the two stages of train_autoregembed.py, each of half the steps: the first has
+                                     answers, abstracts and definitions said, the second contrasts the triplets of the
+                                     pairs' NLI sources
     compressed_soft, warmed_up       the first stage with soft tokens, and GIRCSE from there
 
 One JSON a run: the commands, what was trained, and evaluate_gircse.py's scores on samples of all tasks. What was done
@@ -43,12 +44,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS, HELD_OUT, BATCH = 10_496, 256, 16
 STEPS = (PAIRS - HELD_OUT) // BATCH
+STAGE = STEPS // 2  # of AutoRegEmbed's two, which together read as many rows as any other run
 TUNING_STEPS = 100
 # Arguments of choose_pairs.py. What answers is a word or a name, short enough to be said; what is said of a compressed
 # text may be long, since target_length cuts it.
@@ -103,19 +105,20 @@ class Run:
     data: str = "pairs"
     script: str = "recipes/paper/train_objective.py"
     start: str = ""  # the run whose model it goes on from, instead of the backbone
+    steps: int = STEPS
 
 
 def other_systems() -> list[Run]:
-    script, few = "train_autoregembed.py", "1 5 20"
+    few, stage = "1 5 20", {"script": "train_autoregembed.py", "steps": STAGE}
     # The answers have 3 tokens or fewer in the median, and generation doesn't stop at their end.
     answers = "--objective answers --step_token hard --pooling mean_with_prompt --num_steps 3"
     first, second = "--stage compression --target_length 64", "--stage alignment --decoder SMOLLM2 --target_length 64"
     return [
         Run("learned_tokens-seed0", "gircse", 0, "--step_token learned --num_steps 5", "1 5"),
         Run("answers-seed0", "answers", 0, answers, "1 3 5 20", "answers"),
-        Run("compressed-seed0", "compression", 0, first, "1 5", "contexts", script),
-        Run("autoregembed-seed0", "alignment", 0, second, "1 5", "triplets", script, start="compressed-seed0"),
-        Run("compressed_soft-seed0", "compression", 0, f"{first} --step_token soft", few, "contexts", script),
+        Run("compressed-seed0", "compression", 0, first, "1 5", "contexts", **stage),
+        Run("autoregembed-seed0", "alignment", 0, second, "1 5", "triplets", start="compressed-seed0", **stage),
+        Run("compressed_soft-seed0", "compression", 0, f"{first} --step_token soft", few, "contexts", **stage),
         Run("warmed_up-seed0", "gircse", 0, "", few, start="compressed_soft-seed0"),
     ]
 
@@ -149,13 +152,13 @@ def write_pairs(args: argparse.Namespace, names: Iterable[str] = ("pairs",)) -> 
             call(["python", "recipes/choose_pairs.py", *chosen], args.runs / f"{name}.log", args.threads)
 
 
-def train(run: Run, rate: float, steps: int, args: argparse.Namespace, folder: Path) -> list[str]:
+def train(run: Run, rate: float, args: argparse.Namespace, folder: Path) -> list[str]:
     """Trains into `folder`, unless that was done before; returns the command."""
     start = args.runs / run.start if run.start else args.backbone
     settings = [str(args.backbone) if part == "SMOLLM2" else part for part in run.settings.split()]
     command = ["python", run.script, "--model_name_or_path", str(start)]
     command += ["--train_data", str(args.runs / f"{run.data}.jsonl"), "--output_dir", str(folder), *SHARED.split()]
-    command += ["--max_steps", str(steps), "--seed", str(run.seed), "--learning_rate", str(rate), *settings]
+    command += ["--max_steps", str(run.steps), "--seed", str(run.seed), "--learning_rate", str(rate), *settings]
     command += args.training.split()
     log, model = folder / "run.log", folder / "model.safetensors"
     checkpoints = [*folder.glob("checkpoint-*/trainer_state.json")]
@@ -199,7 +202,7 @@ def held_out_accuracy(folder: Path) -> dict[str, float]:
 def short_run(run: Run, rate: float, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """What choices are made by, each by k: held-out accuracy, and STS-Benchmark's development split."""
     folder = args.runs / run.name
-    train(run, rate, TUNING_STEPS, args, folder)
+    train(replace(run, steps=TUNING_STEPS), rate, args, folder)
     evaluate(folder, args, "sts_stsbenchmark_dev", run.k, sample=750)
     return {"held_out_accuracy": held_out_accuracy(folder), "sts_dev": scores(folder)[0]["scores"]}
 
@@ -229,7 +232,7 @@ def perform(run: Run, rates: dict[str, float], args: argparse.Namespace) -> None
     generating = args.results / "causal_eos_generating-seed0.json"
     if result.exists() and (run.name != "causal_eos-seed0" or generating.exists()):
         return
-    trained = train(run, rates[run.method], STEPS, args, folder)
+    trained = train(run, rates[run.method], args, folder)
     keep(result, run, [trained, evaluate(folder, args, "local", run.k, args.sample)], folder, folder, args)
     if run.name == "causal_eos-seed0":
         copy = make_generate(folder, args.runs / generating.stem)
