@@ -25,7 +25,7 @@ import train_autoregembed
 import train_gircse
 from gircse.training.arguments import ModelArguments
 
-LEARNED = ("learned_tokens-seed0", "compressed-seed0", "autoregembed-seed0")  # runs with learned tokens
+LEARNED = [f"{name}-seed0" for name in ("untrained", "learned_tokens", "compressed", "autoregembed")]  # tokens
 
 
 def test_report_leaves_out_what_settings_were_chosen_on():
@@ -96,8 +96,8 @@ def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, 
         assert rest in ([], changed)
         assert bool(rest) == name.startswith(("last_step", "gircse_two", "causal_eos_two", "answers"))
         assert (data.max_length, settings[name].per_device_train_batch_size) == (64, 16)
-        stages = ("compressed", "autoregembed")  # AutoRegEmbed's two, which together have the steps of one run
-        assert settings[name].max_steps == (320 if name.startswith(stages) else 640)
+        steps = {"untrained": 1, "compressed": 320, "compressed_soft": 320, "autoregembed": 320}  # the stages share 640
+        assert settings[name].max_steps == steps.get(name.partition("-")[0], 640)
         assert settings[name].seed == int(name[-1])
         assert settings[name].logging_steps == 7  # the last one given counts
         rates = {f"{method}_lora-seed0": ("lora", rate) for method, rate in compare_methods.LORA_RATES.items()}

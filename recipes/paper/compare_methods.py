@@ -17,7 +17,9 @@ the other systems, most of which have data of their own and rates that were not 
                                      documents, of which 8 make up a step; here those of one batch, so that nothing
                                      else differs
     causal_eos_generating            Causal-EOS as trained, made to generate (Figure 2, bottom)
-    learned_tokens                   ICR on AutoRegEmbed's encoder: learned tokens in one pass, no generation
+    untrained                        AutoRegEmbed's encoder, learned tokens in one pass without generation: a step at a
+                                     rate of 0, to see what training brings
+    learned_tokens                   ICR on this encoder
     answers                          hard tokens, trained to give short answers; InBedder's mean, h'_0 included
     compressed, autoregembed         the two stages of train_autoregembed.py, each of half the steps: the first has
                                      answers, abstracts and definitions said, the second contrasts the triplets of the
@@ -69,7 +71,7 @@ LEARNING_RATES = {
 }
 # Of the other systems, not tuned; for AutoRegEmbed's stages five and four times its paper's, of a model 50 times as
 # large.
-OTHER_RATES = {"answers": 5e-5, "compression": 5e-5, "alignment": 2e-5}
+OTHER_RATES = {"untrained": 0.0, "answers": 5e-5, "compression": 5e-5, "alignment": 2e-5}
 # GIRCSE as train_gircse.py makes it of a causal LM. The baselines read the same prompt and suffix, so that Causal-EOS's
 # embedding is the state from which GIRCSE generates.
 METHODS = {
@@ -110,11 +112,13 @@ class Run:
 
 def other_systems() -> list[Run]:
     few, stage = "1 5 20", {"script": "train_autoregembed.py", "steps": STAGE}
+    learned = "--step_token learned --num_steps 5"
     # The answers have 3 tokens or fewer in the median, and generation doesn't stop at their end.
     answers = "--objective answers --step_token hard --pooling mean_with_prompt --num_steps 3"
     first, second = "--stage compression --target_length 64", "--stage alignment --decoder SMOLLM2 --target_length 64"
     return [
-        Run("learned_tokens-seed0", "gircse", 0, "--step_token learned --num_steps 5", "1 5"),
+        Run("untrained-seed0", "untrained", 0, learned, "1 5", steps=1),
+        Run("learned_tokens-seed0", "gircse", 0, learned, "1 5"),
         Run("answers-seed0", "answers", 0, answers, "1 3 5 20", "answers"),
         Run("compressed-seed0", "compression", 0, first, "1 5", "contexts", **stage),
         Run("autoregembed-seed0", "alignment", 0, second, "1 5", "triplets", start="compressed-seed0", **stage),
