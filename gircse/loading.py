@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import ModelCard, try_to_load_from_cache
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import deepspeed
@@ -242,6 +242,24 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
 
 def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is not None and not Path(name).exists()
+
+
+def file_of(model: str, name: str) -> Path | None:
+    """A file of a folder or a Hub repo, if it has it."""
+    try:
+        return Path(cached_file(model, name))
+    except OSError:
+        return None
+
+
+def card_of(model: str) -> dict[str, Any]:
+    """The metadata of the card of a folder or a Hub repo; {} where there is none, or none that can be read."""
+    path = file_of(model, "README.md")
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path else {}
+    except Exception as error:  # what others wrote in YAML raises many kinds of errors
+        logger.warning(f"the card of {model!r} can't be read: {error}")
+        return {}
 
 
 def prompts_of(model: str, revision: str | None = None) -> dict[str, str]:

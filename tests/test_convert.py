@@ -78,7 +78,7 @@ def test_an_adapter_is_merged(plain, adapter, tmp_path):
     assert F.cosine_similarity(found, without.generate_embedding(**inputs, k=3)).max() < 0.999
 
 
-def test_an_adapter_stays_one(plain, adapter, tmp_path):
+def test_an_adapter_stays_one(plain, adapter, tmp_path, caplog):
     made = tmp_path / "made"
     main([plain[1], "--adapter", adapter, "--save_adapter", "--output_dir", str(made), "--suffix", ""])
     assert not list(made.glob("*.safetensors"))
@@ -86,6 +86,7 @@ def test_an_adapter_stays_one(plain, adapter, tmp_path):
     assert (made / "adapter" / name).read_bytes() == Path(adapter, name).read_bytes()
     settings = json.loads((made / "adapter/adapter_config.json").read_text(encoding="utf-8"))
     assert settings["base_model_name_or_path"] == str(Path(plain[1]).resolve()) and settings["r"] == 4
+    assert "loads on this machine alone" in caplog.text
     assert settings["revision"] is None and settings["inference_mode"]  # as Sentence Transformers looks for
     model, processor = loaded(made)
     inputs = processor(TEXTS, instruction="Find.")

@@ -392,7 +392,7 @@ def test_revision_of_a_hub_model_is_its_commit(tmp_path, monkeypatch, file):
         (repo / "snapshots" / commit).mkdir(parents=True)
         (repo / "snapshots" / commit / file).write_text("{}")
         (repo / "refs" / "main").write_text(commit)
-        monkeypatch.setattr(subjects, "file_of", lambda *_: None)
+        monkeypatch.setattr(subjects, "card_of", lambda _: {})
         assert subjects.model_meta(args, {}).revision == commit
 
 

@@ -16,6 +16,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from gircse.loading import card_of
+from gircse.training import card as card_module
 from gircse.training.arguments import GircseTrainingArguments
 from gircse.training.card import REMOTE_CODE, model_card
 from helpers import ROOT, make_rows, make_tokenizer, tiny_text_config
@@ -218,7 +220,7 @@ def test_one_commit_holds_all_that_loading_training_and_serving_need(pushed):
     files = set(repo.at(first_commit(hub))[1])
     wanted = {path.name for path in ROOT.glob("*.py")} | {"model.safetensors", "config.json", "tokenizer.json"}
     wanted |= {"tokenizer_config.json", "processor_config.json", "modules.json", "config_sentence_transformers.json"}
-    wanted |= {"requirements.txt", "README.md", "sample_pairs.jsonl"}
+    wanted |= {"requirements.txt", "LICENSE", "README.md", "sample_pairs.jsonl"}
     assert not wanted - files
     assert not [path for path in files if path.startswith(("checkpoint", "runs", "adapter/"))]
     assert repo.messages[1:] == [
@@ -276,18 +278,33 @@ def test_card_pins_the_commit_and_hashes_what_is_run(pushed, loaded):
     assert {"configuration_gircse.py", "modeling_gircse.py", "processing_gircse.py"} <= copied <= set(listed)
 
 
-def test_card_names_hub_data_and_no_local_path(tmp_path):
-    (tmp_path / "config.json").write_text('{"step_token": "soft"}')
+def test_card_names_hub_data_and_no_local_path(tmp_path, monkeypatch):
+    other = {"license": "other", "license_name": "own", "license_link": "LICENSE.md"}
+    monkeypatch.setattr(card_module, "card_of", lambda name: other if name == "some/base" else card_of(name))
+    (tmp_path / "config.json").write_text('{"step_token": "soft", "adapter": null}')
     settings = {"use_cpu": True, "report_to": "none", "learning_rate": 1e-4}
     arguments = GircseTrainingArguments(output_dir=str(tmp_path), **settings)
     card = model_card(tmp_path, arguments, ["some/base", "some/adapter"], "cfli/bge-full-data", {5: (0.25, 0.5)})
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert metadata["datasets"] == ["cfli/bge-full-data"] and metadata["base_model"] == ["some/base", "some/adapter"]
+    assert metadata["base_model_relation"] == "finetune"  # and no merge of two models
+    link = "https://huggingface.co/some/base/blob/main/LICENSE.md"
+    assert {name: metadata[name] for name in other} == other | {"license_link": link}
     assert metadata["model-index"][0]["results"][0]["dataset"]["type"] == "cfli/bge-full-data"
     assert 'AutoModel.from_pretrained(".", trust_remote_code=True)' in card and "| 5 | 0.250 | 0.500 |" in card
     (tmp_path / "base").mkdir()
-    local = model_card(tmp_path, arguments, [str(tmp_path / "base")], str(tmp_path / "pairs.jsonl"))
-    assert "base_model" not in local and "datasets" not in local and str(tmp_path) not in local
+    local = [[str(tmp_path / "base")], str(tmp_path / "acme.jsonl"), {5: (0.25, 0.5)}]
+    card = model_card(tmp_path, arguments, *local)
+    assert not [word for word in ("base_model", "license:", "datasets", str(tmp_path), "acme") if word in card]
+    (tmp_path / "config.json").write_text('{"step_token": "soft", "adapter": "adapter"}')
+    (tmp_path / "base/README.md").write_text("---\nlicense: llama3.2\nbase_model: some/llama\n---\n")
+    metadata = yaml.safe_load(model_card(tmp_path, arguments, *local).split("---\n")[1])
+    assert metadata["license"] == "llama3.2" and metadata["base_model"] == "some/llama"
+    assert metadata["base_model_relation"] == "adapter"
+    (tmp_path / "base/README.md").write_text("---\nlicense: [\n---\n")  # which must not cost a training its card
+    assert "license:" not in model_card(tmp_path, arguments, *local)
+    arguments.hub_model_id = "you/tiny"  # to be uploaded later
+    assert 'AutoModel.from_pretrained("you/tiny", trust' in model_card(tmp_path, arguments)
 
 
 def test_missing_permission_shows_before_training(pushed):

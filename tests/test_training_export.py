@@ -77,7 +77,7 @@ def test_card_tells_the_scores(lora):
 
 
 @pytest.mark.parametrize(
-    "step_token, said", [("soft", "(GIRCSE)"), ("learned", "learned"), ("none", "generates nothing")]
+    "step_token, said", [("soft", "[GIRCSE]"), ("learned", "learned"), ("none", "generates nothing")]
 )
 def test_what_the_card_shows_runs(processor, tmp_path, step_token, said):
     pytest.importorskip("sentence_transformers")

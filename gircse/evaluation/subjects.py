@@ -17,7 +17,6 @@ from typing import Any
 import mteb
 import numpy as np
 import torch
-from huggingface_hub import ModelCard
 from mteb.abstasks.abstask import get_abstask_prompt
 from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from mteb.models.abs_encoder import get_prompt
@@ -27,13 +26,14 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
 
 from ..loading import (
     PROMPTS,
+    card_of,
     check_is_there,
     commit_of,
     dtype_argument,
+    file_of,
     identify_base,
     is_gircse,
     load,
@@ -317,8 +317,7 @@ def model_meta(args: argparse.Namespace, facts: dict[str, Any]) -> ModelMeta:
     A folder is filed as `local/FOLDER` under the hash of its weights and settings, unless `--model_name` names it.
     """
     local = Path(args.model).is_dir()
-    path = file_of(args.model, "README.md")
-    card = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path else {}
+    card = card_of(args.model)
     name = args.model_name or (f"local/{Path(args.model).resolve().name}" if local else args.model)
     languages = card.get("language") or []
     named = {
@@ -336,14 +335,6 @@ def model_meta(args: argparse.Namespace, facts: dict[str, Any]) -> ModelMeta:
         return ModelMeta(**fields)
     except ValueError:  # mteb doesn't know the licence, and takes a link
         return ModelMeta(**fields | {"license": named["reference"]})
-
-
-def file_of(model: str, name: str) -> Path | None:
-    """A file of a folder or a Hub repo, if it has it."""
-    try:
-        return Path(cached_file(model, name))
-    except OSError:
-        return None
 
 
 def content_hash(folder: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from transformers.utils import logging
 
-from ..loading import is_hub_id
+from ..loading import card_of, is_hub_id
 from .arguments import GircseTrainingArguments
 
 logger = logging.get_logger("gircse")
@@ -35,7 +35,8 @@ REMOTE_CODE = {
     "handler.py": "Inference Endpoints",
 }
 METHODS = {
-    "soft": "it generates K soft tokens after a text and averages their last hidden states (GIRCSE)",
+    "soft": "it generates K soft tokens after a text and averages their last hidden states "
+    "([GIRCSE](https://arxiv.org/abs/2509.24291))",
     "hard": "it generates K tokens after a text and averages their last hidden states",
     "learned": "it appends K learned tokens to a text and averages their last hidden states",
     "none": "it pools the last hidden states of a text and generates nothing",
@@ -47,7 +48,7 @@ CARD = """---
 
 # {name}
 
-A text embedding model: {method}. Made from {base}.
+A text embedding model: {method}. Made from {base}{adapter}.
 
 ```python
 from transformers import AutoModel, AutoProcessor
@@ -70,6 +71,7 @@ Inference Endpoints serve merged weights by `handler.py`; Text Embeddings Infere
 ## What `trust_remote_code=True` runs
 
 Only these files, by who loads the model. Read them, and pin the commit that you have read.
+The code is under Apache-2.0 (`LICENSE`).
 
 | file | loaded by | SHA-256 |
 |---|---|---|
@@ -104,41 +106,63 @@ def model_card(
     Args:
         folder: its `config.json` says what the model does; its code files are listed with their hashes.
         training: the run's settings.
-        base_models, train_data: see [`GircseTrainer`].
+        base_models, train_data: see [`GircseTrainer`]. In the place of a folder stand the models that its card says it
+            was made from; the licence is that of the first base that states one.
         scores: held-out accuracy before and after training by k.
-        repo_id, commit: where the folder is published; without them the card speaks of the folder itself.
+        repo_id, commit: where the folder is published, by default `training.hub_model_id`; without them the card speaks
+            of the folder itself.
         objective: what was trained, with its settings; ICR by default.
         query_instruction: of all training queries, "" for none; None, for an example, where they have several.
     """
-    bases = [name for name in base_models if is_hub_id(name)]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    bases, origin = lineage(base_models, "adapter" if config["adapter"] else "finetune")
+    repo_id = repo_id or training.hub_model_id
     results = held_out_results(train_data, scores or {})
     name = (repo_id or str(folder.resolve())).rpartition("/")[2]
     metadata = ModelCardData(
-        base_model=bases[0] if len(bases) == 1 else bases or None,
+        **origin,
         datasets=[train_data] if is_hub_id(train_data) else None,
         library_name="transformers",
         pipeline_tag="feature-extraction",
         tags=["gircse", "sentence-transformers", "sentence-similarity", "text-embeddings", "custom_code"],
         **({"model_name": name, "eval_results": results} if results else {}),
     )
-    step_token = json.loads((folder / "config.json").read_text(encoding="utf-8"))["step_token"]
     rows = [f"| {k} | {before:.3f} | {after:.3f} |" for k, (before, after) in (scores or {}).items()]
-    batch = (training.per_device_train_batch_size, training.gradient_accumulation_steps, training.world_size)
     return CARD.format(
         metadata=metadata.to_yaml(),
         name=name,
         base=", ".join(bases) or "a local model",
-        method=METHODS[step_token],
-        k=", k=5" if step_token in ("soft", "hard") else "",
-        repo=repo_id or ".",
+        adapter=", as an adapter: loading it needs `pip install peft`" if config["adapter"] else "",
+        method=METHODS[config["step_token"]],
+        k=", k=5" if config["step_token"] in ("soft", "hard") else "",
+        repo=repo_id if repo_id and "/" in repo_id else ".",
         pin="" if commit is None else f'revision="{commit}", ',
         instruction=instruction_argument(EXAMPLE if query_instruction is None else query_instruction),
         files="\n".join(code_rows(folder)),
         accuracy=ACCURACY.format(rows="\n".join(rows)) if rows else "",
         objective=objective or icr(training),
-        settings=f"learning rate {training.learning_rate:g}, "
-        f"batch {' x '.join(map(str, batch))} (queries, accumulation, processes)",
+        settings=rate_and_batch(training),
     )
+
+
+def lineage(base_models: Sequence[str], relation: str) -> tuple[list[str], dict[str, Any]]:
+    """The models on the Hub that these are or were made from, and the metadata of that: the models, without whose
+    `relation` several would be taken for the parts of a merge, and the licence."""
+    bases, licence = [], {}
+    for name in base_models:
+        card = card_of(name)
+        named = name if is_hub_id(name) else card.get("base_model") or []
+        bases += [named] if isinstance(named, str) else named
+        stated = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
+        link = str(stated.get("license_link", ""))
+        if is_hub_id(name) and link and not link.startswith("http"):  # a file of that repo
+            stated["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
+        licence = licence or stated
+    if not licence:
+        bases_given = ", ".join(base_models) or "the model"
+        logger.warning_once(f"no card states a licence of {bases_given}, so that README.md has none: add it there")
+    named = {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": relation} if bases else {}
+    return bases, named | licence
 
 
 def code_rows(folder: Path) -> Iterator[str]:
@@ -159,15 +183,21 @@ def icr(training: GircseTrainingArguments) -> str:
     return f"iterative contrastive refinement: {settings}, reduction {training.reduction}"
 
 
+def rate_and_batch(training: GircseTrainingArguments) -> str:
+    """The settings of any objective."""
+    batch = (training.per_device_train_batch_size, training.gradient_accumulation_steps, training.world_size)
+    sizes = " x ".join(map(str, batch))
+    return f"learning rate {training.learning_rate:g}, batch {sizes} (queries, accumulation, processes)"
+
+
 def held_out_results(train_data: str, scores: dict[int, tuple[float, float]]) -> list[EvalResult]:
     """The accuracy after training, a result for each k, as the Hub shows them."""
     on_hub = is_hub_id(train_data)
-    name = train_data if on_hub else Path(train_data).name
     return [
         EvalResult(
             task_type="text-retrieval",
             dataset_type=train_data if on_hub else "local",
-            dataset_name=f"{name or 'training pairs'}, held out",
+            dataset_name=f"{train_data if on_hub else 'training pairs'}, held out",
             metric_type="accuracy",
             metric_name=f"accuracy at k = {k}",
             metric_value=round(after, 5),

@@ -29,7 +29,7 @@ COMMANDS = ("train", "convert", "evaluate", "embed", "serve", "export")
 USES = ("train", "eval", "embed", "serve", "onnx")
 CODE_FILES = [*(f"{name}_gircse.py" for name in COMMANDS), "train_autoregembed.py", "sample_pairs.jsonl"]
 CODE_FILES += ["requirements.txt", *(f"requirements-{use}.txt" for use in USES)]
-CODE_FILES += ["sentence_gircse.py", "modules.json", "handler.py"]
+CODE_FILES += ["sentence_gircse.py", "modules.json", "handler.py", "LICENSE"]
 CODE_FILES += [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "gircse").rglob("*.py"))]
 CODE_FILES += [f"configs/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zero3")]
 ADAPTER_FOLDER = "adapter"
@@ -180,8 +180,13 @@ def save_adapter(model: Any, folder: Path, dtype: torch.dtype, adapter_of: str) 
 
 
 def place_of(model: str) -> str:
-    """A Hub id as it is, and a folder's absolute path, so that it is found from any working directory."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
+    """What an adapter names as its model: a Hub id as it is, and a folder's absolute path, so that it is found from any
+    working directory."""
+    if not Path(model).exists():
+        return model
+    place = str(Path(model).resolve())
+    logger.warning(f"the adapter names {place} as its model, and loads on this machine alone: publish merged weights")
+    return place
 
 
 def save_configuration(base: PreTrainedModel, folder: Path) -> None:

@@ -49,7 +49,7 @@ class GircseTrainer(Trainer):
         max_length: longest text in tokens.
         callbacks: as in `Trainer`.
         base_models, train_data: for the card: the models that the weights come from, and the name of the pairs. It
-            names Hub ids only, no paths.
+            names Hub ids only, no paths, nor a file's name.
 
     With `args.sub_batch_size`, gradients are cached: all texts are embedded without gradients, the loss is
     differentiated with respect to the embeddings, and each sub-batch is embedded again to carry that on to the weights.
