@@ -30,6 +30,11 @@ def test_a_decoder_goes_on_from_states_as_from_embeddings(make_plain):
     start = torch.tensor([[5, 17, 40], [9, 3, 61]])
     targets, mask = torch.tensor([[7, 30, 2, 2], [8, 44, 12, 2]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     found = token_log_probabilities(decoder, decoder.get_input_embeddings()(start), targets, mask)
+    states = decoder.get_input_embeddings()(start[:, :1])
+    for suffix in (start[0, 1:], start[1, 1:]):  # of a prompt, the same for all rows
+        behind = token_log_probabilities(decoder, states, targets, mask, suffix)
+        whole = decoder.get_input_embeddings()(torch.cat([start[:, :1], suffix.expand(2, -1)], dim=1))
+        torch.testing.assert_close(behind, token_log_probabilities(decoder, whole, targets, mask))
     for row, length in enumerate((3, 4)):
         whole = torch.cat([start[row], targets[row, :length]])
         expected = decoder(whole[None]).logits[0, 2:-1].log_softmax(-1)[range(length), targets[row, :length]]
@@ -146,7 +151,8 @@ def test_references_are_the_scores_of_the_model_that_training_starts_from(place,
         return alignment_loss(*scores, **settings)
 
     monkeypatch.setattr(autoregembed, "alignment_loss", told)
-    place("compression", place.plain, "one", "--max_steps", "1")
+    prompt = "--prompt_template", "{instruction} ", "--suffix", " so"
+    place("compression", place.plain, "one", "--max_steps", "1", *prompt)
     options = "--decoder", place.plain, "--max_steps", "2", "--beta", "0.5", "--tau", "0.2", "--reference_sign", "-1"
     place("alignment", str(place.folder / "one"), "two", *options)
     to_positive, to_negative, itself, reference_to_positive, reference_to_negative = seen[0]
@@ -155,11 +161,13 @@ def test_references_are_the_scores_of_the_model_that_training_starts_from(place,
     scores = {round(row["score"], 3) for row in kept_lines(place.folder / "two/reference_scores-0.jsonl")}
     model, processor = load(str(place.folder / "one"))
     decoder, found, of_themselves = AutoModelForCausalLM.from_pretrained(place.plain), set(), []
+    suffix = torch.tensor(processor.tokenizer(" so", add_special_tokens=False)["input_ids"])
+    assert len(suffix)  # which the decoder reads behind the states
 
     def score(inputs: dict, document: str) -> float:
         target = TargetCollator(processor, None, 128).targets([document])
         states = model(**inputs, k=5).step_states
-        return token_log_probabilities(decoder, states, target["input_ids"], target["attention_mask"]).sum().item()
+        return token_log_probabilities(decoder, states, *target.values(), suffix).sum().item()
 
     for row in make_rows(28, lambda i: 1 + i % 2):
         query = processor([row["query"]], instruction=row["instruction"] or None)

@@ -2,7 +2,9 @@
 they are trained.
 
 Stage 1 is `CompressionTrainer`: a row's query is the context, its positive the output that the instruction asks for.
-Stage 2 is `AlignmentTrainer`, on triplets. The decoder is a frozen causal LM, the one that the model was made from.
+Stage 2 is `AlignmentTrainer`, on triplets. The decoder is a frozen causal LM, the one that the model was made from. It
+reads the states in a text's place, so that a chat model's suffix follows them: without it, what it says first has no
+likeness to an answer, and the loss of SmolLM2 starts far above what it says of nothing.
 """
 
 from __future__ import annotations
@@ -81,9 +83,11 @@ class ConditionalTrainer(GircseTrainer):
             value = getattr(self.args, argument.name)
             if argument.name in OF_ICR and value and value != argument.default:
                 raise ValueError(f"{argument.name}={value!r} has no effect here, since it is of ICR: leave it out")
-        most = self._base_model().text_limit(None, self.args.k)  # the decoder is of the same architecture
+        suffix = self.processing_class.tokenizer(self.processing_class.suffix, add_special_tokens=False)["input_ids"]
+        most = self._base_model().text_limit(None, self.args.k + len(suffix))  # the decoder has the same positions
         target_length = target_length if most is None else min(target_length, most)
         self.decoder = decoder.requires_grad_(False).eval().to(self.args.device)
+        self.suffix = torch.tensor(suffix, dtype=torch.long, device=self.args.device)
         self.data_collator = TargetCollator(self.processing_class, self.data_collator.max_length, target_length)
 
     @property
@@ -103,6 +107,10 @@ class ConditionalTrainer(GircseTrainer):
         """The compressed texts, (B, n, d)."""
         return model(input_ids=side["input_ids"], attention_mask=side["attention_mask"], k=self.args.k).step_states
 
+    def said(self, states: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """See `token_log_probabilities`."""
+        return token_log_probabilities(self.decoder, states, ids, mask, self.suffix)
+
 
 class CompressionTrainer(ConditionalTrainer):
     stage = "information compression (AutoRegEmbed's first stage)"
@@ -110,7 +118,7 @@ class CompressionTrainer(ConditionalTrainer):
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         count = len(inputs["query"]["input_ids"])
         ids, mask = (inputs["targets"][name][:count] for name in ("input_ids", "attention_mask"))
-        said = token_log_probabilities(self.decoder, self.states(model, inputs["query"]), ids, mask)
+        said = self.said(self.states(model, inputs["query"]), ids, mask)
         return compression_loss(said, mask, self.accelerator.reduce(mask.sum().float(), "mean"))
 
 
@@ -152,7 +160,7 @@ class AlignmentTrainer(ConditionalTrainer):
         positives = self.states(model, inputs["positive"])
         ids, mask = (inputs["targets"][name] for name in ("input_ids", "attention_mask"))
         ids, mask = (torch.cat([rows, rows[:count]]) for rows in (ids, mask))
-        said = token_log_probabilities(self.decoder, torch.cat([queries, queries, positives]), ids, mask).sum(1)
+        said = self.said(torch.cat([queries, queries, positives]), ids, mask).sum(1)
         return alignment_loss(*said.split(count), *inputs["references"].split(count), **self.settings)
 
     @torch.no_grad()
@@ -205,5 +213,5 @@ class AlignmentTrainer(ConditionalTrainer):
             for rows in (side, self.data_collator.targets(documents))
         )
         with self.accelerator.autocast():
-            said = token_log_probabilities(self.decoder, self.states(self.model, side), *targets.values())
+            said = self.said(self.states(self.model, side), *targets.values())
         return said.sum(1).tolist()

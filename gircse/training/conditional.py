@@ -1,7 +1,8 @@
 """The losses of AutoRegEmbed (arXiv 2502.11401), and the scores that they are made of. Pure functions on tensors.
 
-A text x is compressed to n states; a frozen causal LM, the decoder, reads these as if they were token embeddings and
-then says a text y. S(x -> y) is the log-probability that it gives y, summed over the tokens of y.
+A text x is compressed to n states; a frozen causal LM, the decoder, reads these as if they were token embeddings, with
+the prompt's suffix behind them if there is one, and then says a text y. S(x -> y) is the log-probability that it gives
+y, summed over the tokens of y.
 """
 
 from __future__ import annotations
@@ -11,18 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def token_log_probabilities(decoder: nn.Module, states: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+def token_log_probabilities(
+    decoder: nn.Module, states: Tensor, targets: Tensor, mask: Tensor, suffix: Tensor | None = None
+) -> Tensor:
     """log p of each token of y, given the states of x and the tokens before it: (B, T) float32, 0 where padded.
 
     Args:
         decoder: a causal LM of transformers.
         states: (B, n, d), n >= 1.
         targets, mask: (B, T) int64, padded on the right.
+        suffix: ids of what stands between x and y, (S,) int64; nothing by default, as in the paper.
     """
-    embedded = decoder.get_input_embeddings()(targets[:, :-1])  # (B, T - 1, d)
+    ids = targets[:, :-1] if suffix is None else torch.cat([suffix.expand(len(targets), -1), targets[:, :-1]], dim=1)
+    embedded = decoder.get_input_embeddings()(ids)  # (B, S + T - 1, d)
     inputs = torch.cat([states.to(embedded.dtype), embedded], dim=1)
-    seen = F.pad(mask[:, :-1], (states.shape[1], 0), value=1)
-    logits = decoder(inputs_embeds=inputs, attention_mask=seen, use_cache=False).logits[:, states.shape[1] - 1 :]
+    before = inputs.shape[1] - targets.shape[1] + 1  # n + S
+    seen = F.pad(mask[:, :-1], (before, 0), value=1)
+    logits = decoder(inputs_embeds=inputs, attention_mask=seen, use_cache=False).logits[:, before - 1 :]
     found = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     return found * mask
 
