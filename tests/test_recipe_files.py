@@ -70,7 +70,7 @@ def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, 
     places = {"backbone": backbone, "data": Path("DATA"), "runs": tmp_path}
     args = SimpleNamespace(**places, threads=1, training="--logging_steps 7")
     for run in compare_methods.plan():
-        compare_methods.train(run, 1e-4, args, tmp_path / run.name)
+        compare_methods.train(run, compare_methods.OTHER_RATES.get(run.method, 1e-4), args, tmp_path / run.name)
         assert not run.start or run.start in commands  # what a run goes on from comes before it
     results = {path.stem for path in (ROOT / "results/comparison").glob("*-seed*.json")}
     assert results <= {*commands, "causal_eos_generating-seed0"}
@@ -96,12 +96,15 @@ def test_every_run_of_the_comparison_has_settings_that_training_takes(tmp_path, 
         assert rest in ([], changed)
         assert bool(rest) == name.startswith(("last_step", "gircse_two", "causal_eos_two", "answers"))
         assert (data.max_length, settings[name].per_device_train_batch_size) == (64, 16)
-        steps = {"untrained": 1, "compressed": 320, "compressed_soft": 320, "autoregembed": 320}  # the stages share 640
-        assert settings[name].max_steps == steps.get(name.partition("-")[0], 640)
+        method = name.partition("-")[0]
+        stages = ("compressed", "compressed_soft", "autoregembed", "warmed_up")  # of two, which share 640 steps
+        assert settings[name].max_steps == (1 if method == "untrained" else 320 if method in stages else 640)
         assert settings[name].seed == int(name[-1])
         assert settings[name].logging_steps == 7  # the last one given counts
-        rates = {f"{method}_lora-seed0": ("lora", rate) for method, rate in compare_methods.LORA_RATES.items()}
-        assert (models[name].tuning, settings[name].learning_rate) == rates.get(name, ("full", 1e-4))
+        rates = {f"{method}_lora": ("lora", rate) for method, rate in compare_methods.LORA_RATES.items()}
+        rates |= {"answers": ("full", 5e-5), "untrained": ("full", 1e-30), "autoregembed": ("full", 2e-5)}
+        rates |= dict.fromkeys(("compressed", "compressed_soft"), ("full", 5e-5))
+        assert (models[name].tuning, settings[name].learning_rate) == rates.get(method, ("full", 1e-4))
     axes = {
         name: (model.step_token or "soft", model.attention or "causal", model.pooling or "mean")
         for name, model in models.items()

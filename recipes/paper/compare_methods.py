@@ -17,14 +17,14 @@ the other systems, most of which have data of their own and rates that were not 
                                      documents, of which 8 make up a step; here those of one batch, so that nothing
                                      else differs
     causal_eos_generating            Causal-EOS as trained, made to generate (Figure 2, bottom)
-    untrained                        AutoRegEmbed's encoder, learned tokens in one pass without generation: a step at a
-                                     rate of 0, to see what training brings
+    untrained                        AutoRegEmbed's encoder, learned tokens in one pass without generation: one step
+                                     that changes nothing, to see what training brings
     learned_tokens                   ICR on this encoder
     answers                          hard tokens, trained to give short answers; InBedder's mean, h'_0 included
     compressed, autoregembed         the two stages of train_autoregembed.py, each of half the steps: the first has
                                      answers, abstracts and definitions said, the second contrasts the triplets of the
                                      pairs' NLI sources
-    compressed_soft, warmed_up       the first stage with soft tokens, and GIRCSE from there
+    compressed_soft, warmed_up       the first stage with soft tokens, and GIRCSE from there, in the other half
 
 One JSON a run: the commands, what was trained, and evaluate_gircse.py's scores on samples of all tasks. What was done
 before is not repeated: runs whose JSON is there, models that were saved, tasks that were evaluated; a training that was
@@ -52,7 +52,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS, HELD_OUT, BATCH = 10_496, 256, 16
 STEPS = (PAIRS - HELD_OUT) // BATCH
-STAGE = STEPS // 2  # of AutoRegEmbed's two, which together read as many rows as any other run
+STAGE = STEPS // 2  # of the runs in two stages, which together read as many rows as any other run
 TUNING_STEPS = 100
 # Arguments of choose_pairs.py. What answers is a word or a name, short enough to be said; what is said of a compressed
 # text may be long, since target_length cuts it.
@@ -70,8 +70,8 @@ LEARNING_RATES = {
     "bidirectional_avg": (5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
 }
 # Of the other systems, not tuned; for AutoRegEmbed's stages five and four times its paper's, of a model 50 times as
-# large.
-OTHER_RATES = {"untrained": 0.0, "answers": 5e-5, "compression": 5e-5, "alignment": 2e-5}
+# large. What is untrained gets a rate that moves no weight.
+OTHER_RATES = {"untrained": 1e-30, "answers": 5e-5, "compression": 5e-5, "alignment": 2e-5}
 # GIRCSE as train_gircse.py makes it of a causal LM. The baselines read the same prompt and suffix, so that Causal-EOS's
 # embedding is the state from which GIRCSE generates.
 METHODS = {
@@ -123,7 +123,7 @@ def other_systems() -> list[Run]:
         Run("compressed-seed0", "compression", 0, first, "1 5", "contexts", **stage),
         Run("autoregembed-seed0", "alignment", 0, second, "1 5", "triplets", start="compressed-seed0", **stage),
         Run("compressed_soft-seed0", "compression", 0, f"{first} --step_token soft", few, "contexts", **stage),
-        Run("warmed_up-seed0", "gircse", 0, "", few, start="compressed_soft-seed0"),
+        Run("warmed_up-seed0", "gircse", 0, "", few, start="compressed_soft-seed0", steps=STAGE),
     ]
 
 
