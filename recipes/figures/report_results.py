@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -33,13 +34,17 @@ NAMES = {
     "bidirectional_avg": "Bidirectional-Avg",
     "gircse": "GIRCSE",
     "causal_eos_generating": "Causal-EOS made to generate",
+    "untrained": "learned tokens, untrained",
     "learned_tokens": "ICR on learned tokens",
     "answers": "hard tokens, trained to answer",
     "compressed": "AutoRegEmbed, first stage",
     "autoregembed": "AutoRegEmbed, both stages",
     "warmed_up": "GIRCSE after AutoRegEmbed's first stage",
 }
-OTHER_SYSTEMS = {"learned_tokens": 5, "answers": 3, "compressed": 5, "autoregembed": 5, "warmed_up": 5}  # and k
+# Method and k. The first two are there to compare with.
+SYSTEMS = {"causal_eos": None, "gircse": 5, "answers": 3, "untrained": 5, "learned_tokens": 5}
+SYSTEMS |= {"compressed": 5, "autoregembed": 5, "warmed_up": 5}
+DATA = {"pairs": "pairs", "answers": "short answers", "contexts": "compression", "triplets": "NLI triplets"}
 # A row of a table: its name, the runs' method, and k.
 COMPARED = [(NAMES[method], method, None) for method in ("causal_eos", "bidirectional_avg")]
 COMPARED += [(f"GIRCSE, k = {k}", "gircse", k) for k in (1, 5, 20)]
@@ -49,7 +54,6 @@ VARIANTS += [
     for variant, change in (("_two", ", 2 queries contrasted"), ("_lora", ", LoRA"))
     for name, method, k in COMPARED
 ]
-VARIANTS += [(f"{NAMES[method]}, k = {k}", method, k) for method, k in OTHER_SYSTEMS.items()]
 # Table 3's rows; of one seed, as two of them have no more.
 PARTS = [
     ("no generation (Causal-EOS)", "causal_eos", None),
@@ -121,6 +125,29 @@ def comparison(runs: dict[str, list[dict]], rows: list[tuple[str, str, int | Non
         kinds = [spread([group[kind] for group in means]) for kind in means[0]]
         lines.append([name, spread(pairs) if pairs else "", *kinds])
     return table(head, lines)
+
+
+def other_systems(runs: dict[str, list[dict]]) -> str:
+    """Means by kind of task of the first seed, and what it was trained on, in steps of as many rows each."""
+    lines, head = [], ["", "trained on", "steps", "rate", *group_means(runs["causal_eos"][0]["tasks"], None)]
+    for method, k in SYSTEMS.items():
+        if found := runs.get(method):
+            stages = training(found[0], runs)
+            name = NAMES[method] if k is None else f"{NAMES[method]}, k = {k}"
+            means = group_means(found[0]["tasks"], k).values()
+            cells = [", then ".join(column) for column in zip(*stages, strict=True)]
+            lines.append([name, *cells, *(f"{value:.1f}" for value in means)])
+    return table(head, lines)
+
+
+def training(run: dict, runs: dict[str, list[dict]]) -> list[list[str]]:
+    """Data, steps and learning rate of a run, after those of the runs that it goes on from."""
+    words = shlex.split(run["commands"][0])
+    flags = ("--model_name_or_path", "--train_data", "--max_steps", "--learning_rate")
+    options = {words[at]: words[at + 1] for at in range(len(words) - 1) if words[at] in flags}  # the last one counts
+    start, data, steps, rate = (options[flag] for flag in flags)
+    before = runs.get(Path(start).name.partition("-")[0], [])
+    return [*(training(before[0], runs) if before else []), [DATA[Path(data).stem], steps, f"{float(rate):g}"]]
 
 
 def comparison_by_task(runs: dict[str, list[dict]]) -> str:
@@ -340,6 +367,7 @@ def tables(models: dict[str, dict], runs: dict[str, list[dict]]) -> dict[str, di
             "comparison": comparison(runs, COMPARED + VARIANTS),
             "parts": comparison({method: found[:1] for method, found in runs.items()}, PARTS),
             "comparison_by_task": comparison_by_task(runs),
+            "other_systems": other_systems(runs),
             "unequal_steps": unequal_steps(),
             "several_vectors": several_vectors(),
             "two_stage": two_stage(),
