@@ -44,7 +44,8 @@ NAMES = {
 # Method and k. The first two are there to compare with.
 SYSTEMS = {"causal_eos": None, "gircse": 5, "answers": 3, "untrained": 5, "learned_tokens": 5}
 SYSTEMS |= {"compressed": 5, "autoregembed": 5, "warmed_up": 5}
-DATA = {"pairs": "pairs", "answers": "short answers", "contexts": "compression", "triplets": "NLI triplets"}
+DATA = {"pairs": "pairs", "answers": "short answers", "triplets": "NLI triplets"}
+DATA |= {"contexts": "answers, abstracts, definitions"}
 # A row of a table: its name, the runs' method, and k.
 COMPARED = [(NAMES[method], method, None) for method in ("causal_eos", "bidirectional_avg")]
 COMPARED += [(f"GIRCSE, k = {k}", "gircse", k) for k in (1, 5, 20)]
